@@ -1,0 +1,24 @@
+"""Command line: ``python -m diveq_kernels info`` and ``python -m diveq_kernels check``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from diveq_kernels import _info, _selfcheck
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the process's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m diveq_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, devices, and each backend: available, or why not and what would help")
+    commands.add_parser("check", help="run every available backend against the reference on this machine")
+    if parser.parse_args(arguments).command == "info":
+        print(_info.describe())
+        return 0
+    return 0 if _selfcheck.report() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Checks of user input: every message names the argument, what was expected and what came (docs/numerics.md)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+MAX_DIM = 4096
+MAX_CODEWORDS = 1 << 22
+PRECISIONS = ("exact", "fast")
+
+
+def check_float_tensor(x: Any, name: str) -> None:
+    """Raise TypeError unless x is a tensor of a supported floating dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_same_device(x: Tensor, name: str, z: Tensor) -> None:
+    """Raise ValueError unless x is on z's device."""
+    if x.device != z.device:
+        raise ValueError(f"{name} must be on the device of z, {z.device}, got {x.device}")
+
+
+def check_shape(x: Tensor, name: str, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise ValueError unless x has the expected shape."""
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {meaning} = {tuple(expected)}, got {tuple(x.shape)}")
+
+
+def check_z(z: Any) -> None:
+    """Raise unless z is a [..., D] float tensor with 1 <= D <= 4096."""
+    check_float_tensor(z, "z")
+    if z.dim() < 1:
+        raise ValueError("z must have shape [..., D], got a 0-dim tensor")
+    if not 1 <= z.shape[-1] <= MAX_DIM:
+        raise ValueError(f"z must have a last dimension D from 1 to {MAX_DIM}, got shape {tuple(z.shape)}")
+
+
+def check_codebook(codebook: Any, z: Tensor, *, groups: str = "", curve: bool = False) -> None:
+    """Raise unless the codebook fits z.
+
+    Args:
+        codebook: [K, D]; with ``groups`` "Q" [Q, K, D], with "M" [M, K, D/M].
+        z: A tensor that passed ``check_z``.
+        groups: The leading dimension, if there is one.
+        curve: Whether consecutive codewords form segments, so that K must be at least 2.
+    """
+    name = "codebooks" if groups else "codebook"
+    shape = {"": "[K, D]", "Q": "[Q, K, D]", "M": "[M, K, D/M]"}[groups]
+    check_float_tensor(codebook, name)
+    if codebook.dim() != (3 if groups else 2):
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(codebook.shape)}")
+    if groups and codebook.shape[0] < 1:
+        raise ValueError(f"{name} must have {groups} >= 1, got shape {tuple(codebook.shape)}")
+    fewest = 2 if curve else 1
+    if not fewest <= codebook.shape[-2] <= MAX_CODEWORDS:
+        raise ValueError(
+            f"{name} must have K from {fewest} to {MAX_CODEWORDS} codewords, got shape {tuple(codebook.shape)}"
+        )
+    factor = codebook.shape[0] if groups == "M" else 1
+    if codebook.shape[-1] * factor != z.shape[-1]:
+        raise ValueError(
+            f"{name} must have shape {shape} with D = {z.shape[-1]}, the last dimension of z,"
+            f" got {tuple(codebook.shape)}"
+        )
+    check_same_device(codebook, name, z)
+
+
+def check_mask(mask: Any, z: Tensor) -> None:
+    """Raise unless mask is None or a bool tensor with the leading shape of z."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool torch.Tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+    check_shape(mask, "mask", tuple(z.shape[:-1]), "z.shape[:-1]")
+    check_same_device(mask, "mask", z)
+
+
+def check_precision(precision: Any) -> None:
+    """Raise ValueError unless precision is one of the two modes."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be 'exact' or 'fast', got {precision!r}")
+
+
+def check_noise_std(noise_std: Any, name: str = "noise_std") -> None:
+    """Raise unless noise_std is a finite number >= 0."""
+    if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(noise_std).__name__}")
+    if not math.isfinite(noise_std) or noise_std < 0:
+        raise ValueError(f"{name} must be a finite number >= 0 (the noise's standard deviation), got {noise_std}")
+
+
+def check_dither(dither: Any, z: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise unless dither is a float tensor of the expected shape on z's device."""
+    check_float_tensor(dither, "dither")
+    check_shape(dither, "dither", expected, meaning)
+    check_same_device(dither, "dither", z)

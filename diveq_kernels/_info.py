@@ -1,0 +1,54 @@
+"""What ``python -m diveq_kernels info`` prints: versions, devices, backends and why any is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+
+import torch
+
+from diveq_kernels import backends
+from diveq_kernels._version import __version__
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> Iterator[str]:
+    yield f"cpu ({platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield (
+            f"cuda:{index} ({properties.name}, sm_{properties.major}{properties.minor},"
+            f" {properties.total_memory / 2**30:.0f} GiB)"
+        )
+
+
+def _backend_lines(device_type: str) -> Iterator[str]:
+    usable = backends.available(device_type)
+    for name, backend in backends.BACKENDS.items():
+        reason = backends.why_unavailable(name, device_type)
+        if reason is None:
+            chosen = "  <- chosen when no backend is named" if name == usable[0] else ""
+            yield f"  {name:<10} available{chosen}"
+        else:
+            yield f"  {name:<10} missing: {reason}"
+            if not backend.runs_on or device_type in backend.runs_on:
+                yield f"  {'':<10} to get it: {backend.cure}"
+
+
+def describe() -> str:
+    """The report as text."""
+    lines = [
+        f"diveq-kernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}",
+        f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}), triton {_version_of('triton')}",
+        *(f"device: {device}" for device in _devices()),
+    ]
+    for device_type in backends.device_types():
+        lines += ["", f"backends for {device_type} tensors:", *_backend_lines(device_type)]
+    return "\n".join(lines)

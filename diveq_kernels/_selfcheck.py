@@ -1,0 +1,196 @@
+"""What ``python -m diveq_kernels check`` runs: every available backend against the reference in float64.
+
+Inputs are fresh random numbers. A row whose index differs passes only where float64 finds the backend's choice as near,
+up to the rounding of the input; such rows are then left out of the other comparisons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diveq_kernels import backends
+from diveq_kernels import functional as F
+from diveq_kernels.reference.search import interpolate
+
+_SHAPES = ((1000, 300, 24), (257, 66, 3), (64, 1025, 130))  # (N, K, D)
+_GROUPS = 2
+
+
+class Result(NamedTuple):
+    """One line of the table: rows with a wrong index, and relative errors ‖x − ref‖/‖ref‖ against float64."""
+
+    backend: str
+    device: str
+    op: str
+    dtype: torch.dtype
+    wrong_indices: int
+    error_output: float
+    error_grad_z: float
+    error_grad_codebook: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is within the rounding of the dtype (codebook gradients sum many rows in fp32)."""
+        bound = 32 * torch.finfo(self.dtype).eps
+        errors = (self.error_output, self.error_grad_z, self.error_grad_codebook)
+        return self.wrong_indices == 0 and all(error <= bound for error in errors)  # NaN fails
+
+
+class _Operation(NamedTuple):
+    """A function of the functional API as the check calls it.
+
+    Attributes:
+        name: Shown in the table.
+        op: The dispatcher operation behind it.
+        run: (z, codebook, dither, seed, backend) -> (output, indices).
+        groups: "" for one codebook [K, D], "Q" for [Q, K, D], "M" for [M, K, D/M].
+        curve: Whether indices are those of segments.
+    """
+
+    name: str
+    op: str
+    run: Callable[[Tensor, Tensor, Tensor, int, str], tuple[Tensor, Tensor]]
+    groups: str = ""
+    curve: bool = False
+
+
+def _nearest(z: Tensor, c: Tensor, _: Tensor, seed: int, backend: str) -> tuple[Tensor, Tensor]:
+    found = F.nearest(z, c, backend=backend)
+    return found.sqdist, found.indices
+
+
+def _project(z: Tensor, c: Tensor, _: Tensor, seed: int, backend: str) -> tuple[Tensor, Tensor]:
+    return F.project(z, c, backend=backend)[:2]
+
+
+def _plain(function: Callable, noise_std: float = 0.01) -> Callable:
+    return lambda z, c, dither, seed, backend: function(z, c, noise_std=noise_std, seed=seed, backend=backend)
+
+
+def _curve(function: Callable, noise_std: float = 0.01) -> Callable:
+    return lambda z, c, dither, seed, backend: function(
+        z, c, noise_std=noise_std, dither=dither, seed=seed, backend=backend
+    )
+
+
+_OPERATIONS = (
+    _Operation("nearest", "nearest", _nearest),
+    _Operation("project", "project", _project, curve=True),
+    _Operation("diveq", "diveq", _plain(F.diveq)),
+    _Operation("diveq, no noise", "diveq", _plain(F.diveq, 0.0)),
+    _Operation("sf_diveq", "sf_diveq", _curve(F.sf_diveq), curve=True),
+    _Operation("sf_diveq, no noise", "sf_diveq", _curve(F.sf_diveq, 0.0), curve=True),
+    _Operation("residual_diveq", "residual", _plain(F.residual_diveq), "Q"),
+    _Operation("residual_sf_diveq", "residual", _curve(F.residual_sf_diveq), "Q", curve=True),
+    _Operation("product_diveq", "product", _plain(F.product_diveq), "M"),
+    _Operation("product_sf_diveq", "product", _curve(F.product_sf_diveq), "M", curve=True),
+)
+
+
+def _inputs(op: _Operation, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """Fresh z [N, D], codebook and dither; D is made a multiple of the number of groups."""
+    n, k, d = shape
+    d += (-d) % _GROUPS
+    codebook_shape = {"": (k, d), "Q": (_GROUPS, k, d), "M": (_GROUPS, k, d // _GROUPS)}[op.groups]
+    z = torch.randn(n, d, device=device).to(dtype)
+    codebook = torch.randn(codebook_shape, device=device).to(dtype)
+    return z, codebook, torch.rand((*codebook_shape[:-2], k - 1), device=device)
+
+
+def _costs(op: _Operation, z: Tensor, codebook: Tensor, dither: Tensor, indices: Tensor) -> Tensor:
+    """Float64 squared distance of each chosen part from what it had to match: [stages, N]."""
+    if op.op == "project":
+        indices = indices[0]
+        ends = codebook[indices], codebook[indices + 1]
+        d = ends[1] - ends[0]
+        t = (((z - ends[0]) * d).sum(-1) / d.square().sum(-1)).clamp(0, 1)
+        return (interpolate(*ends, t[:, None]) - z).square().sum(-1)[None]
+    stages = codebook[None] if not op.groups else codebook
+    targets = list(z.chunk(len(stages), -1)) if op.groups == "M" else [z] * len(stages)
+    costs = []
+    for stage, (words, weights, chosen) in enumerate(
+        zip(stages, dither.reshape(len(stages), -1), indices.reshape(len(stages), -1), strict=True)
+    ):
+        part = words[chosen]
+        if op.curve:
+            part = interpolate(part, words[chosen + 1], weights[chosen, None].double())
+        difference = targets[stage] - part
+        costs.append(difference.square().sum(-1))
+        if op.groups == "Q":
+            targets[stage + 1 :] = [difference] * (len(stages) - stage - 1)
+    return torch.stack(costs)
+
+
+def _differing_rows(
+    op: _Operation, exact: tuple[Tensor, Tensor, Tensor], ours: Tensor, theirs: Tensor, eps: float
+) -> tuple[Tensor, int]:
+    """Rows [N] whose indices differ, and how many of them float64 does not accept as ties."""
+    z = exact[0]
+    ours, theirs = ours.reshape(-1, len(z)), theirs.reshape(-1, len(z))
+    differs = ours != theirs
+    first = differs.int().argmax(dim=0, keepdim=True)  # later stages of a residual follow from the first difference
+    cost_ours, cost_theirs = (_costs(op, *exact, i).gather(0, first) for i in (ours, theirs))
+    scale = z.norm(dim=-1) + exact[1].norm(dim=-1).max()
+    tie = cost_ours - cost_theirs <= 4 * eps * scale * (cost_theirs.sqrt() + eps * scale)
+    rows = differs.any(dim=0)
+    return rows, int((rows & ~tie.flatten()).sum())
+
+
+def _relative(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def _check(op: _Operation, backend: str, device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> Result:
+    z, codebook, dither = _inputs(op, shape, dtype, device)
+    exact = z.double(), codebook.double(), dither
+    seed = int(torch.randint(2**62, ()))
+    for x in (z, codebook, *exact[:2]):
+        x.requires_grad_()
+    output, indices = op.run(z, codebook, dither, seed, backend)
+    output64, indices64 = op.run(*exact, seed, "reference")
+    with torch.no_grad():
+        rows, wrong = _differing_rows(op, exact, indices, indices64, torch.finfo(dtype).eps)
+        g = torch.randn_like(output64)
+        g[rows] = 0  # nothing flows to or from rows decided by a tie
+        g = g.to(output.dtype)
+    grads = torch.autograd.grad(output, (z, codebook), g)
+    grads64 = torch.autograd.grad(output64, exact[:2], g.double())
+    with torch.no_grad():
+        same = ~rows
+        return Result(
+            backend, device, op.name, dtype, wrong, _relative(output[same], output64[same]),
+            _relative(grads[0], grads64[0]), _relative(grads[1], grads64[1]),
+        )  # fmt: skip
+
+
+def results() -> Iterator[Result]:
+    """Check every operation, dtype and available backend on every device of this machine; the worst of some shapes."""
+    for device in backends.device_types():
+        for backend in backends.available(device):
+            for op in _OPERATIONS:
+                if backends.why_unavailable(backend, device, op.op) is not None:
+                    continue
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    each = [_check(op, backend, device, dtype, shape) for shape in _SHAPES]
+                    worst = [max(values, key=lambda v: (v != v, v)) for values in list(zip(*each, strict=True))[4:]]
+                    yield Result(backend, device, op.name, dtype, *worst)
+
+
+def report() -> bool:
+    """Print the table line by line; whether everything passed."""
+    print("errors are ‖x − ref‖/‖ref‖ against float64; wrong: rows whose index is not a nearest one\n")
+    print(f"{'backend':<10} {'device':<6} {'operation':<20} {'dtype':<9} wrong    output     ∂L/∂z     ∂L/∂C")
+    failed = 0
+    for result in results():
+        failed += not result.passed
+        print(
+            f"{result.backend:<10} {result.device:<6} {result.op:<20} {str(result.dtype)[6:]:<9}"
+            f" {result.wrong_indices:>5} {result.error_output:>9.1e} {result.error_grad_z:>9.1e}"
+            f" {result.error_grad_codebook:>9.1e}  {'pass' if result.passed else 'FAIL'}"
+        )
+    print(f"\n{'all passed' if not failed else f'{failed} failed'}")
+    return not failed

@@ -1,0 +1,191 @@
+"""Which implementation runs an operation: chosen by device and availability, or by name.
+
+| name        | runs on | what it is                                                                        |
+|-------------|---------|-----------------------------------------------------------------------------------|
+| `triton`    | CUDA    | fused Triton kernels; on CPU only under Triton's interpreter, and only when named |
+| `cuda`      | CUDA    | C++/CUDA extension                                                                |
+| `cpu`       | CPU     | C++ extension                                                                     |
+| `reference` | any     | pure PyTorch, the definition of what is right                                     |
+
+A backend is named by an operation's ``backend=`` argument, else by ``use_backend``, else by the environment variable
+``DIVEQ_BACKEND``. A named backend that is missing raises; an automatic choice falls back and logs why, once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+logger = logging.getLogger("diveq_kernels")
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says why and what would change that."""
+
+
+class Backend(NamedTuple):
+    """One way to run the operations.
+
+    Attributes:
+        name: What ``backend=`` takes.
+        module: Imported on first use; holds one function per operation.
+        automatic_on: Device types on which it is tried without being named, in the order of ``BACKENDS``.
+        runs_on: Device types on which it can be named; empty means any.
+        cure: What would make it available.
+    """
+
+    name: str
+    module: str
+    automatic_on: tuple[str, ...]
+    runs_on: tuple[str, ...]
+    cure: str
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "triton",
+            "diveq_kernels.triton_kernels",
+            ("cuda",),
+            ("cuda", "cpu"),
+            "install a diveq-kernels release with Triton kernels, and Triton (it comes with CUDA builds of torch)",
+        ),
+        Backend(
+            "cuda",
+            "diveq_kernels.native_cuda",
+            ("cuda",),
+            ("cuda",),
+            "install a diveq-kernels release with the C++/CUDA extension",
+        ),
+        Backend(
+            "cpu",
+            "diveq_kernels.native_cpu",
+            ("cpu",),
+            ("cpu",),
+            "install a diveq-kernels release with the C++ extension",
+        ),
+        Backend("reference", "diveq_kernels.reference", ("cpu", "cuda"), (), ""),
+    )
+}
+
+# Process-wide rather than per thread, so that autograd's threads and compiled graphs see the same choice.
+_default = os.environ.get("DIVEQ_BACKEND", "")
+
+
+def check_name(name: str | None, argument: str = "backend") -> str:
+    """The backend asked for, "" for an automatic choice.
+
+    Raises:
+        TypeError: If the name is not a string or None.
+        ValueError: If there is no backend of that name.
+    """
+    if name is None:
+        name, argument = _default, argument if not _default else "DIVEQ_BACKEND or use_backend"
+    if not isinstance(name, str):
+        raise TypeError(f"{argument} must be a string or None, got {type(name).__name__}")
+    if name and name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run the operations inside the ``with`` block on one backend (None: automatic). Holds for the whole process.
+
+    Raises:
+        ValueError: If there is no backend of that name.
+    """
+    global _default
+    before = _default
+    _default = "" if name is None else check_name(name)
+    try:
+        yield
+    finally:
+        _default = before
+
+
+@functools.cache
+def _load(name: str) -> ModuleType | str:
+    """The backend's module, or the reason why there is none."""
+    try:
+        return importlib.import_module(BACKENDS[name].module)
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _find(name: str, op: str, device_type: str) -> Callable | str:
+    """The backend's function for an operation, or the reason why it cannot run it on this kind of device."""
+    backend = BACKENDS[name]
+    if backend.runs_on and device_type not in backend.runs_on:
+        return f"it runs on {' or '.join(backend.runs_on)} tensors, not on {device_type!r}"
+    module = _load(name)
+    if isinstance(module, str):
+        return module
+    unusable = getattr(module, "why_unusable", None)
+    reason = unusable(device_type) if unusable else None
+    return reason or getattr(module, op, None) or f"{module.__name__} has no {op!r}"
+
+
+def why_unavailable(name: str, device_type: str, op: str = "diveq") -> str | None:
+    """Why a backend cannot run an operation on a kind of device, or None if it can.
+
+    Args:
+        name: A key of ``BACKENDS``.
+        device_type: "cpu", "cuda", ...
+        op: Name of a ``torch.ops.diveq`` operation.
+    """
+    found = _find(check_name(name), op, device_type)
+    return found if isinstance(found, str) else None
+
+
+def available(device_type: str = "cpu") -> list[str]:
+    """Names of the backends that can run on a kind of device, best first."""
+    return [name for name in BACKENDS if why_unavailable(name, device_type) is None]
+
+
+@functools.cache
+def _log_fallback(message: str, level: int) -> None:
+    logger.log(level, message)
+
+
+@functools.cache
+def select(op: str, device_type: str, name: str) -> Callable:
+    """The function that runs an operation.
+
+    Args:
+        op: Name of a ``torch.ops.diveq`` operation.
+        device_type: Device type of its tensors.
+        name: A backend, or "" to choose one.
+
+    Raises:
+        BackendUnavailableError: If the named backend cannot run here, saying why and what would change that.
+    """
+    if name:
+        found = _find(name, op, device_type)
+        if isinstance(found, str):
+            cure = f" To get it: {BACKENDS[name].cure}." if BACKENDS[name].cure else ""
+            raise BackendUnavailableError(f"backend {name!r} cannot run {op!r} here: {found}.{cure}")
+        return found
+    for candidate, backend in BACKENDS.items():
+        if device_type in backend.automatic_on or candidate == "reference":
+            found = _find(candidate, op, device_type)
+            if not isinstance(found, str):
+                return found
+            # Slow on purpose is only worth a warning where somebody paid for an accelerator.
+            level = logging.INFO if device_type == "cpu" else logging.WARNING
+            _log_fallback(f"backend {candidate!r} not used on {device_type}: {found}. {backend.cure}", level)
+    raise AssertionError("the reference backend runs everything")
+
+
+def device_types() -> list[str]:
+    """Device types present on this machine that the package knows."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
