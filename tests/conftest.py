@@ -1,0 +1,54 @@
+"""What every test shares: fresh random data that can be repeated, the `gpu` mark, threads."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+
+import pytest
+import torch
+
+_SEED = "DIVEQ_TEST_SEED"
+# One seed per run. Set in the environment before xdist starts its workers, so that they inherit it.
+os.environ.setdefault(_SEED, str(secrets.randbits(32)))
+
+# Workers share the cores; torch would give all of them to each.
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+def pytest_report_header() -> str:
+    return f"{_SEED}={os.environ[_SEED]}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs CUDA: torch.cuda.is_available() is False"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        report.sections.append(("random data", f"to repeat it: {_SEED}={os.environ[_SEED]}"))
+    return report
+
+
+@pytest.fixture
+def rng_seed(request: pytest.FixtureRequest) -> int:
+    """This test's seed, from the run's seed and the test's name: run alone, a test sees the same data."""
+    # Not its nodeid, to which xdist adds the name of the group.
+    return zlib.crc32(f"{request.node.path.name}::{request.node.name}".encode(), int(os.environ[_SEED]))
+
+
+@pytest.fixture
+def generator(rng_seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(rng_seed)
+
+
+@pytest.fixture(autouse=True)
+def _seed_torch(rng_seed: int) -> None:
+    torch.manual_seed(rng_seed)
