@@ -96,7 +96,7 @@ def check_noise_std(noise_std: Any, name: str = "noise_std") -> None:
     """Raise unless noise_std is a finite number >= 0."""
     if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(noise_std).__name__}")
-    if not math.isfinite(noise_std) or noise_std < 0:
+    if not 0 <= noise_std < math.inf:  # isfinite would break a graph in which the number is symbolic
         raise ValueError(f"{name} must be a finite number >= 0 (the noise's standard deviation), got {noise_std}")
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.reference.rows import add_rows, blocks, empty_gradients, leave_out, put
 
-_SCORE_ELEMENTS = 1 << 22  # elements of a block of distances
+_SCORE_ELEMENTS = 1 << 20  # elements of a block of distances
+_CENTRE_SAMPLE = 256  # codewords
+_FAST_AT_LEAST = torch.bfloat16  # promotes fp16 to fp32 and leaves the others as they are
 
 Chunk = Callable[[int, int], Tensor]  # (first, last) -> the codewords in between
 
@@ -21,8 +23,12 @@ def interpolate(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
 
 
 def centre_of(codebook: Tensor) -> Tensor:
-    """A point to subtract from rows and codewords alike: distances stay, cancellation far from the origin goes."""
-    return codebook.to(torch.float64).nan_to_num(0.0, 0.0, 0.0).mean(dim=0)
+    """A point to subtract from rows and codewords alike: distances stay, cancellation far from the origin goes.
+
+    The median of some codewords rather than their mean, which a single diverged codeword would drag away.
+    """
+    sample = codebook[:: max(1, codebook.shape[0] // _CENTRE_SAMPLE)].to(torch.float64)
+    return sample.nan_to_num(0.0, 0.0, 0.0).median(dim=0).values
 
 
 def argmin_over_chunks(
@@ -58,9 +64,10 @@ def _codewords(codebook: Tensor, dither: Tensor | None, dtype: torch.dtype) -> t
 def search(z: Tensor, codebook: Tensor, dither: Tensor | None, precision: str) -> Tensor:
     """Index of the nearest codeword, or dithered codeword, for rows z [n, D] -> int64 [n].
 
-    ``exact`` works in float64; ``fast`` multiplies in z's dtype, at whatever precision torch's matmul is set to.
+    ``exact`` works in float64. ``fast`` multiplies in z's dtype, at whatever precision torch's matmul is set to; fp16
+    in fp32, because its products overflow.
     """
-    dtype = torch.float64 if precision == "exact" else z.dtype
+    dtype = torch.float64 if precision == "exact" else torch.promote_types(z.dtype, _FAST_AT_LEAST)
     chunk, count = _codewords(codebook, dither, dtype)
     centre = centre_of(codebook).to(dtype)
     rows = z.to(dtype) - centre

@@ -1,0 +1,177 @@
+"""What happens to a codebook outside of gradients: replacing unused codewords, and SF-DiVeQ's initialisation.
+
+Both are dispatcher operations that return a fresh codebook, which the quantizer then uses and autograd saves, and whose
+gradient passes to the codebook unchanged. The parameter itself is overwritten afterwards, so an edit never touches what
+a pending backward saved. Neither waits for an accelerator: there, steps in which nothing is due do the same work and
+select the old codebook. On the CPU they look at the step counter and return early.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diveq_kernels import philox
+from diveq_kernels._dtypes import compute_dtype
+
+# ---- replacement -----------------------------------------------------------------------------------------------------
+
+
+def replacement_due(iter_counter: Tensor, replacement_iters: int) -> Tensor:
+    """Whether the forward that now begins follows a complete interval: bool, of iter_counter's shape."""
+    return (iter_counter > 0) & (iter_counter % replacement_iters == 0)
+
+
+def _draw_used(usage: Tensor, used: Tensor, seed: Tensor) -> Tensor:
+    """For each codeword [Q, K] a used one of its own codebook, drawn in proportion to use (inverse CDF) -> int64."""
+    cumulative = torch.where(used, usage, 0).long().cumsum(dim=-1)  # [Q, K]
+    offsets = torch.arange(usage.numel(), device=usage.device).view_as(usage)
+    high, low, *_ = philox.randint4x(seed, offsets)
+    # 63 random bits: the modulus is exact on every device, and its bias below 2**-20.
+    target = ((high & 0x7FFFFFFF) << 32 | low) % cumulative[..., -1:].clamp_min(1)
+    return torch.searchsorted(cumulative, target, right=True).clamp_max(usage.shape[-1] - 1)
+
+
+@torch.library.custom_op(
+    "diveq::replace_unused",
+    mutates_args=(),
+    schema="(Tensor codebook, Tensor usage, Tensor iter_counter, Tensor seed, int replacement_iters, float threshold,"
+    " float perturb_eps, bool verbose) -> (Tensor, Tensor)",
+)
+def replace_unused(
+    codebook: Tensor,
+    usage: Tensor,
+    iter_counter: Tensor,
+    seed: Tensor,
+    replacement_iters: int,
+    threshold: float,
+    perturb_eps: float,
+    verbose: bool,
+) -> tuple[Tensor, Tensor]:
+    """Replace the codewords that few steps used by used ones, if a replacement is due (docs/math.md, "Replacement").
+
+    Args:
+        codebook: [K, D] or [Q, K, D]; each of the Q is treated by itself.
+        usage: int32 [K] or [Q, K], the number of steps since the last replacement in which a codeword was used.
+        iter_counter: int32 [1], steps so far.
+        seed: int64 []; the same seed gives the same choice on every device and rank.
+        replacement_iters: R; due when the counter is a positive multiple of it.
+        threshold: p; a codeword is replaced when it was used in less than this fraction of the R steps.
+        perturb_eps: ε; ε·N(0, I) is added to the copies.
+        verbose: Print how many were replaced. Heeded on the CPU only: elsewhere it would wait for the device.
+
+    Returns:
+        (codebook_now, num_replaced): a new tensor like codebook, and int32 []. A codebook of which no codeword is used
+        stays as it is.
+    """
+    due = replacement_due(iter_counter, replacement_iters).squeeze()
+    if due.device.type == "cpu" and not due:
+        return codebook.clone(memory_format=torch.contiguous_format), usage.new_zeros(())
+    books, usage = (codebook, usage) if codebook.dim() == 3 else (codebook[None], usage[None])
+    used = usage.double() / replacement_iters >= threshold  # [Q, K]
+    replaced = due & ~used & used.any(dim=-1, keepdim=True)
+
+    source = _draw_used(usage, used, seed)
+    dtype = compute_dtype(codebook)
+    fresh = books.gather(1, source[..., None].expand_as(books)).to(dtype)
+    if perturb_eps:
+        # Counters after those of the draws: neither depends on the other.
+        noise = philox.noise(seed, 0, usage.numel(), books.shape[-1], offset=usage.numel())
+        fresh += perturb_eps * noise.view_as(fresh).to(dtype)
+    codebook_now = torch.where(replaced[..., None], fresh.to(codebook.dtype), books).reshape(codebook.shape)
+    num_replaced = replaced.sum(dtype=torch.int32)
+    if verbose and num_replaced.device.type == "cpu" and num_replaced:
+        print(f"diveq_kernels: replaced {int(num_replaced)} unused codewords")
+    return codebook_now.contiguous(), num_replaced
+
+
+@replace_unused.register_fake
+def _(codebook: Tensor, usage: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(codebook, memory_format=torch.contiguous_format), usage.new_empty(())
+
+
+# ---- SF-DiVeQ's initialisation ---------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "diveq::sf_initialise",
+    mutates_args=(),
+    schema="(Tensor codebook, Tensor z, Tensor? mask, Tensor iter_counter, int skip_iters, int avg_iters) -> Tensor",
+)
+def sf_initialise(
+    codebook: Tensor, z: Tensor, mask: Tensor | None, iter_counter: Tensor, skip_iters: int, avg_iters: int
+) -> Tensor:
+    """Add one step's latents to the codewords that it builds (docs/math.md, "SF initialisation").
+
+    The A steps before quantization starts fill the unit interval in order of arrival, 1/A each, whatever their number
+    of rows; codeword j becomes the mean over [j/K, (j+1)/K). The codebook itself holds the running means, as it is not
+    used yet: nothing else is stored. Rows left out by the mask, and rows with NaN or Inf, do not count. A codeword
+    whose share of the step holds no row takes the row nearest to it; a step without rows changes nothing.
+
+    Args:
+        codebook: [K, D].
+        z: [..., D].
+        mask: bool [...]; False leaves a row out.
+        iter_counter: int32 [1], steps so far including this one.
+        skip_iters: S; quantization starts when the counter reaches it.
+        avg_iters: A <= S; the counters S−A .. S−1 build the codebook (from 1 on where A = S).
+
+    Returns:
+        codebook_now: a new tensor like codebook.
+    """
+    steps = min(avg_iters, skip_iters - 1)  # the counter is 1 at the first step
+    step = (iter_counter - (skip_iters - steps)).squeeze().long()  # which of them this is, int64 []
+    collecting = (step >= 0) & (step < steps)
+    rows = z.reshape(-1, z.shape[-1])
+    N, K = rows.shape[0], codebook.shape[0]
+    if N == 0 or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
+        return codebook.clone(memory_format=torch.contiguous_format)
+
+    # The largest magnitude is finite exactly where all elements are; unlike isfinite it needs no N x D.
+    kept = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1).isfinite()
+    kept = kept if mask is None else kept & mask.reshape(-1)
+    n = kept.sum()  # int64 []
+    order = torch.argsort(kept.logical_not(), stable=True)  # kept rows first, in order of arrival
+    active = collecting & (n > 0)
+
+    # In units of 1/(K·A): codeword j has [j·A, (j+1)·A), this step [step·K, (step+1)·K). Integers: no rounding.
+    j = torch.arange(K + 1, device=z.device)
+    begin = (j * steps).clamp(step * K, (step + 1) * K)  # [K+1]
+    share = begin.diff()  # [K], the part of this step's interval that belongs to the codeword
+    share_so_far = begin[1:] - j[:-1] * steps
+    # Row p of n lies at (p + 1/2)/n of the step's interval: the first row at or after `begin` is ceil(x·n/K − 1/2).
+    first = -((K - 2 * (begin - step * K) * n) // (2 * K))
+    first = torch.where(active, first.clamp_min(0).minimum(n), 0)  # without work all bags are empty, and cost nothing
+    middle = ((begin[:-1] + begin[1:] - 2 * step * K) * n // (2 * K)).clamp_max(n - 1).clamp_min(0)
+
+    dtype = compute_dtype(codebook)
+    sums = torch.nn.functional.embedding_bag(
+        order, rows.to(dtype), first, mode="sum", include_last_offset=True
+    )  # [K, D]
+    count = first.diff()[:, None]
+    mean = torch.where(count > 0, sums / count.clamp_min(1), rows[order[middle.clamp_max(N - 1)]].to(dtype))
+    weight = (share / share_so_far.clamp_min(1))[:, None].to(dtype)
+    merged = torch.where(weight == 1, mean, (1 - weight) * codebook.to(dtype) + weight * mean)
+    return torch.where((active & (share > 0))[:, None], merged.to(codebook.dtype), codebook).contiguous()
+
+
+@sf_initialise.register_fake
+def _(codebook: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(codebook, memory_format=torch.contiguous_format)
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _save_arity(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.others = len(inputs) - 1
+
+
+def _pass_on(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return grad, *([None] * ctx.others)
+
+
+replace_unused.register_autograd(_pass_on, setup_context=_save_arity)
+sf_initialise.register_autograd(_pass_on, setup_context=_save_arity)

@@ -1,0 +1,83 @@
+"""Constructor arguments of the layers: checks, and warnings for unusual values."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from typing import Any
+
+from diveq_kernels._checks import check_noise_std
+
+_DEFAULT_NOISE_STD = 1e-3
+
+
+def check_count(value: Any, name: str, least: int) -> None:
+    """Raise unless the value is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value}")
+
+
+def choose_noise_std(noise_std: float | None, noise_var: float | None) -> float:
+    """The standard deviation of the noise, from the argument or from its alias, which means the same."""
+    if noise_std is not None and noise_var is not None:
+        raise ValueError(f"noise_std or its alias noise_var must be given, not both: got {noise_std} and {noise_var}")
+    name, value = ("noise_std", noise_std) if noise_var is None else ("noise_var", noise_var)
+    value = _DEFAULT_NOISE_STD if value is None else value
+    check_noise_std(value, name)
+    return float(value)
+
+
+def check_replacement(replacement_iters: Any, discard_threshold: Any) -> None:
+    """Raise unless the interval and the threshold of codebook replacement make sense."""
+    if type(replacement_iters) is not int or replacement_iters <= 0:
+        raise ValueError(f"replacement_iters must be a positive int, got {replacement_iters!r}")
+    if not 0 <= discard_threshold <= 1:
+        raise ValueError(f"discard_threshold must be in [0, 1], got {discard_threshold!r}")
+
+
+def check_sf_schedule(skip_iters: Any, avg_iters: Any) -> None:
+    """Raise unless 0 <= avg_iters <= skip_iters."""
+    check_count(skip_iters, "skip_iters", 0)
+    check_count(avg_iters, "avg_iters", 0)
+    if avg_iters > skip_iters:
+        raise ValueError(f"avg_iters must be at most skip_iters = {skip_iters}, got {avg_iters}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    # The line to show is the one that made the layer, however many constructors lie between.
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith("diveq_kernels."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def warn_unusual(name: str, value: float, *, above: float | None = None, below: float | None = None, why: str) -> None:
+    """Warn, once per process for each name and value, if the value is outside of what is usual."""
+    if above is not None and value > above:
+        _warn_once(f"{name}={value} is unusually large (above {above}): {why}")
+    if below is not None and value < below:
+        _warn_once(f"{name}={value} is unusually small (below {below}): {why}")
+
+
+def warn_unusual_noise(noise_std: float) -> None:
+    """Warn about noise that drowns the direction to the codeword."""
+    warn_unusual("noise_std", noise_std, above=0.01, why="z_q may miss the codeword that it was mapped to")
+
+
+def warn_unusual_replacement(replacement_iters: int, discard_threshold: float, perturb_eps: float) -> None:
+    """Warn about an interval, threshold or perturbation that replaces too much, too little or too roughly."""
+    warn_unusual("replacement_iters", replacement_iters, below=50, why="codewords get little time to be used")
+    warn_unusual("replacement_iters", replacement_iters, above=300, why="unused codewords stay unused for long")
+    warn_unusual("discard_threshold", discard_threshold, above=0.05, why="rare but useful codewords may be discarded")
+    warn_unusual("perturb_eps", perturb_eps, above=1e-6, why="replaced codewords land far from those they copy")
+
+
+def warn_unusual_sf_schedule(skip_iters: int, avg_iters: int) -> None:
+    """Warn about an initialisation that is too early, or averages over too few or too many steps."""
+    warn_unusual("skip_iters", skip_iters, below=1000, why="the latents may still change much when the curve is laid")
+    warn_unusual("avg_iters", avg_iters, below=50, why="the curve is laid through few latents")
+    warn_unusual("avg_iters", avg_iters, above=100, why="the curve is laid through outdated latents")

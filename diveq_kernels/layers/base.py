@@ -1,0 +1,178 @@
+"""What all quantizer layers share: the codebook, layouts, the mask, and training against evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diveq_kernels import _checks, backends
+from diveq_kernels.layers._arguments import check_count
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp(−Σ p log p) of each histogram [..., K] -> fp32 [...]; 0 where it is empty."""
+    total = counts.sum(dim=-1)
+    p = counts / total.clamp_min(1)[..., None]
+    return torch.where(total > 0, torch.special.xlogy(p, p).sum(dim=-1).neg().exp(), 0.0)
+
+
+def histogram(indices: Tensor, bins: int) -> Tensor:
+    """How often each of 0..bins−1 occurs in an index tensor of any shape (−1 is not counted) -> int32 [bins]."""
+    flat = indices.reshape(-1).long() + 1
+    return torch.zeros(bins + 1, dtype=torch.int32, device=flat.device).scatter_add_(
+        0, flat, torch.ones_like(flat, dtype=torch.int32)
+    )[1:]
+
+
+def select(table: Tensor, indices: Tensor) -> Tensor:
+    """Rows of table [K, D] for indices [...] -> [..., D]; zeros for index −1."""
+    return torch.where((indices >= 0)[..., None], table[indices.clamp_min(0)], 0)
+
+
+class Quantizer(nn.Module):
+    """Base of the quantizer layers.
+
+    A subclass says how rows z [..., D] are quantized in training (``_train``) and outside of it (``_quantize``), and
+    what its codes are (``_encode``, ``decode``). The codebook is [K, D], or [Q, K, D]: one per stage or group.
+    """
+
+    codebook: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        codebook_shape: tuple[int, ...],
+        fewest_codewords: int = 1,
+        noise_std: float,
+        uniform_init: bool,
+        allow_warning: bool,
+        channel_first: bool,
+        precision: str,
+        backend: str | None,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        check_count(num_embeddings, "num_embeddings", fewest_codewords)
+        check_count(embedding_dim, "embedding_dim", 1)
+        _checks.check_precision(precision)
+        backends.check_name(backend)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.noise_std = noise_std
+        self.uniform_init = uniform_init
+        self.allow_warning = allow_warning
+        self.channel_first = channel_first
+        self.precision = precision
+        self.backend = backend
+        self.codebook = nn.Parameter(torch.empty(codebook_shape, device=device, dtype=dtype))
+        _checks.check_float_tensor(self.codebook, "codebook (argument dtype)")
+        # Steps of training; shape and dtype are those of the `diveq` package's checkpoints.
+        self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0."""
+        draw = torch.rand if self.uniform_init else torch.randn
+        self.codebook.copy_(draw(self.codebook.shape, device=self.codebook.device) * (1 / self.num_embeddings))
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize; differentiable in z and the codebook.
+
+        Args:
+            z: [..., D], or [B, D, ...] with ``channel_first``; fp16, bf16, fp32 or fp64.
+            mask: bool, z's shape without D. Rows where it is False are left out: z_q = z, index −1.
+
+        Returns:
+            (z_q, indices, perplexity): z_q like z; indices int64, z's shape without D; perplexity fp32 [], 0 if
+            nothing was quantized.
+
+        Raises:
+            TypeError: If z or mask is no tensor or has a dtype that is not supported.
+            ValueError: If z's shape or device does not fit the layer, or the mask's does not fit z.
+        """
+        rows = self._rows(z, mask)
+        z_q, indices, counts = self._train(rows, mask) if self.training else self._quantize(rows, mask)
+        return self._as_input(z_q), indices.long(), perplexity(counts)
+
+    @torch.no_grad()
+    def inference(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize as in evaluation whatever the mode, without gradients; otherwise like ``forward``."""
+        z_q, indices, counts = self._quantize(self._rows(z, mask), mask)
+        return self._as_input(z_q), indices.long(), perplexity(counts)
+
+    @torch.no_grad()
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Any:
+        """The codes of z, which ``decode`` turns into the z_q of ``inference``: ``forward``'s arguments and errors."""
+        return self._encode(self._rows(z, mask), mask)
+
+    @property
+    def noise_var(self) -> float:
+        """``noise_std`` under the name that the `diveq` package gives it; there too it is the standard deviation."""
+        return self.noise_std
+
+    @noise_var.setter
+    def noise_var(self, value: float) -> None:
+        self.noise_std = value
+
+    # ---- for subclasses ----
+
+    def _train(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of training: (z_q, indices, counts) of rows z [..., D]."""
+        raise NotImplementedError
+
+    def _quantize(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Without noise or changes of state: (z_q, indices, counts) of rows z [..., D]."""
+        raise NotImplementedError
+
+    def _encode(self, z: Tensor, mask: Tensor | None) -> Any:
+        """The codes of rows z [..., D]."""
+        raise NotImplementedError
+
+    def _rows(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """The input, checked, as [..., D] without a copy."""
+        _checks.check_float_tensor(z, "z")
+        if self.channel_first and z.dim() < 2:
+            raise ValueError(f"z must have shape [B, D, ...] (channel_first), got {tuple(z.shape)}")
+        rows = z.movedim(1, -1) if self.channel_first else z
+        if z.dim() < 1 or rows.shape[-1] != self.embedding_dim:
+            layout = "[B, D, ...]" if self.channel_first else "[..., D]"
+            raise ValueError(f"z must have shape {layout} with D = {self.embedding_dim}, got {tuple(z.shape)}")
+        _checks.check_same_device(self.codebook, "the layer", z)
+        _checks.check_mask(mask, rows)
+        return rows
+
+    def _as_input(self, rows: Tensor) -> Tensor:
+        """Rows [..., D] in the layout of the input."""
+        return rows.movedim(-1, 1) if self.channel_first else rows
+
+    def _backend(self) -> str:
+        return backends.check_name(self.backend)
+
+    def _check_codes(self, indices: Any, count: int) -> None:
+        """Raise unless the codes are integers in −1..count−1; their values only where reading them costs no wait."""
+        if not isinstance(indices, Tensor) or indices.dtype not in _checks.INTEGERS:
+            got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+            raise TypeError(f"codes must hold an int32 or int64 tensor of indices, got {got}")
+        if indices.device != self.codebook.device:
+            raise ValueError(f"codes must be on the layer's device, {self.codebook.device}, got {indices.device}")
+        if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
+            return
+        least, most = indices.aminmax()
+        if least < -1 or most >= count:
+            raise ValueError(f"codes must hold indices from -1 to {count - 1}, got values from {least} to {most}")
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        fields = self._repr_fields() + ["channel_first", "precision", "backend"]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in fields)
+
+    def _repr_fields(self) -> list[str]:
+        return ["num_embeddings", "embedding_dim", "noise_std", "uniform_init", "allow_warning"]

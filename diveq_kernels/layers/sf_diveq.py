@@ -1,0 +1,205 @@
+"""Layers `SFDIVEQ` and `SFDIVEQDetach`: the codebook is a curve through its codewords, each row mapped to its point."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diveq_kernels import _checks, functional, ops
+from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels.codebook import sf_initialise
+from diveq_kernels.layers._arguments import (
+    check_sf_schedule,
+    choose_noise_std,
+    warn_unusual_noise,
+    warn_unusual_sf_schedule,
+)
+from diveq_kernels.layers.base import Quantizer, histogram, select
+
+
+class SFCodes(NamedTuple):
+    """Points of the curve: segment indices int64 [...], and positions t fp32 [...] in [0, 1] (fp64 if an input was)."""
+
+    indices: Tensor
+    t: Tensor
+
+
+class SFDIVEQ(Quantizer):
+    """Space-filling differentiable vector quantization (docs/math.md, "SF-DiVeQ").
+
+    Training step 1 to S−1 passes z through (indices 0, perplexity 0); the latents of the last A of them build the
+    codebook in place, as running means. From step S on, z_q goes towards both ends of the segment whose dithered
+    codeword is nearest. In evaluation z_q is the nearest point of the curve over all its segments, whatever the step.
+    In the state_dict: ``codebook`` [K, D], ``iter_counter`` int32 [1].
+
+    Indices are those of segments, 0 to K−2, in evaluation too (the `diveq` package's ``inference`` returns those of
+    nearest codewords). In the steps that pass z through the codebook's gradient is zero, not None: an optimizer's
+    weight decay and step count include them.
+
+    Args:
+        num_embeddings: K >= 2, the number of codewords.
+        embedding_dim: D.
+        noise_std: σ, the standard deviation of the directional noise; 1e-3 if None. 0 is the detach form.
+        skip_iters: S, the step of training that quantizes first; 0 and 1 quantize at once.
+        avg_iters: A <= S, how many steps before it build the codebook.
+        uniform_init: Draw the codebook from U(0, 1/K), otherwise from N(0, 1/K²).
+        allow_warning: Warn about unusual values, once per process and value.
+        latents_on_cpu: Accepted for the `diveq` package's users, without effect: no latents are stored.
+        noise_var: Alias of noise_std for the `diveq` package's users; it is a standard deviation there too.
+        channel_first: Take [B, D, ...] instead of [..., D].
+        precision: "exact" or "fast", see ``diveq_kernels.functional``.
+        backend: Name of a backend, or None to choose one.
+        device: Of the codebook.
+        dtype: Of the codebook.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or noise_std and noise_var are both given.
+    """
+
+    iter_counter: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        noise_std: float | None = None,
+        skip_iters: int = 1000,
+        avg_iters: int = 50,
+        uniform_init: bool = True,
+        allow_warning: bool = True,
+        latents_on_cpu: bool = False,
+        *,
+        noise_var: float | None = None,
+        channel_first: bool = False,
+        precision: str = "exact",
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        noise_std = choose_noise_std(noise_std, noise_var)
+        check_sf_schedule(skip_iters, avg_iters)
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            codebook_shape=(num_embeddings, embedding_dim),
+            fewest_codewords=2,
+            noise_std=noise_std,
+            uniform_init=uniform_init,
+            allow_warning=allow_warning,
+            channel_first=channel_first,
+            precision=precision,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.skip_iters = skip_iters
+        self.avg_iters = avg_iters
+        self.latents_on_cpu = latents_on_cpu
+        if allow_warning:
+            warn_unusual_noise(noise_std)
+            warn_unusual_sf_schedule(skip_iters, avg_iters)
+
+    def _initialised_codebook(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """The codebook with this step's latents in it, if it is one of those that build it."""
+        if self.skip_iters <= 1 or self.avg_iters == 0:
+            return self.codebook
+        codebook: Tensor = sf_initialise(self.codebook, z, mask, self.iter_counter, self.skip_iters, self.avg_iters)
+        with torch.no_grad():
+            self.codebook.copy_(codebook)
+        return codebook
+
+    def _train(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            self.iter_counter.add_(1)
+        codebook = self._initialised_codebook(z, mask)
+        # Leaving all rows out is how the steps before S pass z through: a graph cannot branch on the counter.
+        started = (self.iter_counter >= self.skip_iters).squeeze().expand(z.shape[:-1])
+        kept = started if mask is None else started & mask
+        dither = torch.rand(self.num_embeddings - 1, dtype=torch.float32, device=z.device)
+        seed = functional.noise_seed(z, self.noise_std, None)
+        z_q, indices, counts = ops.sf_diveq(
+            z, codebook, dither, kept, seed, self.noise_std, self.precision, self._backend()
+        )
+        passed = ~started if mask is None else mask & ~started
+        return z_q, torch.where(passed, 0, indices), counts
+
+    def _quantize(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        points, indices, _ = ops.project(z, self.codebook, mask, self.precision, self._backend())
+        return points, indices, histogram(indices, self.num_embeddings - 1)
+
+    def _encode(self, z: Tensor, mask: Tensor | None) -> SFCodes:
+        _, indices, t = ops.project(z, self.codebook, mask, self.precision, self._backend())
+        return SFCodes(indices.long(), t)
+
+    def decode(self, codes: SFCodes) -> Tensor:
+        """The points (1−t)c_j + t·c_{j+1} of the curve.
+
+        Args:
+            codes: (indices, t) as ``encode`` returns them: int64 or int32 [...], and a float tensor of that shape.
+                Index −1 gives zeros.
+
+        Returns:
+            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype.
+
+        Raises:
+            TypeError: If codes is no pair, or its tensors have the wrong dtype.
+            ValueError: If shapes or devices differ, or an index is out of range. The range is checked on the CPU only,
+                and not under torch.compile; elsewhere such an index is an error of the device, or 0 if negative.
+        """
+        if not isinstance(codes, (tuple, list)) or len(codes) != 2:
+            raise TypeError(f"codes must be a pair (indices, t), got {type(codes).__name__}")
+        indices, t = codes
+        self._check_codes(indices, self.num_embeddings - 1)
+        _checks.check_float_tensor(t, "codes.t")
+        _checks.check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
+        dtype = compute_dtype(self.codebook, t)
+        start = select(self.codebook, indices).to(dtype)
+        end = select(self.codebook[1:], indices).to(dtype)
+        weight = t.to(dtype)[..., None]
+        return self._as_input(((1 - weight) * start + weight * end).to(self.codebook.dtype))
+
+    def _repr_fields(self) -> list[str]:
+        return super()._repr_fields() + ["skip_iters", "avg_iters", "latents_on_cpu"]
+
+
+class SFDIVEQDetach(SFDIVEQ):
+    """`SFDIVEQ` without noise: z_q = (1−λ)c_i + λ·c_{i+1} in training (docs/math.md, "SF-DiVeQ, detach").
+
+    Args and errors are those of `SFDIVEQ`, without the noise. The `diveq` package's class of this name uses c_i for
+    both ends, so that its z_q is c_i whatever λ is; this one follows the formula.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        skip_iters: int = 1000,
+        avg_iters: int = 50,
+        uniform_init: bool = True,
+        allow_warning: bool = True,
+        latents_on_cpu: bool = False,
+        *,
+        channel_first: bool = False,
+        precision: str = "exact",
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            0.0,
+            skip_iters,
+            avg_iters,
+            uniform_init,
+            allow_warning,
+            latents_on_cpu,
+            channel_first=channel_first,
+            precision=precision,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )

@@ -1,0 +1,40 @@
+"""What the tests of the layers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from diveq_kernels.layers import DIVEQ, SFDIVEQ, DIVEQDetach, SFDIVEQDetach
+from diveq_kernels.layers.base import Quantizer
+
+REPLACING = [DIVEQ, DIVEQDetach]
+CURVES = [SFDIVEQ, SFDIVEQDetach]
+LAYERS = REPLACING + CURVES
+
+for_every_layer = pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
+for_replacing_layers = pytest.mark.parametrize("kind", REPLACING, ids=lambda kind: kind.__name__)
+for_curve_layers = pytest.mark.parametrize("kind", CURVES, ids=lambda kind: kind.__name__)
+
+
+def make(kind: type[Quantizer], codewords: int = 12, dim: int = 5, **keywords: Any) -> Any:
+    """A layer that quantizes from its first step, with codewords spread like the data, and that keeps quiet."""
+    defaults: dict[str, Any] = {"allow_warning": False}
+    if kind in CURVES:
+        defaults.update(skip_iters=0, avg_iters=0)
+    else:
+        defaults.update(verbose=False)
+    layer = kind(codewords, dim, **(defaults | keywords))
+    with torch.no_grad():
+        layer.codebook.copy_(torch.randn(layer.codebook.shape))
+    return layer
+
+
+def busy(kind: type[Quantizer]) -> dict[str, Any]:
+    """Arguments that make much happen in few steps.
+
+    Replacements follow steps 2, 4, ..; steps 2 and 3 initialise a curve, and step 4 quantizes.
+    """
+    return {"skip_iters": 4, "avg_iters": 2} if kind in CURVES else {"replacement_iters": 2, "discard_threshold": 0.6}

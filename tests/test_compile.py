@@ -1,0 +1,123 @@
+"""The layers under torch.compile: one graph, no recompile when N changes, the eager result."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from layer_cases import CURVES, busy, for_every_layer, make
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
+from torch.utils._pytree import tree_leaves
+
+from diveq_kernels.layers import DIVEQ, SFDIVEQ
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def train_both(eager, compiled, owner, sizes, masked=False, mark_dynamic=False, used_tolerance=0.0):
+    """Train the compiled layer (whose parameters belong to ``owner``) beside the eager one; all must stay equal."""
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9) for layer in (eager, owner)]
+    for step, n in enumerate(sizes):
+        z = torch.randn(n, 5)
+        mask = torch.rand(n) < 0.8 if masked else None
+        results = []
+        for layer, optimizer in zip((eager, compiled), optimizers, strict=True):
+            leaf = z.clone().requires_grad_()
+            for x in (leaf, mask) if mark_dynamic else ():
+                if x is not None:
+                    torch._dynamo.mark_dynamic(x, 0)
+            torch.manual_seed(step)
+            z_q, indices, used = layer(leaf, mask)
+            (z_q - 1).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            results.append((z_q, indices, leaf.grad, used))
+        for a, b in zip(results[0][:3], results[1][:3], strict=True):
+            assert torch.equal(a, b)
+        torch.testing.assert_close(results[1][3], results[0][3], rtol=used_tolerance, atol=used_tolerance)
+        for a, b in zip(owner.state_dict().values(), eager.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+@for_every_layer
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic"])
+def test_training_in_one_graph(kind, masked, how):
+    eager = make(kind, **busy(kind))
+    owner = copy.deepcopy(eager)
+    dynamic = True if how == "dynamic=True" else None
+    compiled = torch.compile(owner, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train_both(eager, compiled, owner, [9, 14, 3, 30, 31, 8, 17], masked, mark_dynamic=how == "mark_dynamic")
+    assert kind in CURVES or owner.num_replaced > 0
+
+
+@for_every_layer
+def test_only_the_first_change_of_size_recompiles(kind):
+    eager = make(kind, **busy(kind))
+    owner = copy.deepcopy(eager)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(owner, fullgraph=True, backend=counter)
+    train_both(eager, compiled, owner, [9, 9, 9])
+    assert counter.frame_count == 1
+    train_both(eager, compiled, owner, [14])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train_both(eager, compiled, owner, [3, 30, 8])
+    assert counter.frame_count == 2
+
+
+@for_every_layer
+def test_evaluation(kind):
+    layer = make(kind).eval()
+    z = torch.randn(20, 5, requires_grad=True)
+    mask = torch.rand(20) < 0.8
+    expected = layer(z, mask)
+    results = torch.compile(layer, fullgraph=True, backend="aot_eager")(z, mask)
+    for a, b in zip(results, expected, strict=True):
+        assert torch.equal(a, b)
+    (gradient,) = torch.autograd.grad(results[0].square().sum(), z)
+    assert torch.equal(gradient, torch.autograd.grad(expected[0].square().sum(), z)[0])
+
+
+@for_every_layer
+def test_inference_and_codes(kind):
+    layer = make(kind)
+    z, mask = torch.randn(20, 5), torch.rand(20) < 0.8
+
+    def code(z, mask):
+        return layer.inference(z, mask), layer.decode(layer.encode(z, mask))
+
+    results = tree_leaves(torch.compile(code, fullgraph=True, backend="aot_eager")(z, mask))
+    for a, b in zip(results, tree_leaves(code(z, mask)), strict=True):
+        assert torch.equal(a, b)
+
+
+@for_every_layer
+def test_forwards_before_backwards_in_one_graph(kind):
+    eager = make(kind, **busy(kind))
+    owner = copy.deepcopy(eager)
+    compiled = torch.compile(owner, fullgraph=True, backend="aot_eager")
+    data = torch.randn(6, 8, 5)
+    for layer in (eager, compiled):
+        torch.manual_seed(0)
+        for z_q in [layer(z)[0] for z in data]:
+            z_q.square().sum().backward()
+    torch.testing.assert_close(owner.codebook.grad, eager.codebook.grad)
+
+
+@pytest.mark.parametrize("kind", [DIVEQ, SFDIVEQ], ids=lambda kind: kind.__name__)
+@inductor_config.patch(fallback_random=True)  # the eager stream of random numbers
+def test_inductor(kind):
+    eager = make(kind, **busy(kind))
+    owner = copy.deepcopy(eager)
+    compiled = torch.compile(owner, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # Inductor's exp and log round differently.
+        train_both(eager, compiled, owner, [9, 14, 3, 30, 8], used_tolerance=1e-5)

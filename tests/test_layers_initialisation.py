@@ -1,0 +1,210 @@
+"""SF-DiVeQ's initialisation: which steps pass z through, and what they make of the codebook."""
+
+from __future__ import annotations
+
+import copy
+from fractions import Fraction
+
+import pytest
+import torch
+from layer_cases import for_curve_layers, make
+
+from diveq_kernels.codebook import sf_initialise
+from diveq_kernels.layers import SFDIVEQ
+
+
+def plain_initialisation(steps: list[torch.Tensor], codewords: int) -> torch.Tensor:
+    """From all rows at once: codeword j is the mean over [j/K, (j+1)/K), where step a of A holds [a/A, (a+1)/A).
+
+    A step counts by its share of that interval, with the mean of its rows whose middle lies there, or the row nearest
+    to the share's middle if there are none.
+    """
+    rows, A = [step.double() for step in steps], len(steps)
+    codebook = torch.zeros(codewords, rows[0].shape[1], dtype=torch.float64)
+    for j in range(codewords):
+        for a, step in enumerate(rows):
+            low = max(Fraction(j, codewords), Fraction(a, A))
+            high = min(Fraction(j + 1, codewords), Fraction(a + 1, A))
+            if low >= high:
+                continue
+            n = len(step)
+            position = [(a + (p + Fraction(1, 2)) / n) / A for p in range(n)]
+            inside = [p for p in range(n) if low <= position[p] < high]
+            if not inside:
+                inside = [min(range(n), key=lambda p: (abs(position[p] - (low + high) / 2), -p))]
+            codebook[j] += float((high - low) * codewords) * step[inside].mean(dim=0)
+    return codebook
+
+
+def run(layer, steps, masks=None):
+    for number, z in enumerate(steps):
+        layer(z, None if masks is None else masks[number])
+    return layer.codebook.detach()
+
+
+@pytest.mark.parametrize(("K", "N", "A"), [(4, 6, 2), (2, 2, 3), (12, 12, 5), (3, 30, 7), (60, 5, 12), (8, 24, 1)])
+def test_equal_chunks(K, N, A):
+    assert A * N % K == 0
+    steps = list(torch.randn(A, N, 5))
+    layer = make(SFDIVEQ, K, skip_iters=A + 4, avg_iters=A)
+    expected = torch.cat(steps).view(K, A * N // K, 5).mean(dim=1)
+    torch.testing.assert_close(run(layer, [torch.randn(7, 5)] * 3 + steps), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("K", "A"), [(2, 1), (3, 4), (7, 3), (10, 10), (17, 5), (5, 17), (40, 3)])
+def test_any_number_of_rows(K, A):
+    for _ in range(4):
+        steps = [torch.randn(int(n), 5) for n in torch.randint(1, 25, (A,))]
+        layer = make(SFDIVEQ, K, skip_iters=A + 1, avg_iters=A)
+        expected = plain_initialisation(steps, K).float()
+        torch.testing.assert_close(run(layer, steps), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_order_of_arrival():
+    """Data that drift make the codebook a curve along the drift."""
+    layer = make(SFDIVEQ, 10, 1, skip_iters=6, avg_iters=5)
+    codebook = run(layer, list(torch.arange(100.0).view(5, 20, 1)))
+    torch.testing.assert_close(codebook.flatten(), torch.arange(4.5, 100, 10))
+
+
+def test_leading_shape_and_channels_do_not_matter():
+    z = torch.randn(3, 4, 5, 6)  # B, D = 4, H, W
+    first = make(SFDIVEQ, 7, 4, skip_iters=2, avg_iters=1, channel_first=True)
+    expected = plain_initialisation([z.permute(0, 2, 3, 1).reshape(-1, 4)], 7).float()
+    torch.testing.assert_close(run(first, [z]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_left_out_and_rows_that_are_not_finite_do_not_count():
+    steps = list(torch.randn(4, 15, 5))
+    masks = [torch.rand(15) < 0.6 for _ in steps]
+    masks[0][:2] = True
+    kept = [mask.clone() for mask in masks]
+    for row, bad in zip(range(4), [torch.nan, torch.inf, -torch.inf, torch.nan], strict=True):
+        steps[row][row, row] = bad
+        kept[row][row] = False
+    layer = make(SFDIVEQ, 9, skip_iters=5, avg_iters=4)
+    expected = plain_initialisation([z[keep] for z, keep in zip(steps, kept, strict=True)], 9).float()
+    torch.testing.assert_close(run(layer, steps, masks), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("nothing", ["no rows", "all masked", "all NaN"])
+def test_a_step_without_rows_changes_nothing(nothing):
+    layer = make(SFDIVEQ, 8, skip_iters=5, avg_iters=4)
+    layer(torch.randn(6, 5))
+    before = layer.codebook.detach().clone()
+    if nothing == "no rows":
+        layer(torch.randn(0, 5))
+    elif nothing == "all masked":
+        layer(torch.randn(6, 5), torch.zeros(6, dtype=torch.bool))
+    else:
+        layer(torch.full((6, 5), torch.nan))
+    assert torch.equal(layer.codebook, before)
+    layer(torch.randn(6, 5))
+    assert not torch.equal(layer.codebook, before)
+
+
+def test_only_the_window_changes_the_codebook():
+    layer = make(SFDIVEQ, 8, skip_iters=10, avg_iters=4)
+    changed = []
+    for _ in range(12):
+        before = layer.codebook.detach().clone()
+        layer(torch.randn(20, 5))
+        changed.append(not torch.equal(layer.codebook, before))
+    assert [counter for counter, was in enumerate(changed, start=1) if was] == [6, 7, 8, 9]
+
+
+def test_averaging_over_all_steps():
+    """With A = S there are only S−1 steps to average over."""
+    steps = list(torch.randn(4, 6, 5))
+    layer = make(SFDIVEQ, 8, skip_iters=5, avg_iters=5)
+    torch.testing.assert_close(run(layer, steps), torch.cat(steps).view(8, 3, 5).mean(dim=1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [(0, 0), (1, 0), (1, 1)])
+def test_quantizing_at_once(schedule):
+    layer = make(SFDIVEQ, skip_iters=schedule[0], avg_iters=schedule[1])
+    before = layer.codebook.detach().clone()
+    z = torch.randn(50, 5)
+    z_q, indices, used = layer(z)
+    assert not torch.equal(z_q, z) and indices.max() > 0 and used > 1 and torch.equal(layer.codebook, before)
+
+
+def test_skipping_without_averaging():
+    layer = make(SFDIVEQ, skip_iters=3, avg_iters=0)
+    before = layer.codebook.detach().clone()
+    z = torch.randn(50, 5)
+    assert [torch.equal(layer(z)[0], z) for _ in range(3)] == [True, True, False]
+    assert torch.equal(layer.codebook, before)
+
+
+@for_curve_layers
+def test_steps_that_pass_z_through(kind):
+    layer = make(kind, skip_iters=4, avg_iters=2)
+    mask = torch.rand(2, 9) < 0.6
+    for step in range(1, 7):
+        z, g = torch.randn(2, 9, 5, requires_grad=True), torch.randn(2, 9, 5)
+        layer.codebook.grad = None
+        for keep in (None, mask)[: 1 + (step >= 4)]:
+            z.grad = None
+            z_q, indices, used = layer(z, keep)
+            z_q.backward(g)
+            assert torch.equal(z_q, z) == (step < 4) and torch.equal(z.grad, g) == (step < 4)
+            assert (used == 0) == (step < 4) and (layer.codebook.grad != 0).any() == (step >= 4)
+            if step < 4:
+                assert (indices == 0).all()
+    layer = make(kind, skip_iters=4, avg_iters=2)
+    z_q, indices, _ = layer(z, mask)
+    assert torch.equal(z_q, z) and (indices[mask] == 0).all() and (indices[~mask] == -1).all()
+
+
+def test_a_row_that_is_not_finite_passes_through():
+    layer = make(SFDIVEQ, skip_iters=4, avg_iters=2)
+    z = torch.randn(4, 5)
+    z[1, 2] = torch.nan
+    assert torch.equal(layer(z)[0].nan_to_num(7), z.nan_to_num(7))
+
+
+@pytest.mark.parametrize("saved_after", range(1, 7))
+def test_a_checkpoint_in_the_middle_continues_exactly(saved_after):
+    steps = [torch.randn(int(n), 5) for n in torch.randint(1, 30, (7,))]
+    layer = make(SFDIVEQ, 10, skip_iters=7, avg_iters=4)
+    run(layer, steps[:saved_after])
+    resumed = make(SFDIVEQ, 10, skip_iters=7, avg_iters=4)
+    resumed.load_state_dict(copy.deepcopy(layer.state_dict()))
+    assert set(layer.state_dict()) == {"codebook", "iter_counter"}
+    for z in steps[saved_after:]:
+        torch.manual_seed(2)
+        expected = layer(z)
+        torch.manual_seed(2)
+        for a, b in zip(resumed(z), expected, strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(resumed.codebook, layer.codebook)
+
+
+def test_forwards_before_backwards():
+    """A step that passes z through, the last of the window and the first that quantizes, then their backwards."""
+    layer = make(SFDIVEQ, noise_std=0, skip_iters=3, avg_iters=2)
+    inputs = torch.randn(4, 8, 5).unbind()
+    leaves = [z.clone().requires_grad_() for z in inputs]
+    outputs = [layer(z)[0] for z in leaves]
+    for z_q in outputs:
+        z_q.sum().backward()
+    assert all(torch.equal(z.grad, torch.ones_like(z)) for z in leaves[:2])
+    assert all(not torch.equal(z.grad, torch.ones_like(z)) for z in leaves[2:])
+    assert layer.codebook.grad.abs().sum() > 0
+
+
+def test_half_precision_latents_are_averaged_in_full():
+    z = (1000 + torch.randn(400, 5)).bfloat16()
+    layer = make(SFDIVEQ, 4, skip_iters=2, avg_iters=1)
+    torch.testing.assert_close(run(layer, [z]), z.double().view(4, 100, 5).mean(dim=1).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counter", [1, 4, 9])
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(dtype, counter, masked):
+    codebook = torch.randn(6, 3).to(dtype).requires_grad_()
+    z = torch.randn(3, 4, 2).to(dtype).movedim(1, -1)[:, :, :3].requires_grad_()
+    mask = torch.rand(3, 2) < 0.7 if masked else None
+    torch.library.opcheck(sf_initialise, (codebook, z, mask, torch.tensor([counter], dtype=torch.int32), 5, 3))
