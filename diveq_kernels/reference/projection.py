@@ -26,13 +26,20 @@ def _nearest_segment(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
     rows = (z.to(torch.float64) - centre).to(dtype)
 
     def cost(first: int, last: int) -> Tensor:
+        """‖z − a − τ·d̂‖² − ‖z‖², a the end nearer to the centre, d̂ the unit direction to the other, τ in [0, ‖d‖].
+
+        The squared distance from a far end, or along a long d, would lose the digits of rows near the other end.
+        """
         c = (codebook[first : last + 1].to(torch.float64) - centre).to(dtype)
-        start, d = c[:-1], c[1:] - c[:-1]
-        squared_length = d.square().sum(dim=1)
-        along = rows @ d.T - (start * d).sum(dim=1)  # (z − c_j)·d_j, [n, chunk]
-        t = _position(along, squared_length)
-        to_start = start.square().sum(dim=1) - 2 * (rows @ start.T)
-        return (to_start + t * (t * squared_length - 2 * along)).to(torch.float64)
+        squares = c.square().sum(dim=1)
+        start_is_near = (squares[:-1] <= squares[1:])[:, None]
+        near, far = torch.where(start_is_near, c[:-1], c[1:]), torch.where(start_is_near, c[1:], c[:-1])
+        length = torch.linalg.vector_norm(far - near, dim=1)
+        unit = (far - near) / torch.where(length == 0, 1.0, length)[:, None]
+        along = torch.addmm((near * unit).sum(dim=1), rows, unit.T, beta=-1)  # (z − a)·d̂, [n, chunk]
+        tau = along.clamp_min(0).minimum(length)
+        to_near = torch.addmm(near.square().sum(dim=1), rows, near.T, alpha=-2)
+        return to_near.addcmul_(tau, along.mul_(-2).add_(tau)).to(torch.float64)
 
     return argmin_over_chunks(cost, z.shape[0], codebook.shape[0] - 1, z.shape[1], z.device)
 

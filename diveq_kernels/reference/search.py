@@ -39,8 +39,8 @@ def argmin_over_chunks(
     indices = torch.zeros(rows, dtype=torch.int64, device=device)
     step = max(1, _SCORE_ELEMENTS // max(rows, dim))
     for first in range(0, count, step):
-        scores = cost(first, min(first + step, count))  # [rows, chunk]
-        value, column = torch.where(scores.isnan(), torch.inf, scores).min(dim=1)
+        scores = cost(first, min(first + step, count)).nan_to_num_(torch.inf, torch.inf, -torch.inf)  # [rows, chunk]
+        value, column = scores.min(dim=1)
         better = value < best
         best = torch.where(better, value, best)
         indices = torch.where(better, column + first, indices)
@@ -74,7 +74,10 @@ def search(z: Tensor, codebook: Tensor, dither: Tensor | None, precision: str) -
 
     def cost(first: int, last: int) -> Tensor:
         c = chunk(first, last) - centre
-        return c.to(torch.float64).square().sum(dim=1) - 2 * (rows @ c.T).to(torch.float64)
+        squares = c.to(torch.float64).square().sum(dim=1)
+        if dtype == torch.float64:
+            return torch.addmm(squares, rows, c.T, alpha=-2)
+        return torch.sub(squares, rows @ c.T, alpha=2)
 
     return argmin_over_chunks(cost, z.shape[0], count, z.shape[1], z.device)
 

@@ -1,0 +1,67 @@
+"""Autocast and the matmul precision setting change nothing: the search is never coarser than fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import Quantizer, Target, eps, for_every_quantizer, generator, on_every_target
+from oracle import excess, sqdist
+
+import diveq_kernels.functional as F
+
+
+@pytest.fixture(params=["high", "medium"])
+def coarse_matmul(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@on_every_target
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_nearest_and_project_under_autocast(target: Target, half: torch.dtype) -> None:
+    gen = generator()
+    z, codebook = torch.randn(500, 32, generator=gen), torch.randn(300, 32, generator=gen)
+    expected = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    with torch.autocast(target.device, half):
+        found = F.nearest(z.to(target.device), codebook.to(target.device), backend=target.backend)
+        projected = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    assert torch.equal(found.indices.cpu(), sqdist(z, codebook).argmin(1))
+    for got, wanted in zip(projected, expected, strict=True):
+        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+@on_every_target
+@for_every_quantizer
+def test_quantizers_under_autocast(target: Target, quantizer: Quantizer) -> None:
+    """fp32 and half precision rows give the result they give without autocast, forward and backward."""
+    gen = generator()
+    rows = torch.randn(200, 32, generator=gen).to(target.device)
+    books = torch.randn(quantizer.books_shape(64, 32), generator=gen).to(target.device)
+    g = torch.randn(200, 32, generator=gen).to(target.device)
+    dither = quantizer.dither(books, gen)
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for enabled in (False, True):
+            z, c = rows.to(dtype).requires_grad_(), books.clone().requires_grad_()
+            with torch.autocast(target.device, torch.bfloat16, enabled=enabled):
+                found = quantizer(z, c, seed=3, backend=target.backend, **dither)
+                grads = torch.autograd.grad(found.z_q, (z, c), g.to(dtype))
+            results.append((*found, *grads))
+        for without, under in zip(*results, strict=True):
+            assert without.dtype == under.dtype and torch.equal(without, under)
+
+
+@on_every_target
+@pytest.mark.usefixtures("coarse_matmul")
+def test_coarse_matmul_setting(target: Target) -> None:
+    gen = generator()
+    z, codebooks = torch.randn(500, 32, generator=gen), torch.randn(2, 300, 32, generator=gen)
+    found = F.nearest(z.to(target.device), codebooks[0].to(target.device), backend=target.backend)
+    assert torch.equal(found.indices.cpu(), sqdist(z, codebooks[0]).argmin(1))
+    codes = F.residual_diveq(z.to(target.device), codebooks.to(target.device), backend=target.backend).indices
+    over, scale = excess("residual", z, codebooks, codes)
+    assert (over <= 4 * eps(torch.float32) * scale).all()

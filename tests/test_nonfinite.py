@@ -1,0 +1,150 @@
+"""Rows and codewords that are not finite: they spoil themselves and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Quantizer, Target, for_every_quantizer, generator, on_every_target
+from torch import Tensor
+
+import diveq_kernels.functional as F
+
+NAN, INF = float("nan"), float("inf")
+bad_values = pytest.mark.parametrize("bad", [NAN, INF, -INF])
+bad_values_and_dtypes = pytest.mark.parametrize(
+    ("bad", "dtype"), [(NAN, torch.float32), (INF, torch.bfloat16), (-INF, torch.float32), (NAN, torch.float16)]
+)
+
+
+@on_every_target
+@for_every_quantizer
+@bad_values_and_dtypes
+@pytest.mark.parametrize("noise_std", [0.0, 0.1])
+def test_bad_rows(
+    target: Target, quantizer: Quantizer, bad: float, dtype: torch.dtype, noise_std: float
+) -> None:
+    gen = generator()
+    z = torch.randn(60, 8, generator=gen).to(dtype).to(target.device)
+    books = torch.randn(quantizer.books_shape(9, 8), generator=gen).to(dtype).to(target.device)
+    g = torch.randn(60, 8, generator=gen).to(dtype).to(target.device)
+    keywords = {"noise_std": noise_std, "seed": 6, "backend": target.backend, **quantizer.dither(books, gen)}
+    rows = torch.zeros(60, dtype=torch.bool, device=target.device)
+    rows[[0, 17, 59]] = True
+    spoilt = z.clone()
+    spoilt[rows, 3] = bad
+    spoilt[17] = bad
+
+    def run(z: Tensor, g: Tensor) -> tuple[F.Quantized, Tensor, Tensor]:
+        z, c = z.clone().requires_grad_(), books.clone().requires_grad_()
+        found = quantizer(z, c, **keywords)
+        return found, *torch.autograd.grad(found.z_q, (z, c), g)
+
+    clean, clean_dz, _ = run(z, g)
+    found, dz, dc = run(spoilt, g)
+    assert found.z_q[rows].isnan().all()
+    codewords = books.shape[-2] - quantizer.space_filling
+    assert ((found.indices >= 0) & (found.indices < codewords)).all()
+    assert torch.equal(found.z_q[~rows], clean.z_q[~rows])
+    assert torch.equal(found.indices[..., ~rows], clean.indices[..., ~rows])
+    assert torch.equal(dz[~rows], clean_dz[~rows])
+    # Nothing of a bad row in the codebook's gradient, whatever the gradient that arrives at it.
+    only_good_rows = run(z, g * ~rows[:, None])[2]
+    torch.testing.assert_close(dc, only_good_rows, rtol=1e-6, atol=1e-6)
+    for incoming in (NAN, INF):
+        g_spoilt = torch.where(rows[:, None], incoming, g)
+        assert torch.equal(run(spoilt, g_spoilt)[2], dc)
+
+
+@on_every_target
+@bad_values_and_dtypes
+def test_bad_rows_of_nearest_and_project(target: Target, bad: float, dtype: torch.dtype) -> None:
+    gen = generator()
+    z = torch.randn(60, 8, generator=gen).to(dtype).to(target.device)
+    codebook = torch.randn(9, 8, generator=gen).to(dtype).to(target.device)
+    rows = torch.zeros(60, dtype=torch.bool, device=target.device)
+    rows[[0, 17, 59]] = True
+    spoilt = z.clone()
+    spoilt[rows, 3] = bad
+
+    def run(z: Tensor) -> tuple[F.Nearest, F.Projected, list[Tensor]]:
+        z, c = z.clone().requires_grad_(), codebook.clone().requires_grad_()
+        nearest, projected = F.nearest(z, c, backend=target.backend), F.project(z, c, backend=target.backend)
+        grads = torch.autograd.grad(nearest.sqdist[~rows].sum() + projected.points[~rows].sum(), (z, c))
+        return nearest, projected, grads
+
+    clean, spoiled = run(z), run(spoilt)
+    for without, found, last in ((clean[0], spoiled[0], 8), (clean[1], spoiled[1], 7)):
+        assert ((found.indices >= 0) & (found.indices <= last)).all()
+        for a, b in zip(without, found, strict=True):
+            assert torch.equal(a[~rows], b[~rows])
+    assert not spoiled[0].sqdist[rows].isfinite().any()
+    assert spoiled[1].points[rows].isnan().all() and spoiled[1].t[rows].isnan().all()
+    assert torch.equal(clean[2][0][~rows], spoiled[2][0][~rows])
+    assert spoiled[2][1].isfinite().all()
+    torch.testing.assert_close(clean[2][1], spoiled[2][1], rtol=1e-5, atol=1e-5)
+
+
+@on_every_target
+@for_every_quantizer
+@bad_values
+@pytest.mark.parametrize("where", [0, 4, 8])
+def test_a_bad_codeword_is_never_chosen(target: Target, quantizer: Quantizer, bad: float, where: int) -> None:
+    gen = generator()
+    z = torch.randn(60, 8, generator=gen).to(target.device).requires_grad_()
+    books = torch.randn(quantizer.books_shape(9, 8), generator=gen).to(target.device)
+    books[..., where, 1] = bad
+    books.requires_grad_()
+    keywords = {"noise_std": 0.1, "seed": 6, "backend": target.backend, **quantizer.dither(books, gen)}
+    found = quantizer(z, books, **keywords)
+    taken = {where - 1, where} if quantizer.space_filling else {where}
+    assert not taken & set(found.indices.unique().tolist())
+    assert found.z_q.isfinite().all()
+    dz, dc = torch.autograd.grad(found.z_q.square().sum(), (z, books))
+    assert dz.isfinite().all() and dc.isfinite().all() and (dc[..., where, :] == 0).all()
+    nearest = F.nearest(z, books.reshape(-1, books.shape[-1])[:9].repeat(1, 8 // books.shape[-1]))
+    assert where not in nearest.indices
+
+
+@on_every_target
+@bad_values
+@pytest.mark.parametrize("where", [0, 4, 8])
+def test_a_bad_codeword_breaks_the_curve_there_only(target: Target, bad: float, where: int) -> None:
+    gen = generator()
+    z, codebook = torch.randn(200, 3, generator=gen).to(target.device), torch.randn(9, 3, generator=gen)
+    codebook[where, 2] = bad
+    found = F.project(z, codebook.to(target.device), backend=target.backend)
+    assert not {where - 1, where} & set(found.indices.unique().tolist())
+    assert found.points.isfinite().all()
+
+
+@on_every_target
+def test_no_good_codeword_at_all(target: Target) -> None:
+    """No codeword can be chosen: the row is NaN, its index still in range."""
+    z = torch.ones(4, 3, device=target.device)
+    codebook = torch.full((5, 3), NAN, device=target.device)
+    for found in (
+        F.diveq(z, codebook, backend=target.backend),
+        F.sf_diveq(z, codebook, backend=target.backend),
+        F.project(z, codebook, backend=target.backend),
+    ):
+        assert found[0].isnan().all()
+        assert ((found.indices >= 0) & (found.indices < 4)).all()
+
+
+@on_every_target
+@for_every_quantizer
+def test_bad_rows_that_are_masked(target: Target, quantizer: Quantizer) -> None:
+    """A masked row is not looked at: it comes back as it was, and its gradient is g."""
+    gen = generator()
+    z = torch.randn(40, 8, generator=gen).to(target.device)
+    mask = torch.arange(40, device=target.device) % 4 != 1
+    z[~mask] = torch.tensor([NAN, INF, -INF, 0, 1, 2, 3, 4], device=target.device)
+    z.requires_grad_()
+    books = torch.randn(quantizer.books_shape(9, 8), generator=gen).to(target.device).requires_grad_()
+    found = quantizer(z, books, mask=mask, seed=1, backend=target.backend)
+    torch.testing.assert_close(found.z_q[~mask], z[~mask], rtol=0, atol=0, equal_nan=True)
+    assert (found.indices[..., ~mask] == -1).all() and (found.indices[..., mask] >= 0).all()
+    assert found.z_q[mask].isfinite().all()
+    g = torch.randn(40, 8, generator=gen).to(target.device)
+    dz, dc = torch.autograd.grad(found.z_q, (z, books), g)
+    assert torch.equal(dz[~mask], g[~mask]) and dz.isfinite().all() and dc.isfinite().all()

@@ -1,0 +1,155 @@
+"""Projection on the curve: never farther than the nearest of all segments, found by brute force in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ALL_DTYPES, LAYOUTS, Target, eps, generator, lay_out, on_every_target, search_eps
+from oracle import f64, on_segment, polyline_sqdist
+from torch import Tensor
+
+import diveq_kernels.functional as F
+
+
+def check(target: Target, z: Tensor, codebook: Tensor) -> F.Projected:
+    """One call: the segment is as near as any, and point and t are the nearest point of this segment."""
+    found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    wide = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
+    assert found.points.shape == z.shape and found.points.dtype == z.dtype
+    assert found.indices.shape == found.t.shape == z.shape[:-1]
+    assert found.indices.dtype == torch.int64 and found.t.dtype == wide
+    segments = found.indices.cpu().reshape(-1)
+    rows, points, t = f64(z).reshape(-1, z.shape[-1]), f64(found.points).reshape(-1, z.shape[-1]), f64(found.t)
+    t = t.reshape(-1)
+    assert ((segments >= 0) & (segments < len(codebook) - 1)).all()
+    assert ((t >= 0) & (t <= 1)).all()
+
+    distances = polyline_sqdist(rows, codebook)
+    start, end = f64(codebook)[segments], f64(codebook)[segments + 1]
+    reach = f64(codebook).norm(dim=-1)
+    reach = reach[:-1] + reach[1:]
+    size = rows.norm(dim=-1) + torch.maximum(reach[segments], reach[distances.argmin(1)])
+    chosen, least = distances.gather(1, segments[:, None])[:, 0], distances.amin(1)
+    rounding = search_eps(target, z, codebook)
+    assert (chosen - least <= 8 * rounding * (size * least.sqrt() + 1e-7 * size.square())).all()
+
+    # The point itself: t is at the minimum, so an error of t in its last place barely moves the distance ...
+    reached = (rows - start - t[:, None] * (end - start)).square().sum(-1)
+    assert (reached - least <= 16 * eps(wide) * size * (least.sqrt() + eps(wide) * size)).all()
+    expected, position = on_segment(rows, f64(codebook), segments)
+    length = (end - start).norm(dim=-1)
+    assert (((t - position) * length).abs() <= 16 * eps(wide) * size).all()
+    # ... and the point is what (index, t) decode to.
+    decoded = start + t[:, None] * (end - start)
+    tolerance = 0.501 * eps(z.dtype) * decoded.abs() + 8 * eps(wide) * (start.abs() + end.abs())
+    assert ((points - decoded).abs() <= tolerance).all()
+    return found
+
+
+@on_every_target
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "codewords", "dim"), [(1, 2, 1), (300, 2, 4), (500, 64, 4), (130, 65, 3), (2000, 1100, 2), (8300, 5, 3), (40, 30, 257)]
+)
+def test_points_segments_and_positions(
+    target: Target, rows: int, codewords: int, dim: int, dtype: torch.dtype
+) -> None:
+    gen = generator()
+    z = torch.randn(rows, dim, generator=gen).to(dtype)
+    check(target, z, torch.randn(codewords, dim, generator=gen).to(dtype))
+
+
+@on_every_target
+@pytest.mark.parametrize(
+    ("of_z", "of_codebook"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float32, torch.float64)],
+    ids=str,
+)
+def test_mixed_dtypes(target: Target, of_z: torch.dtype, of_codebook: torch.dtype) -> None:
+    gen = generator()
+    z = torch.randn(200, 8, generator=gen).to(of_z)
+    check(target, z, torch.randn(40, 8, generator=gen, dtype=torch.float64).to(of_codebook))
+
+
+@on_every_target
+def test_segments_far_beyond_the_nearest_codeword(target: Target) -> None:
+    """A long segment passes by rows whose nearest codewords all belong to other segments."""
+    gen = generator()
+    z = torch.tensor([[0.0, 0.01], [5.0, -0.02], [-7.0, 0.0]])
+    codebook = torch.cat([torch.tensor([[-100.0, 0.0], [100.0, 0.0]]), z + torch.tensor([0.0, 0.5])])
+    found = check(target, z, codebook)
+    assert found.indices.tolist() == [0, 0, 0]
+    torch.testing.assert_close(found.points.cpu(), z * torch.tensor([1.0, 0.0]), rtol=0, atol=1e-4)
+    check(target, torch.randn(200, 2, generator=gen), 20 * torch.randn(10, 2, generator=gen))
+
+
+@on_every_target
+def test_segments_of_no_length(target: Target) -> None:
+    gen = generator()
+    codebook = torch.randn(5, 3, generator=gen)[torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 4])]
+    check(target, torch.randn(300, 3, generator=gen), codebook)
+    all_equal = codebook[:1].expand(6, 3)
+    found = check(target, torch.randn(50, 3, generator=gen), all_equal)
+    assert (found.t == 0).all()
+    assert torch.equal(found.points.cpu(), codebook[:1].expand(50, 3))
+
+
+@on_every_target
+def test_beyond_both_ends_and_on_the_curve(target: Target) -> None:
+    line = torch.arange(6.0)[:, None] * torch.tensor([1.0, 2.0])
+    z = torch.tensor([[-3.0, -1.0], [9.0, 11.0], [2.5, 5.0], [0.0, 0.0]])
+    found = check(target, z, line)
+    assert found.indices.tolist() == [0, 4, 2, 0]
+    torch.testing.assert_close(found.t.cpu(), torch.tensor([0.0, 1.0, 0.5, 0.0]))
+
+
+@on_every_target
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_far_tiny_and_huge_curves(target: Target, shift: float, scale: float) -> None:
+    gen = generator()
+    z = scale * (shift + torch.randn(200, 8, generator=gen))
+    check(target, z, scale * (shift + torch.randn(50, 8, generator=gen)))
+
+
+@on_every_target
+def test_one_codeword_far_from_all_others(target: Target) -> None:
+    gen = generator()
+    codebook = torch.randn(30, 8, generator=gen)
+    codebook[7] = 1e8
+    check(target, torch.randn(3000, 8, generator=gen), codebook)
+
+
+@on_every_target
+@pytest.mark.parametrize("of_z", LAYOUTS)
+@pytest.mark.parametrize("of_codebook", LAYOUTS)
+def test_layouts_and_leading_shapes(target: Target, of_z: str, of_codebook: str) -> None:
+    gen = generator()
+    z = lay_out(torch.randn(3, 20, 5, generator=gen), of_z)
+    codebook = lay_out(torch.randn(12, 5, generator=gen), of_codebook)
+    found = check(target, z, codebook)
+    dense = of_z in ("contiguous", "transposed")
+    assert not dense or found.points.stride() == z.stride()
+
+
+@on_every_target
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4), (4,), (1, 1, 4)])
+def test_down_to_no_rows(target: Target, shape: tuple[int, ...]) -> None:
+    gen = generator()
+    check(target, torch.randn(shape, generator=gen), torch.randn(9, 4, generator=gen))
+
+
+@on_every_target
+def test_masked_rows_are_left_out(target: Target) -> None:
+    gen = generator()
+    z, codebook = torch.randn(5, 8, 4, generator=gen), torch.randn(9, 4, generator=gen)
+    mask = torch.rand(5, 8, generator=gen) < 0.6
+    expected = F.project(z, codebook)
+    z[~mask] = float("nan")
+    device = target.device
+    found = F.project(z.to(device), codebook.to(device), mask=mask.to(device), backend=target.backend)
+    for got, wanted, outside in zip(found, expected, (float("nan"), -1, 0), strict=True):
+        torch.testing.assert_close(got.cpu()[mask], wanted[mask], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            got.cpu()[~mask], torch.full_like(wanted[~mask], outside), equal_nan=True, rtol=0, atol=0
+        )
