@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from diveq_kernels import _info, _selfcheck
+from diveq_kernels import _info, _selfcheck, backends
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,11 +13,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m diveq_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, and each backend: available, or why not and what would help")
-    commands.add_parser("check", help="run every available backend against the reference on this machine")
-    if parser.parse_args(arguments).command == "info":
+    check = commands.add_parser("check", help="run every available backend against the reference on this machine")
+    check.add_argument("--backend", choices=list(backends.BACKENDS), help="check this one only")
+    options = parser.parse_args(arguments)
+    if options.command == "info":
         print(_info.describe())
         return 0
-    return 0 if _selfcheck.report() else 1
+    try:
+        return 0 if _selfcheck.report(options.backend) else 1
+    except backends.BackendUnavailableError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

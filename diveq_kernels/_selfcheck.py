@@ -167,10 +167,21 @@ def _check(op: _Operation, backend: str, device: str, dtype: torch.dtype, shape:
         )  # fmt: skip
 
 
-def results() -> Iterator[Result]:
-    """Check every operation, dtype and available backend on every device of this machine; the worst of some shapes."""
+def results(only: str | None = None) -> Iterator[Result]:
+    """Check every operation, dtype and available backend on every device of this machine; the worst of some shapes.
+
+    Args:
+        only: Name of the one backend to check; None for all.
+
+    Raises:
+        BackendUnavailableError: If that backend can run on no device here.
+    """
+    if only is not None and not any(only in backends.available(device) for device in backends.device_types()):
+        backends.select("diveq", backends.device_types()[-1], backends.check_name(only))
     for device in backends.device_types():
         for backend in backends.available(device):
+            if only not in (None, backend):
+                continue
             for op in _OPERATIONS:
                 if backends.why_unavailable(backend, device, op.op) is not None:
                     continue
@@ -180,12 +191,12 @@ def results() -> Iterator[Result]:
                     yield Result(backend, device, op.name, dtype, *worst)
 
 
-def report() -> bool:
-    """Print the table line by line; whether everything passed."""
+def report(only: str | None = None) -> bool:
+    """Print the table line by line, of one backend or all; whether everything passed."""
     print("errors are ‖x − ref‖/‖ref‖ against float64; wrong: rows whose index is not a nearest one\n")
     print(f"{'backend':<10} {'device':<6} {'operation':<20} {'dtype':<9} wrong    output     ∂L/∂z     ∂L/∂C")
     failed = 0
-    for result in results():
+    for result in results(only):
         failed += not result.passed
         print(
             f"{result.backend:<10} {result.device:<6} {result.op:<20} {str(result.dtype)[6:]:<9}"

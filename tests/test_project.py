@@ -49,11 +49,10 @@ def check(target: Target, z: Tensor, codebook: Tensor) -> F.Projected:
 @on_every_target
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("rows", "codewords", "dim"), [(1, 2, 1), (300, 2, 4), (500, 64, 4), (130, 65, 3), (2000, 1100, 2), (8300, 5, 3), (40, 30, 257)]
+    ("rows", "codewords", "dim"),
+    [(1, 2, 1), (300, 2, 4), (500, 64, 4), (130, 65, 3), (2000, 1100, 2), (8300, 5, 3), (40, 30, 257)],
 )
-def test_points_segments_and_positions(
-    target: Target, rows: int, codewords: int, dim: int, dtype: torch.dtype
-) -> None:
+def test_points_segments_and_positions(target: Target, rows: int, codewords: int, dim: int, dtype: torch.dtype) -> None:
     gen = generator()
     z = torch.randn(rows, dim, generator=gen).to(dtype)
     check(target, z, torch.randn(codewords, dim, generator=gen).to(dtype))

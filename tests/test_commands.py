@@ -1,0 +1,89 @@
+"""`python -m diveq_kernels info` and `check`: what they print, and that check fails for a backend that is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from diveq_kernels import _selfcheck, backends, reference
+from diveq_kernels.__main__ import main
+
+
+@pytest.fixture
+def broken_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """A backend "cpu" that is the reference, for a test to break; the only other one is the reference."""
+    module = types.ModuleType("broken_backend")
+    vars(module).update({name: getattr(reference, name) for name in reference.__all__})
+    monkeypatch.setitem(sys.modules, "broken_backend", module)
+    monkeypatch.setitem(backends.BACKENDS, "cpu", backends.BACKENDS["cpu"]._replace(module="broken_backend"))
+    for cached in (backends._load, backends.select):
+        cached.cache_clear()
+    yield module
+    for cached in (backends._load, backends.select):
+        cached.cache_clear()
+
+
+def failures() -> set[str]:
+    return {result.op for result in _selfcheck.results("cpu") if not result.passed}
+
+
+def test_info_names_every_backend_and_why_one_is_missing() -> None:
+    text = subprocess.run(
+        [sys.executable, "-m", "diveq_kernels", "info"], check=True, capture_output=True, text=True
+    ).stdout
+    assert f"torch {torch.__version__}" in text
+    for name in backends.BACKENDS:
+        assert f"  {name:<10} " in text
+    assert text.count("to get it:") <= text.count("missing:")
+    assert "chosen when no backend is named" in text
+
+
+def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    table = capsys.readouterr().out
+    assert table.rstrip().endswith("all passed") and "FAIL" not in table
+    assert {op.name for op in _selfcheck._OPERATIONS} <= {line[18:38].strip() for line in table.splitlines()}
+
+
+def test_check_of_a_missing_backend_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "cpu", backends.BACKENDS["cpu"]._replace(runs_on=("xpu",)))
+    assert main(["check", "--backend", "cpu"]) == 2
+    assert "it runs on xpu tensors" in capsys.readouterr().err
+
+
+def test_check_accepts_a_backend_that_is_right(broken_backend: types.ModuleType) -> None:
+    assert failures() == set()
+
+
+def test_check_finds_a_constant_index(broken_backend: types.ModuleType) -> None:
+    def constant(*args: object) -> tuple[torch.Tensor, ...]:
+        indices, sqdist = reference.nearest(*args)  # type: ignore[arg-type]
+        return torch.zeros_like(indices), sqdist
+
+    broken_backend.nearest = constant  # type: ignore[attr-defined]
+    assert failures() == {"nearest"}
+
+
+def test_check_finds_a_gradient_of_the_wrong_size(broken_backend: types.ModuleType) -> None:
+    def halved(*args: object) -> tuple[torch.Tensor, ...]:
+        grad_z, grad_codebook = reference.sf_diveq_backward(*args)  # type: ignore[arg-type]
+        return grad_z, grad_codebook / 2
+
+    broken_backend.sf_diveq_backward = halved  # type: ignore[attr-defined]
+    assert failures() == {"sf_diveq", "sf_diveq, no noise"}
+
+
+def test_check_finds_output_that_was_never_written(broken_backend: types.ModuleType) -> None:
+    def unwritten(*args: object) -> tuple[torch.Tensor, ...]:
+        z_q, indices, counts = reference.product(*args)  # type: ignore[arg-type]
+        return torch.full_like(z_q, torch.nan), indices, counts
+
+    broken_backend.product = unwritten  # type: ignore[attr-defined]
+    assert failures() == {"product_diveq", "product_sf_diveq"}
