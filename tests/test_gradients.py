@@ -105,7 +105,9 @@ def test_project_against_finite_differences(target: Target, output: str) -> None
     """The derivative of the point with the segment held fixed, through t too; rows lie before, on and after it."""
     gen = generator()
     codebook = double(6, 4, gen=gen)
-    z = 1.5 * double(40, 4, gen=gen)
+    codebook[:, 0] = torch.arange(6)  # the curve runs along this direction, and two rows lie beyond its ends
+    z = codebook[torch.randint(6, (40,), generator=gen)] + double(40, 4, gen=gen)
+    z[:2] = codebook[[0, -1]] + 9 * torch.tensor([[-1.0], [1.0]]) * torch.eye(4, dtype=torch.float64)[0]
     mask = torch.rand(40, generator=gen) < 0.9
 
     def ours(z: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:

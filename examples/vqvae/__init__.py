@@ -1,0 +1,1 @@
+"""A small VQ-VAE on photographs that come inside pip packages; see examples/README.md."""
