@@ -71,7 +71,7 @@ def nearest(
         (indices, sqdist): indices int64 [...], and sqdist [...], the squared distance, differentiable in both inputs.
     """
     backend = _check(z, codebook, mask, precision, backend)
-    indices, sqdist = ops.nearest(z, codebook, mask, precision, backend)
+    sqdist, indices = ops.nearest(z, codebook, mask, precision, backend)
     return Nearest(indices.long(), sqdist)
 
 

@@ -67,8 +67,8 @@ def _empty_indices(z: Tensor, *stages: int) -> Tensor:
 nearest = _define(
     "nearest(Tensor z, Tensor codebook, Tensor? mask, str precision, str backend) -> (Tensor, Tensor)",
     lambda z, codebook, mask, precision: (
-        _empty_indices(z),
         z.new_empty(z.shape[:-1], dtype=compute_dtype(z, codebook)),
+        _empty_indices(z),
     ),
 )
 
@@ -81,10 +81,10 @@ nearest_backward = _define(
 
 def _save_nearest(ctx: Any, inputs: tuple, output: tuple) -> None:
     z, codebook, _, _, ctx.backend = inputs
-    ctx.save_for_backward(z, codebook, output[0])
+    ctx.save_for_backward(z, codebook, output[1])
 
 
-def _backward_nearest(ctx: Any, _: None, grad: Tensor) -> tuple:
+def _backward_nearest(ctx: Any, grad: Tensor, _: None) -> tuple:
     need = ctx.needs_input_grad[:2]
     gradients = nearest_backward(grad, *ctx.saved_tensors, *need, ctx.backend)
     return (*_needed(gradients, need), None, None, None)

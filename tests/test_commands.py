@@ -64,8 +64,8 @@ def test_check_accepts_a_backend_that_is_right(broken_backend: types.ModuleType)
 
 def test_check_finds_a_constant_index(broken_backend: types.ModuleType) -> None:
     def constant(*args: object) -> tuple[torch.Tensor, ...]:
-        indices, sqdist = reference.nearest(*args)  # type: ignore[arg-type]
-        return torch.zeros_like(indices), sqdist
+        sqdist, indices = reference.nearest(*args)  # type: ignore[arg-type]
+        return sqdist, torch.zeros_like(indices)
 
     broken_backend.nearest = constant  # type: ignore[attr-defined]
     assert failures() == {"nearest"}

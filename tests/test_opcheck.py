@@ -63,15 +63,6 @@ def calls(name: str, target: Target, **options: Any) -> Iterator[tuple[Any, tupl
     yield backward[0], tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in backward[1]), backward[2]
 
 
-def utils(operation: Any) -> tuple[str, ...]:
-    """All of opcheck's tests but one: for nearest, test_one_graph_for_all_sizes traces in its place.
-
-    opcheck sums an operation's outputs in place, which fails where the first one is of integers.
-    """
-    names = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    return names[:-1] if operation is torch.ops.diveq.nearest.default else names
-
-
 @on_every_target
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize(
@@ -83,7 +74,7 @@ def test_opcheck(
     target: Target, name: str, noise: bool, mask: bool, dtype: torch.dtype, permuted: bool
 ) -> None:
     for operation, args, kwargs in calls(name, target, noise=noise, mask=mask, dtype=dtype, permuted=permuted):
-        torch.library.opcheck(operation, args, kwargs, test_utils=utils(operation))
+        torch.library.opcheck(operation, args, kwargs)
 
 
 @on_every_target

@@ -93,7 +93,7 @@ class DIVEQ(ReplacingQuantizer):
         return z_q, indices, counts
 
     def _encode(self, z: Tensor, mask: Tensor | None) -> Tensor:
-        indices: Tensor = ops.nearest(z, self.codebook, mask, self.precision, self._backend())[0]
+        indices: Tensor = ops.nearest(z, self.codebook, mask, self.precision, self._backend())[1]
         return indices.long()
 
     def decode(self, codes: Tensor) -> Tensor:

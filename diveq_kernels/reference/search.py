@@ -83,7 +83,7 @@ def search(z: Tensor, codebook: Tensor, dither: Tensor | None, precision: str) -
 
 
 def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
-    """i(n) and ‖z_n − c_i‖² (−1 and 0 in rows left out)."""
+    """(‖z_n − c_i‖², i(n)); 0 and −1 in rows left out."""
     dtype = compute_dtype(z, codebook)
     indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
     sqdist = torch.empty(z.shape[:-1], dtype=dtype, device=z.device)
@@ -92,7 +92,7 @@ def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
         distance = (rows.to(dtype) - codebook[chosen].to(dtype)).square().sum(dim=-1)
         put(indices, index, leave_out(kept, chosen))
         put(sqdist, index, distance if kept is None else torch.where(kept, distance, 0.0))
-    return indices, sqdist
+    return sqdist, indices
 
 
 def nearest_backward(
