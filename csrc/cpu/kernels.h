@@ -76,7 +76,7 @@ struct Kernels {
 
 inline int64_t search_scratch(const Kernels& k, int64_t dim, int64_t rows) {
   const int64_t padded = (rows + k.group - 1) / k.group * k.group;
-  return padded * (3 * k.lanes + 1) + dim * k.group + 4 * dim + 64;
+  return padded * (3 * k.lanes + 1 + dim) + 4 * dim + 64;
 }
 
 extern const Kernels kernels_portable;

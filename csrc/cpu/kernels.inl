@@ -13,6 +13,7 @@ namespace diveq {
 namespace {
 
 constexpr int W = DIVEQ_LANES, MR = DIVEQ_GROUP, NR = 2 * W;
+constexpr int64_t kPanelFloats = 1 << 17;
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
@@ -414,37 +415,46 @@ int32_t resolve(const Codes& c, bool exact, const float* z, float squares, const
 
 inline float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
 
+float sqdist(const float* z, const float* c, int64_t dim) {
+  V total = {};
+  each(dim, [&](int64_t k, int n) {
+    const V d = load(c + k, n) - load(z + k, n);
+    total += d * d;
+  });
+  return sum(total);
+}
+
 void search(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
             int32_t* indices, float* scratch) {
   const int64_t dim = c.dim, groups = (rows + MR - 1) / MR, panels = (c.count + NR - 1) / NR;
   State* states = (State*)aligned(scratch);
   float* squares = (float*)(states + groups * MR);
-  float* zt = squares + groups * MR;
-  float* codewords = zt + dim * MR;
-  for (int64_t n = 0; n < groups * MR; ++n) states[n] = {all(INFINITY), all(INFINITY), I{}};
+  float* zt = squares + groups * MR;  // [groups][dim][MR], less the centre
+  float* codewords = zt + groups * dim * MR;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float* row[MR];
+    for (int r = 0; r < MR; ++r) {
+      const int64_t n = g * MR + r;
+      row[r] = z + (n < rows ? n : rows - 1) * ld;
+      states[n] = {all(INFINITY), all(INFINITY), I{}};
+      squares[n] = sqdist(row[r], packed.centre, dim);
+    }
+    float* to = zt + g * dim * MR;
+    for (int64_t k = 0; k < dim; ++k, to += MR) {
+      const float centre = packed.centre[k];
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) to[r] = row[r][k] - centre;
+    }
+  }
 
   // Panels that fit the second-level cache, reused by every group of rows.
-  const int64_t fit = (int64_t)(1 << 17) / (dim * NR), step = fit > 1 ? fit : 1;
+  const int64_t fit = (int64_t)kPanelFloats / (dim * NR), step = fit > 1 ? fit : 1;
   for (int64_t first = 0; first < panels; first += step) {
     const int64_t last = first + step < panels ? first + step : panels;
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int r = 0; r < MR; ++r) {
-        const int64_t n = g * MR + r;
-        const float* row = z + (n < rows ? n : rows - 1) * ld;
-        for (int64_t k = 0; k < dim; ++k) zt[k * MR + r] = row[k] - packed.centre[k];
-        if (first == 0) {
-          V total = {};
-          each(dim, [&](int64_t k, int m) {
-            const V x = load(row + k, m) - load(packed.centre + k, m);
-            total += x * x;
-          });
-          squares[n] = sum(total);
-        }
-      }
+    for (int64_t g = 0; g < groups; ++g)
       for (int64_t p = first; p < last; ++p)
-        microkernel(zt, packed.values + p * dim * NR, packed.halves + p * NR, dim, (int32_t)(p * NR),
+        microkernel(zt + g * dim * MR, packed.values + p * dim * NR, packed.halves + p * NR, dim, (int32_t)(p * NR),
                     states + g * MR);
-    }
   }
   for (int64_t n = 0; n < rows; ++n) indices[n] = resolve(c, exact, z + n * ld, squares[n], states[n], codewords);
 }
@@ -545,15 +555,6 @@ void words(uint64_t seed, uint64_t start, int64_t quads, uint32_t* out) {
 }
 
 // ---- the DiVeQ step -------------------------------------------------------------------------------------------------
-
-float sqdist(const float* z, const float* c, int64_t dim) {
-  V total = {};
-  each(dim, [&](int64_t k, int n) {
-    const V d = load(c + k, n) - load(z + k, n);
-    total += d * d;
-  });
-  return sum(total);
-}
 
 inline V moved(V d, const float* noise, int64_t k, int n) { return noise ? d + load(noise + k, n) : d; }
 
