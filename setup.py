@@ -68,6 +68,7 @@ def find_torch() -> Path:
 
 
 def find_compiler() -> list[str]:
+    """The C++ compiler's command."""
     command = os.environ.get("CXX", "g++").split()
     if not shutil.which(command[0]):
         raise MissingError(f"no C++ compiler: {command[0]!r} is not on PATH")
@@ -75,6 +76,7 @@ def find_compiler() -> list[str]:
 
 
 def find_nvcc() -> str:
+    """Path of nvcc."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     if not nvcc:
@@ -104,6 +106,7 @@ class BuildNative(build_ext):
     """Builds what can be built, says what could not and why, and fails only where a variable demands a library."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build one library, or say why not."""
         assert isinstance(ext, NativeExtension)
         demanded = any(wanted(switch) for switch in ext.switches)
         try:
@@ -116,6 +119,7 @@ class BuildNative(build_ext):
             ext.optional = True  # nothing to copy into a source tree
 
     def compile_and_link(self, ext: NativeExtension) -> None:
+        """Compile the sources side by side, with the flags of their instruction sets, and link them with torch."""
         torch, compiler = find_torch(), find_compiler()
         nvcc = find_nvcc() if any(source.endswith(".cu") for source in ext.sources) else None
         include = ["-Icsrc", f"-I{torch}/include"]
@@ -127,13 +131,14 @@ class BuildNative(build_ext):
             objects.append(made)
             if source.endswith(".cu"):
                 flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_architectures()]
-                commands.append([str(nvcc), *flags, FLAGS[-1], *include, "-ccbin", compiler[0], "-c", source, "-o", made])
+                command = [str(nvcc), *flags, FLAGS[-1], *include, "-ccbin", compiler[0]]
             else:
                 isa = ISA_FLAGS.get(Path(source).stem.removeprefix("kernels_"), [])
                 if platform.machine() not in ("x86_64", "AMD64"):
                     isa = []
                 cuda = [f"-I{Path(nvcc).resolve().parents[1]}/include"] if nvcc else []
-                commands.append([*compiler, *FLAGS, *isa, *include, *cuda, "-c", source, "-o", made])
+                command = [*compiler, *FLAGS, *isa, *include, *cuda]
+            commands.append([*command, "-c", source, "-o", made])
         self.run_all(commands)
 
         target = Path(self.get_ext_fullpath(ext.name))
@@ -166,6 +171,7 @@ class BuildNative(build_ext):
         self.extensions = extensions
 
     def get_outputs(self) -> list[str]:
+        """What was built."""
         return [path for path in super().get_outputs() if Path(path).is_file()]
 
 

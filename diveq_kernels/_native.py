@@ -22,7 +22,7 @@ def load(name: str) -> Path:
     found = [folder / f"_{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     for path in found:
         if path.is_file():
-            torch.ops.load_library(path)
+            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
             return path
     raise ImportError(
         f"this installation has no library {folder / f'_{name}'}: it was built without a compiler, without torch, or "
