@@ -27,7 +27,7 @@ setup: $(STAMP)
 
 # torch and everything that asks for it are resolved in one call, and the package itself is built without isolation,
 # so that nothing brings in a second torch.
-$(STAMP): requirements/dev.txt pyproject.toml setup.py
+$(STAMP): requirements/dev.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	@test -x $(VENV)/bin/pip || { $(PYTHON) -c $(CHECK_PYTHON) && $(PYTHON) -m venv $(VENV); }
 	$(PY) -m pip install -r requirements/dev.txt
 	$(PY) -m pip install --no-deps --no-build-isolation --editable .
@@ -45,5 +45,5 @@ test: lint
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist diveq_kernels/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

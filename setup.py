@@ -1,10 +1,219 @@
-"""Packages of diveq-kernels; everything that needs no code is in pyproject.toml."""
+"""Packages and C++ libraries of diveq-kernels; everything that needs no code is in pyproject.toml.
 
-from setuptools import find_packages, setup
+Environment variables (README, "Build variables"): DIVEQ_BUILD_NATIVE and DIVEQ_BUILD_CUDA (0: never, 1: or fail, unset:
+where the tools are there), TORCH_CUDA_ARCH_LIST, CXX, CUDA_HOME.
+"""
 
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 10)
+DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0+PTX"
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-ffp-contract=fast", f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
+ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": [*AVX512, "-mfma", "-mf16c"]}
+
+# Outside of pip's isolated build environment, which has no torch: its PYTHONPATH is ignored by -I.
+FIND_TORCH = """
+import importlib.util, json, re
+from pathlib import Path
+spec = importlib.util.find_spec("torch")
+if spec:
+    folder = Path(spec.origin).parent
+    version = re.search(r"__version__ = '([^']+)", (folder / "version.py").read_text())[1]
+    print(json.dumps([str(folder), version]))
+"""
+
+
+class MissingError(Exception):
+    """Something that a library is built with is not there."""
+
+
+def wanted(variable: str) -> bool | None:
+    """What a DIVEQ_BUILD_... variable asks for; None: build if possible."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{variable} must be 0, 1 or unset, got {value!r}")
+    return {"": None, "0": False, "1": True}[value]
+
+
+def find_torch() -> Path:
+    """The folder of the torch that the package will run with: of this environment, or of the one around its build."""
+    for isolated in ([], ["-I"]):
+        found = subprocess.run(
+            [sys.executable, *isolated, "-c", FIND_TORCH], cwd="/", capture_output=True, text=True, check=False
+        ).stdout
+        if not found:
+            continue
+        folder, version = json.loads(found)
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+            raise MissingError(f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}")
+        return Path(folder)
+    raise MissingError(
+        "torch is not installed for this Python; install torch and then this package again, with "
+        "--no-build-isolation if the installer builds in an environment of its own"
+    )
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler's command."""
+    command = os.environ.get("CXX", "g++").split()
+    if not shutil.which(command[0]):
+        raise MissingError(f"no C++ compiler: {command[0]!r} is not on PATH")
+    return command
+
+
+def find_nvcc() -> str:
+    """Path of nvcc."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if not nvcc:
+        raise MissingError(f"no CUDA toolkit: nvcc is not {f'in {home}/bin' if home else 'on PATH'}")
+    return nvcc
+
+
+def cuda_architectures() -> list[str]:
+    """The nvcc options for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"."""
+    options = []
+    for name in (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        kinds = ["sm", "compute"] if name.endswith("+PTX") else ["sm"]
+        options += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+    return options
+
+
+class NativeExtension(Extension):
+    """A library that registers operations with torch when it is loaded: no Python in it, so one for every Python."""
+
+    def __init__(self, name: str, switches: tuple[str, ...], sources: list[str]) -> None:
+        super().__init__(name, sources, py_limited_api=True)
+        self.switches = switches
+
+
+class BuildNative(build_ext):
+    """Builds what can be built, says what could not and why, and fails only where a variable demands a library."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one library, or say why not."""
+        assert isinstance(ext, NativeExtension)
+        demanded = any(wanted(switch) for switch in ext.switches)
+        try:
+            self.compile_and_link(ext)
+        except (MissingError, subprocess.CalledProcessError) as error:
+            message = f"{ext.name} was not built: {error}"
+            if demanded:
+                raise SystemExit(f"{message} ({' or '.join(ext.switches)} is 1)") from error
+            print(f"\nwarning: {message}\nThe package works without it, more slowly.\n", file=sys.stderr)
+            ext.optional = True  # nothing to copy into a source tree
+
+    def compile_and_link(self, ext: NativeExtension) -> None:
+        """Compile the sources side by side, with the flags of their instruction sets, and link them with torch."""
+        torch, compiler = find_torch(), find_compiler()
+        nvcc = find_nvcc() if any(source.endswith(".cu") for source in ext.sources) else None
+        include = ["-Icsrc", f"-I{torch}/include"]
+        folder = Path(self.build_temp, ext.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        commands, objects = [], []
+        for source in ext.sources:
+            made = str(folder / (source.replace("/", "_") + ".o"))
+            objects.append(made)
+            if source.endswith(".cu"):
+                flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_architectures()]
+                command = [str(nvcc), *flags, FLAGS[-1], *include, "-ccbin", compiler[0]]
+            else:
+                isa = ISA_FLAGS.get(Path(source).stem.removeprefix("kernels_"), [])
+                if platform.machine() not in ("x86_64", "AMD64"):
+                    isa = []
+                cuda = [f"-I{Path(nvcc).resolve().parents[1]}/include"] if nvcc else []
+                command = [*compiler, *FLAGS, *isa, *include, *cuda]
+            commands.append([*command, "-c", source, "-o", made])
+        self.run_all(commands)
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        libraries = [f"-L{torch}/lib", "-ltorch_cpu"]
+        if nvcc:
+            libraries += [f"-L{Path(nvcc).resolve().parents[1]}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        self.run_all([[*compiler, "-shared", "-s", *objects, "-o", str(target), *libraries]])
+
+    def run_all(self, commands: list[list[str]]) -> None:
+        """Run commands side by side, MAX_JOBS at a time."""
+        waiting, running = list(commands), []
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                command = waiting.pop(0)
+                print(" ".join(command), flush=True)
+                running.append((command, subprocess.Popen(command, cwd=ROOT)))
+            command, process = running.pop(0)
+            if process.wait():
+                for _, other in running:
+                    other.wait()
+                raise subprocess.CalledProcessError(process.returncode, command)
+
+    def copy_extensions_to_source(self) -> None:
+        """For editable installs: only what was built."""
+        extensions = self.extensions
+        self.extensions = [ext for ext in extensions if not ext.optional]
+        super().copy_extensions_to_source()
+        self.extensions = extensions
+
+    def get_outputs(self) -> list[str]:
+        """What was built."""
+        return [path for path in super().get_outputs() if Path(path).is_file()]
+
+
+def extensions() -> list[NativeExtension]:
+    """The libraries that this build is to try; none if it could not build any, so that the wheel is a pure one."""
+
+    def sources(folder: str, *patterns: str) -> list[str]:
+        return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / folder).glob(pattern))
+
+    native, cuda = wanted("DIVEQ_BUILD_NATIVE"), wanted("DIVEQ_BUILD_CUDA")
+    found = []
+    if native is not False:
+        found.append(
+            NativeExtension(
+                "diveq_kernels._cpu", ("DIVEQ_BUILD_NATIVE",), ["csrc/ops.cpp", *sources("csrc/cpu", "*.cpp")]
+            )
+        )
+    cuda_sources = sources("csrc/cuda", "*.cu", "*.cpp")
+    if cuda is not False and (native is not False or cuda) and cuda_sources:
+        found.append(NativeExtension("diveq_kernels._cuda", ("DIVEQ_BUILD_CUDA",), cuda_sources))
+    built = []
+    for ext in found:
+        try:
+            find_torch(), find_compiler()
+            if ext.name.endswith("_cuda"):
+                find_nvcc()
+        except MissingError as error:
+            if any(wanted(switch) for switch in ext.switches):
+                raise SystemExit(f"{ext.name} cannot be built: {error} ({' or '.join(ext.switches)} is 1)") from error
+            print(f"\nwarning: {ext.name} is left out: {error}\n", file=sys.stderr)
+        else:
+            built.append(ext)
+    return built
+
+
+EXTENSIONS = extensions()
 setup(
     packages=[*find_packages(include=["diveq_kernels", "diveq_kernels.*"]), "diveq_kernels.triton_kernels"],
     # The top-level name `triton_kernels` belongs to another package, so the folder is installed inside ours.
     package_dir={"diveq_kernels.triton_kernels": "triton_kernels"},
     package_data={"diveq_kernels.triton_kernels": ["*.json"]},  # py.typed is included without asking
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
 )

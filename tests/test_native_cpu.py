@@ -1,0 +1,252 @@
+"""The C++ kernels of the ``cpu`` backend, every instruction set that this processor has.
+
+The tests of the operations run on this backend too, with the best instruction set; here are the edges of its tiles.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import ALL_DTYPES, LAYOUTS, eps, generator, lay_out
+from torch import Tensor
+
+import diveq_kernels.functional as F
+from diveq_kernels import backends, reference
+
+_missing = backends.why_unavailable("cpu", "cpu")
+if _missing:
+    pytest.skip(f"the cpu backend is not built: {_missing}", allow_module_level=True)
+
+from diveq_kernels import native_cpu  # noqa: E402
+
+DTYPES = [dtype for dtype in ALL_DTYPES if dtype != torch.float64]
+
+
+def _runs(isa: str) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIVEQ_CPU_ISA", isa)
+        try:
+            return native_cpu.instruction_set() == isa
+        except RuntimeError:
+            return False
+
+
+@pytest.fixture(params=[isa for isa in ("avx512", "avx2", "portable") if _runs(isa)])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("DIVEQ_CPU_ISA", request.param)
+    return request.param
+
+
+def check_nearest(z: Tensor, codebook: Tensor) -> None:
+    """The least distance in fp64, and of equal ones the first."""
+    found = F.nearest(z, codebook, backend="cpu")
+    distances = oracle.sqdist(z, codebook)
+    picked = distances.gather(1, found.indices[:, None])[:, 0]
+    assert (picked <= distances.amin(1) * (1 + 1e-14)).all()
+    exact = (distances == distances.amin(1, keepdim=True)).sum(1) > 1
+    assert torch.equal(found.indices[exact], distances.argmin(1)[exact])
+    torch.testing.assert_close(found.sqdist.double(), picked, rtol=1e-5, atol=0)
+
+
+# ---- instruction sets ------------------------------------------------------------------------------------------------
+
+
+def test_the_best_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIVEQ_CPU_ISA", raising=False)
+    best = native_cpu.instruction_set()
+    assert best == next(isa for isa in ("avx512", "avx2", "portable") if _runs(isa))
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIVEQ_CPU_ISA", "mmx")
+    with pytest.raises(RuntimeError, match="DIVEQ_CPU_ISA must name .*portable.*got 'mmx'"):
+        native_cpu.instruction_set()
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 11, 12, 13, 73])
+@pytest.mark.parametrize("codewords", [1, 7, 8, 9, 31, 32, 33, 100])
+def test_edges_of_tiles(isa: str, rows: int, codewords: int) -> None:
+    gen = generator()
+    for dim in (1, 3, 16, 65):
+        check_nearest(torch.randn(rows, dim, generator=gen), torch.randn(codewords, dim, generator=gen))
+
+
+def test_large_dim_and_several_panels_of_the_cache(isa: str) -> None:
+    gen = generator()
+    check_nearest(torch.randn(30, 4096, generator=gen), torch.randn(70, 4096, generator=gen))
+    check_nearest(torch.randn(200, 300, generator=gen), torch.randn(1000, 300, generator=gen))
+
+
+@pytest.mark.parametrize("dim", [1, 3, 16, 65])
+def test_two_clusters_far_apart(isa: str, dim: int) -> None:
+    """No centre takes the cancellation away: the minima in fp32 are off by whole units."""
+    gen = generator()
+    side = torch.where(torch.rand(200, 1, generator=gen) < 0.5, 1e4, -1e4)
+    codebook = torch.randn(150, dim, generator=gen) + torch.where(torch.arange(150)[:, None] % 2 == 0, 1e4, -1e4)
+    check_nearest(torch.randn(200, dim, generator=gen) + side, codebook)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e15, 1e25])
+def test_any_scale_and_offset(isa: str, scale: float, offset: float) -> None:
+    gen = generator()
+    z, codebook = (torch.randn(n, 12, generator=gen) for n in (90, 70))
+    z, codebook = (z + offset) * scale, (codebook + offset) * scale
+    found = F.nearest(z, codebook, backend="cpu").indices
+    distances = oracle.sqdist(z, codebook)
+    assert (distances.gather(1, found[:, None])[:, 0] <= distances.amin(1) * (1 + 1e-14)).all()
+
+
+def test_equal_codewords_give_the_first(isa: str) -> None:
+    gen = generator()
+    few = torch.randn(20, 10, generator=gen)
+    codebook = few.repeat(7, 1)
+    z = torch.randn(100, 10, generator=gen)
+    assert torch.equal(F.nearest(z, codebook, backend="cpu").indices, oracle.sqdist(z, few).argmin(1))
+    assert (F.nearest(z, torch.ones(300, 10), backend="cpu").indices == 0).all()
+
+
+def test_one_diverged_codeword(isa: str) -> None:
+    gen = generator()
+    codebook = torch.randn(64, 16, generator=gen)
+    for large in (1e6, 1e15, 1e25):
+        codebook[0] = large
+        check_nearest(torch.randn(50, 16, generator=gen), codebook)
+
+
+def test_fast_search_is_near(isa: str) -> None:
+    gen = generator()
+    z, codebook = torch.randn(300, 40, generator=gen), torch.randn(200, 40, generator=gen)
+    found = F.nearest(z, codebook, backend="cpu", precision="fast").indices
+    over, scale = oracle.excess("single", z, codebook, found)
+    assert (over <= eps(torch.bfloat16) * scale).all()
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x1234567890ABCDE])
+@pytest.mark.parametrize("start", [0, 17, 2**32 - 500, 2**40 + 3])
+def test_noise_stream(isa: str, seed: int, start: int) -> None:
+    words, normals = torch.empty(1003, 4, dtype=torch.int32), torch.empty(1003, 4)
+    torch.ops.diveq_cpu.philox(torch.tensor(seed), start, words, normals)
+    offsets = np.arange(start, start + 1003)
+    assert np.array_equal(words.numpy().view(np.uint32), oracle.words(seed, offsets))
+    np.testing.assert_allclose(normals.numpy(), oracle.normals(seed, offsets), rtol=0, atol=1e-5)
+
+
+# ---- half precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_is_read_and_written(isa: str, dtype: torch.dtype) -> None:
+    z = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
+    found = F.diveq(z, torch.zeros(1, 1), mask=torch.zeros(2**16, dtype=torch.bool), backend="cpu").z_q
+    torch.testing.assert_close(found, z, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_rounded_to_nearest(isa: str, dtype: torch.dtype) -> None:
+    gen = generator()
+    codebook = torch.randn(5000, 1, generator=gen) * 10 ** (torch.rand(5000, 1, generator=gen) * 12 - 8)
+    codebook[:4, 0] = torch.tensor([65519.0, 65520.0, 2.0**-25, 3 * 2.0**-26])
+    z = codebook.to(dtype)
+    z = torch.where(z.isfinite(), z, 0.0)
+    found = F.diveq(z, codebook, noise_std=0, backend="cpu")
+    assert torch.equal(found.z_q, codebook[found.indices].to(dtype))
+
+
+# ---- whole steps -----------------------------------------------------------------------------------------------------
+
+
+def _both(function: str, z: Tensor, books: Tensor, g: Tensor, **keywords: Any) -> tuple[list[Tensor], list[Tensor]]:
+    results = []
+    for backend in ("cpu", "reference"):
+        zg, cg = z.detach().clone().requires_grad_(), books.detach().clone().requires_grad_()
+        if z.stride() != zg.stride():
+            zg = z.detach().requires_grad_()
+        found = getattr(F, function)(zg, cg, seed=3, noise_std=0.1, backend=backend, **keywords)
+        results.append([found.z_q.detach(), found.indices, *torch.autograd.grad(found.z_q, (zg, cg), g)])
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("function", ["diveq", "sf_diveq", "residual_diveq", "residual_sf_diveq", "product_diveq"])
+@pytest.mark.parametrize("dim", [2, 6, 64, 130])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_agrees_with_the_reference(isa: str, function: str, dim: int, dtype: torch.dtype) -> None:
+    gen = generator()
+    stack = {"r": (3, 40, dim), "p": (2, 40, dim // 2)}.get(function[0], (40, dim))
+    z = lay_out(torch.randn(4, 50, dim, generator=gen), LAYOUTS[dim % len(LAYOUTS)]).to(dtype)
+    books, g = torch.randn(stack, generator=gen), torch.randn(4, 50, dim, generator=gen).to(dtype)
+    keywords: dict[str, Any] = {"mask": torch.rand(4, 50, generator=gen) < 0.9}
+    if "sf" in function:
+        keywords["dither"] = torch.rand(*stack[:-2], 39, generator=gen)
+    ours, theirs = _both(function, z, books, g, **keywords)
+    assert torch.equal(ours[1], theirs[1])
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.dtype == y.dtype and x.stride() == y.stride()
+        torch.testing.assert_close(x, y, rtol=16 * eps(x.dtype) if x.is_floating_point() else 0, atol=2e-4)
+
+
+@pytest.mark.parametrize("function", ["diveq", "sf_diveq", "residual_diveq", "product_diveq"])
+def test_threads_do_not_change_a_bit(isa: str, function: str) -> None:
+    gen = generator()
+    z, g = torch.randn(1000, 24, generator=gen), torch.randn(1000, 24, generator=gen)
+    stack = {"r": (3, 40, 24), "p": (2, 40, 12)}.get(function[0], (40, 24))
+    books = torch.randn(stack, generator=gen)
+    keywords = {"dither": torch.rand(39, generator=gen)} if "sf" in function else {}
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            zg, cg = z.clone().requires_grad_(), books.clone().requires_grad_()
+            found = getattr(F, function)(zg, cg, seed=3, backend="cpu", **keywords)
+            results.append([found.z_q, *torch.autograd.grad(found.z_q, (zg, cg), g)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_fp64_is_left_to_the_reference(isa: str) -> None:
+    gen = generator()
+    z, codebook = torch.randn(30, 5, generator=gen, dtype=torch.float64), torch.randn(9, 5, generator=gen)
+    for ours, theirs in zip(
+        native_cpu.nearest(z, codebook, None, "exact"), reference.nearest(z, codebook, None, "exact"), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+MEMORY = """
+import gc, resource, torch
+from diveq_kernels import native_cpu
+torch.set_num_threads(1)
+seed = torch.tensor(1)
+def run(rows, codewords):
+    z, c = torch.randn(rows, 16), torch.randn(codewords, 16)
+    found = native_cpu.diveq(z, c, None, seed, 0.1, "exact")
+    return z, c, found, native_cpu.diveq_backward(z, z, c, found[1], seed, 0.1, True, True)
+run(100, 100)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows, codewords = 100_000, 65_536
+kept = run(rows, codewords)
+used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+known = 4 * 16 * (3 * rows + 2 * codewords) + 4 * rows + 4 * codewords + 4 * 16 * codewords
+print((used - known) / 2**20)
+"""
+
+
+def test_working_memory() -> None:
+    """Beyond inputs, outputs, gradients and one packed codebook; the matrix of distances would be 26 GB."""
+    command = [sys.executable, "-c", MEMORY]
+    extra = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert extra < 16
