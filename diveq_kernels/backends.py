@@ -71,7 +71,7 @@ BACKENDS = {
             "diveq_kernels.native_cpu",
             ("cpu",),
             ("cpu",),
-            "install a diveq-kernels release with the C++ extension",
+            "install a C++20 compiler, then this package again (DIVEQ_BUILD_NATIVE=1 says what is missing)",
         ),
         Backend("reference", "diveq_kernels.reference", ("cpu", "cuda"), (), ""),
     )

@@ -72,12 +72,12 @@ def _finished(z: Tensor, books: Tensor, grad_z: Tensor | None, sums: Tensor | No
 
 
 def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
-    """i(n) and ‖z_n − c_i‖² (−1 and 0 in rows left out)."""
+    """(‖z_n − c_i‖², i(n)); 0 and −1 in rows left out."""
     if _is_wide(z, codebook):
         return reference.nearest(z, codebook, mask, precision)
     indices, sqdist = _indices(z), torch.empty(z.shape[:-1])
     _ops.nearest(z, codebook, _plain(mask, torch.bool), precision == "exact", indices, sqdist)
-    return indices, sqdist
+    return sqdist, indices
 
 
 def nearest_backward(
