@@ -7,6 +7,7 @@ link_checkout()
 from diveq_kernels import functional, ops  # noqa: E402
 from diveq_kernels._version import __version__  # noqa: E402
 from diveq_kernels.backends import BackendUnavailableError, use_backend  # noqa: E402
+from diveq_kernels.codes import pack_codes, unpack_codes  # noqa: E402
 from diveq_kernels.layers import (  # noqa: E402
     DIVEQ,
     SFDIVEQ,
@@ -33,5 +34,7 @@ __all__ = [
     "__version__",
     "functional",
     "ops",
+    "pack_codes",
+    "unpack_codes",
     "use_backend",
 ]
