@@ -7,17 +7,34 @@ link_checkout()
 from diveq_kernels import functional, ops  # noqa: E402
 from diveq_kernels._version import __version__  # noqa: E402
 from diveq_kernels.backends import BackendUnavailableError, use_backend  # noqa: E402
-from diveq_kernels.layers import DIVEQ, SFDIVEQ, DIVEQDetach, SFCodes, SFDIVEQDetach  # noqa: E402
+from diveq_kernels.codes import pack_codes, unpack_codes  # noqa: E402
+from diveq_kernels.layers import (  # noqa: E402
+    DIVEQ,
+    SFDIVEQ,
+    DIVEQDetach,
+    ProductDIVEQ,
+    ProductSFDIVEQ,
+    ResidualDIVEQ,
+    ResidualSFDIVEQ,
+    SFCodes,
+    SFDIVEQDetach,
+)
 
 __all__ = [
     "BackendUnavailableError",
     "DIVEQ",
     "DIVEQDetach",
+    "ProductDIVEQ",
+    "ProductSFDIVEQ",
+    "ResidualDIVEQ",
+    "ResidualSFDIVEQ",
     "SFCodes",
     "SFDIVEQ",
     "SFDIVEQDetach",
     "__version__",
     "functional",
     "ops",
+    "pack_codes",
+    "unpack_codes",
     "use_backend",
 ]

@@ -8,7 +8,7 @@ select the old codebook. On the CPU they look at the step counter and return ear
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,63 @@ def _(codebook: Tensor, usage: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 # ---- SF-DiVeQ's initialisation ---------------------------------------------------------------------------------------
 
 
+class _Chunks(NamedTuple):
+    """The share of each of K codewords in the rows of one step; nothing where no codebook is being built."""
+
+    order: Tensor  # int64 [N], rows that count first, in order of arrival
+    first: Tensor  # int64 [K+1], where each codeword's rows begin in that order
+    middle: Tensor  # int64 [K], the row that a codeword takes whose share holds none
+    built: Tensor  # bool [K, 1], whether this step has a share in the codeword
+    weight: Tensor  # fp32 [K, 1], of this step in the running mean
+
+
+def _collecting(iter_counter: Tensor, skip_iters: int, avg_iters: int) -> tuple[int, Tensor, Tensor]:
+    """(how many steps build the codebook, which of them this is: int64 [], whether it is one: bool [])."""
+    steps = min(avg_iters, skip_iters - 1)  # the counter is 1 at the first step
+    step = (iter_counter - (skip_iters - steps)).squeeze().long()
+    return steps, step, (step >= 0) & (step < steps)
+
+
+def _finite_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows that count, bool [N]: finite, and not left out."""
+    # The largest magnitude is finite exactly where all elements are; unlike isfinite it needs no N x D.
+    kept: Tensor = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1).isfinite()
+    return kept if mask is None else kept & mask.reshape(-1)
+
+
+def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor) -> _Chunks:
+    """Cut the rows that count among the codewords that this step builds."""
+    n = kept.sum()  # int64 []
+    order = torch.argsort(kept.logical_not(), stable=True)
+    active = collecting & (n > 0)
+
+    # In units of 1/(K·A): codeword j has [j·A, (j+1)·A), this step [step·K, (step+1)·K). Integers: no rounding.
+    j = torch.arange(K + 1, device=kept.device)
+    begin = (j * steps).clamp(step * K, (step + 1) * K)  # [K+1]
+    share = begin.diff()  # [K], the part of this step's interval that belongs to the codeword
+    share_so_far = begin[1:] - j[:-1] * steps
+    # Row p of n lies at (p + 1/2)/n of the step's interval: the first row at or after `begin` is ceil(x·n/K − 1/2).
+    first = -((K - 2 * (begin - step * K) * n) // (2 * K))
+    first = torch.where(active, first.clamp_min(0).minimum(n), 0)  # without work all bags are empty, and cost nothing
+    middle = ((begin[:-1] + begin[1:] - 2 * step * K) * n // (2 * K)).clamp_max(n - 1).clamp_min(0)
+    weight = (share / share_so_far.clamp_min(1))[:, None]
+    return _Chunks(order, first, middle.clamp_max(len(kept) - 1), (active & (share > 0))[:, None], weight)
+
+
+def _chunk_sums(table: Tensor, chosen: Tensor, chunks: _Chunks) -> Tensor:
+    """Σ table[chosen] over each codeword's rows, or that of its middle row -> [K, D]; chosen in chunk order."""
+    sums = torch.nn.functional.embedding_bag(chosen, table, chunks.first, mode="sum", include_last_offset=True)
+    return torch.where(chunks.first.diff()[:, None] > 0, sums, table[chosen[chunks.middle]])
+
+
+def _merge(codebook: Tensor, sums: Tensor, chunks: _Chunks) -> Tensor:
+    """Running means [K, D], with this step's rows."""
+    mean = sums / chunks.first.diff().clamp_min(1)[:, None]
+    weight = chunks.weight.to(sums.dtype)
+    merged = torch.where(weight == 1, mean, (1 - weight) * codebook.to(sums.dtype) + weight * mean)
+    return torch.where(chunks.built, merged.to(codebook.dtype), codebook).contiguous()
+
+
 @torch.library.custom_op(
     "diveq::sf_initialise",
     mutates_args=(),
@@ -121,45 +178,80 @@ def sf_initialise(
     Returns:
         codebook_now: a new tensor like codebook.
     """
-    steps = min(avg_iters, skip_iters - 1)  # the counter is 1 at the first step
-    step = (iter_counter - (skip_iters - steps)).squeeze().long()  # which of them this is, int64 []
-    collecting = (step >= 0) & (step < steps)
     rows = z.reshape(-1, z.shape[-1])
-    N, K = rows.shape[0], codebook.shape[0]
-    if N == 0 or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
+    steps, step, collecting = _collecting(iter_counter, skip_iters, avg_iters)
+    if rows.shape[0] == 0 or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
         return codebook.clone(memory_format=torch.contiguous_format)
-
-    # The largest magnitude is finite exactly where all elements are; unlike isfinite it needs no N x D.
-    kept = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1).isfinite()
-    kept = kept if mask is None else kept & mask.reshape(-1)
-    n = kept.sum()  # int64 []
-    order = torch.argsort(kept.logical_not(), stable=True)  # kept rows first, in order of arrival
-    active = collecting & (n > 0)
-
-    # In units of 1/(K·A): codeword j has [j·A, (j+1)·A), this step [step·K, (step+1)·K). Integers: no rounding.
-    j = torch.arange(K + 1, device=z.device)
-    begin = (j * steps).clamp(step * K, (step + 1) * K)  # [K+1]
-    share = begin.diff()  # [K], the part of this step's interval that belongs to the codeword
-    share_so_far = begin[1:] - j[:-1] * steps
-    # Row p of n lies at (p + 1/2)/n of the step's interval: the first row at or after `begin` is ceil(x·n/K − 1/2).
-    first = -((K - 2 * (begin - step * K) * n) // (2 * K))
-    first = torch.where(active, first.clamp_min(0).minimum(n), 0)  # without work all bags are empty, and cost nothing
-    middle = ((begin[:-1] + begin[1:] - 2 * step * K) * n // (2 * K)).clamp_max(n - 1).clamp_min(0)
-
-    dtype = compute_dtype(codebook)
-    sums = torch.nn.functional.embedding_bag(
-        order, rows.to(dtype), first, mode="sum", include_last_offset=True
-    )  # [K, D]
-    count = first.diff()[:, None]
-    mean = torch.where(count > 0, sums / count.clamp_min(1), rows[order[middle.clamp_max(N - 1)]].to(dtype))
-    weight = (share / share_so_far.clamp_min(1))[:, None].to(dtype)
-    merged = torch.where(weight == 1, mean, (1 - weight) * codebook.to(dtype) + weight * mean)
-    return torch.where((active & (share > 0))[:, None], merged.to(codebook.dtype), codebook).contiguous()
+    chunks = _cut(_finite_rows(rows, mask), codebook.shape[0], steps, step, collecting)
+    sums = _chunk_sums(rows.to(compute_dtype(codebook)), chunks.order, chunks)
+    return _merge(codebook, sums, chunks)
 
 
 @sf_initialise.register_fake
 def _(codebook: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(codebook, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(
+    "diveq::composite_sf_initialise",
+    mutates_args=(),
+    schema="(Tensor curve, Tensor codebook, Tensor z, Tensor indices, Tensor? mask, Tensor iter_counter,"
+    " int skip_iters, int avg_iters) -> Tensor",
+)
+def composite_sf_initialise(
+    curve: Tensor,
+    codebook: Tensor,
+    z: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    iter_counter: Tensor,
+    skip_iters: int,
+    avg_iters: int,
+) -> Tensor:
+    """``sf_initialise`` of several curves, from what a DiVeQ step with ``codebook`` quantized in each stage or group.
+
+    Args:
+        curve: [Q, K, D'], the running means.
+        codebook: [Q, K, D'] of the step. With D' = D the stages of a residual quantizer: stage q is built from the
+            rows that use it, minus the codewords that they chose before. Otherwise groups of D' = D/Q columns.
+        z: [..., D].
+        indices: int32 [Q, ...], the chosen codewords; −1 in rows and stages that do not count.
+        mask: bool [...].
+        iter_counter: int32 [1], steps so far including this one.
+        skip_iters: S.
+        avg_iters: A.
+
+    Returns:
+        curve_now: a new tensor like curve.
+    """
+    rows = z.reshape(-1, z.shape[-1])
+    steps, step, collecting = _collecting(iter_counter, skip_iters, avg_iters)
+    if rows.shape[0] == 0 or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
+        return curve.clone(memory_format=torch.contiguous_format)
+    Q, K, part = curve.shape
+    chosen = indices.reshape(Q, -1).long()
+    finite = _finite_rows(rows, mask)
+    rows = rows.to(compute_dtype(curve))
+    if part < rows.shape[-1]:
+        chunks = _cut(finite, K, steps, step, collecting)
+        sums = _chunk_sums(rows, chunks.order, chunks)
+        return torch.stack([_merge(old, group, chunks) for old, group in zip(curve, sums.chunk(Q, -1), strict=True)])
+    built = []
+    for stage in range(Q):
+        chunks = _cut(finite & (chosen[stage] >= 0), K, steps, step, collecting)
+        sums = _chunk_sums(rows, chunks.order, chunks)
+        # Sums are linear, so no residual is made: the codewords chosen so far are summed over the same rows.
+        for before in range(stage):
+            sums = sums - _chunk_sums(
+                codebook[before].to(rows.dtype), chosen[before].clamp_min(0)[chunks.order], chunks
+            )
+        built.append(_merge(curve[stage], sums, chunks))
+    return torch.stack(built)
+
+
+@composite_sf_initialise.register_fake
+def _(curve: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(curve, memory_format=torch.contiguous_format)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

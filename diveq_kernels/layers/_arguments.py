@@ -68,10 +68,12 @@ def warn_unusual_noise(noise_std: float) -> None:
     warn_unusual("noise_std", noise_std, above=0.01, why="z_q may miss the codeword that it was mapped to")
 
 
-def warn_unusual_replacement(replacement_iters: int, discard_threshold: float, perturb_eps: float) -> None:
+def warn_unusual_replacement(
+    replacement_iters: int, discard_threshold: float, perturb_eps: float, usual_most: int
+) -> None:
     """Warn about an interval, threshold or perturbation that replaces too much, too little or too roughly."""
     warn_unusual("replacement_iters", replacement_iters, below=50, why="codewords get little time to be used")
-    warn_unusual("replacement_iters", replacement_iters, above=300, why="unused codewords stay unused for long")
+    warn_unusual("replacement_iters", replacement_iters, above=usual_most, why="unused codewords stay unused for long")
     warn_unusual("discard_threshold", discard_threshold, above=0.05, why="rare but useful codewords may be discarded")
     warn_unusual("perturb_eps", perturb_eps, above=1e-6, why="replaced codewords land far from those they copy")
 

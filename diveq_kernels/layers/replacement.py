@@ -34,12 +34,13 @@ class ReplacingQuantizer(Quantizer):
         perturb_eps: float,
         verbose: bool,
         codebook_reset: bool,
+        usual_most: int = 300,
     ) -> None:
         """Check and keep the constructor's arguments, and make the buffers."""
         if codebook_reset:
             check_replacement(replacement_iters, discard_threshold)
             if self.allow_warning:
-                warn_unusual_replacement(replacement_iters, discard_threshold, perturb_eps)
+                warn_unusual_replacement(replacement_iters, discard_threshold, perturb_eps, usual_most)
         self.replacement_iters = replacement_iters
         self.discard_threshold = discard_threshold
         self.perturb_eps = perturb_eps
@@ -48,6 +49,10 @@ class ReplacingQuantizer(Quantizer):
         shape, device = self.codebook.shape[:-1], self.codebook.device
         self.register_buffer("codebook_usage", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("num_replaced", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+
+    def _replacement_clock(self) -> Tensor:
+        """Steps so far, int32 [1]; 0 where no replacement shall follow."""
+        return self.iter_counter
 
     def _begin_step(self) -> Tensor:
         """The codebook to quantize with: after the replacement, if one is due."""
@@ -59,7 +64,7 @@ class ReplacingQuantizer(Quantizer):
         codebook, num_replaced = replace_unused(
             self.codebook,
             self.codebook_usage,
-            self.iter_counter,
+            self._replacement_clock(),
             seed,
             self.replacement_iters,
             self.discard_threshold,
@@ -75,7 +80,7 @@ class ReplacingQuantizer(Quantizer):
     def _end_step(self, counts: Tensor) -> None:
         """Count the step, and the codewords that it used; counts has ``codebook_usage``'s shape."""
         if self.codebook_reset:
-            due = replacement_due(self.iter_counter, self.replacement_iters)
+            due = replacement_due(self._replacement_clock(), self.replacement_iters)
             self.codebook_usage.copy_(torch.where(due, 0, self.codebook_usage) + (counts > 0))
             self.iter_counter.add_(1)
 

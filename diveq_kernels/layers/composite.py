@@ -1,0 +1,353 @@
+"""What the residual and product layers share: several codebooks, and one DiVeQ step for the whole row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diveq_kernels import _checks, functional
+from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels.codebook import composite_sf_initialise
+from diveq_kernels.layers._arguments import (
+    check_count,
+    check_sf_schedule,
+    choose_noise_std,
+    warn_unusual_noise,
+    warn_unusual_sf_schedule,
+)
+from diveq_kernels.layers.base import histogram, perplexity, select
+from diveq_kernels.layers.replacement import ReplacingQuantizer
+from diveq_kernels.layers.sf_diveq import SFCodes
+
+
+class CompositeQuantizer(ReplacingQuantizer):
+    """A quantizer with Q codebooks [Q, K, D'].
+
+    A subclass quantizes with one call of its operation (``_step``), says how parts add up to a row (``_join``), and
+    projects onto the curves of its SF form (``_project``).
+    """
+
+    num_codebooks: int
+
+    def _run(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``forward`` of rows, with the number of active stages of each."""
+        train = self._train_composite if self.training else self._quantize_composite
+        return self._results(*train(z, mask, active))
+
+    def _results(self, z_q: Tensor, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._as_input(z_q), indices.long(), perplexity(counts)
+
+    def _check_stages(self, indices: Any, count: int) -> None:
+        """Raise unless indices holds the codes of this layer: [q, ...], with at least ``_fewest_stages`` codebooks."""
+        self._check_codes(indices, count)
+        fewest = self._fewest_stages()
+        if indices.dim() < 1 or not fewest <= indices.shape[0] <= self.num_codebooks:
+            wanted = f"{fewest} to {self.num_codebooks}" if fewest < self.num_codebooks else f"{fewest}"
+            raise ValueError(f"codes must have shape [{wanted}, ...], got {tuple(indices.shape)}")
+
+    # ---- for subclasses ----
+
+    def _fewest_stages(self) -> int:
+        """How many codebooks' codes are needed for decoding."""
+        raise NotImplementedError
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        """Rows [..., D] from the codebooks' parts [..., D']."""
+        raise NotImplementedError
+
+    def _step(
+        self,
+        z: Tensor,
+        codebook: Tensor,
+        dither: Tensor | None,
+        mask: Tensor | None,
+        active: Tensor | None,
+        seed: Tensor | None,
+        noise_std: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The operation: (z_q, indices [Q, ...], counts)."""
+        raise NotImplementedError
+
+    def _project(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The nearest point of every codebook's curve: (points, indices [Q, ...], t [Q, ...])."""
+        raise NotImplementedError
+
+    def _train_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _quantize_composite(
+        self, z: Tensor, mask: Tensor | None, active: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _encode_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> Any:
+        raise NotImplementedError
+
+    # ---- without a number of active stages ----
+
+    def _train(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self._train_composite(z, mask, None)
+
+    def _quantize(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return self._quantize_composite(z, mask, None)
+
+    def _encode(self, z: Tensor, mask: Tensor | None) -> Any:
+        return self._encode_composite(z, mask, None)
+
+    def _repr_fields(self) -> list[str]:
+        fields = super()._repr_fields()
+        return [*fields[:2], "num_codebooks", *fields[2:]]
+
+
+class CompositeDIVEQ(CompositeQuantizer):
+    """The forms that map to codewords."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        num_codebooks: int,
+        noise_std: float | None = None,
+        replacement_iters: int = 100,
+        discard_threshold: float = 0.01,
+        perturb_eps: float = 1e-9,
+        uniform_init: bool = True,
+        allow_warning: bool = True,
+        verbose: bool = True,
+        codebook_reset: bool = True,
+        *,
+        noise_var: float | None = None,
+        channel_first: bool = False,
+        precision: str = "exact",
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        noise_std = choose_noise_std(noise_std, noise_var)
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            codebook_shape=(num_codebooks, num_embeddings, self._part_dim(embedding_dim, num_codebooks)),
+            noise_std=noise_std,
+            uniform_init=uniform_init,
+            allow_warning=allow_warning,
+            channel_first=channel_first,
+            precision=precision,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_codebooks = num_codebooks
+        if allow_warning:
+            warn_unusual_noise(noise_std)
+        self._init_replacement(replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset)
+
+    @staticmethod
+    def _part_dim(embedding_dim: int, num_codebooks: int) -> int:
+        """D', the dimension of the codewords."""
+        raise NotImplementedError
+
+    def _train_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        codebook = self._begin_step()
+        seed = functional.noise_seed(z, self.noise_std, None)
+        z_q, indices, counts = self._step(z, codebook, None, mask, active, seed, self.noise_std)
+        self._end_step(counts)
+        return z_q, indices, counts
+
+    def _quantize_composite(
+        self, z: Tensor, mask: Tensor | None, active: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._step(z, self.codebook, None, mask, active, None, 0.0)
+
+    def _encode_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> Tensor:
+        return self._quantize_composite(z, mask, active)[1].long()
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The z_q of codes.
+
+        Args:
+            codes: int64 or int32 [Q, ...], as ``encode`` returns them; −1 gives zeros. A residual layer also decodes
+                the first q of its stages: ``codes[:q]``.
+
+        Returns:
+            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype.
+
+        Raises:
+            TypeError: If codes is no integer tensor.
+            ValueError: If codes has the wrong number of codebooks or is on another device, or a code is out of range
+                (checked on the CPU only, and not under torch.compile).
+        """
+        self._check_stages(codes, self.num_embeddings)
+        dtype = compute_dtype(self.codebook)
+        parts = [select(book, chosen).to(dtype) for book, chosen in zip(self.codebook, codes, strict=False)]
+        return self._as_input(self._join(parts).to(self.codebook.dtype))
+
+
+class CompositeSFDIVEQ(CompositeQuantizer):
+    """The forms that map to curves: DiVeQ with replacement before step S, then SF-DiVeQ.
+
+    Attributes:
+        curve: the codebook being built from the latents of the last A steps before S; not in the state_dict, whose
+            keys are those of the `diveq` package. A run that resumes within these A steps builds what is left of them.
+    """
+
+    curve: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        num_codebooks: int,
+        noise_std: float | None = None,
+        skip_iters: int = 1000,
+        avg_iters: int = 50,
+        replacement_iters: int = 100,
+        discard_threshold: float = 0.01,
+        perturb_eps: float = 1e-9,
+        uniform_init: bool = True,
+        allow_warning: bool = True,
+        verbose: bool = True,
+        latents_on_cpu: bool = False,
+        *,
+        noise_var: float | None = None,
+        channel_first: bool = False,
+        precision: str = "exact",
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        noise_std = choose_noise_std(noise_std, noise_var)
+        check_sf_schedule(skip_iters, avg_iters)
+        if replacement_iters > skip_iters:
+            raise ValueError(f"replacement_iters must be at most skip_iters = {skip_iters}, got {replacement_iters}")
+        super().__init__(
+            num_embeddings,
+            embedding_dim,
+            codebook_shape=(num_codebooks, num_embeddings, self._part_dim(embedding_dim, num_codebooks)),
+            fewest_codewords=2,
+            noise_std=noise_std,
+            uniform_init=uniform_init,
+            allow_warning=allow_warning,
+            channel_first=channel_first,
+            precision=precision,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_codebooks = num_codebooks
+        self.skip_iters = skip_iters
+        self.avg_iters = avg_iters
+        self.latents_on_cpu = latents_on_cpu
+        if allow_warning:
+            warn_unusual_noise(noise_std)
+            warn_unusual_sf_schedule(skip_iters, avg_iters)
+        self._init_replacement(
+            replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset=True, usual_most=100
+        )
+        self.register_buffer("curve", self.codebook.detach().clone(), persistent=False)
+        self.register_load_state_dict_post_hook(_begin_curve)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _part_dim(embedding_dim: int, num_codebooks: int) -> int:
+        """D', the dimension of the codewords."""
+        raise NotImplementedError
+
+    @property
+    def _builds_curve(self) -> bool:
+        return self.skip_iters > 1 and self.avg_iters > 0
+
+    def _replacement_clock(self) -> Tensor:
+        # Not in the step that the curve begins with: the latents chose these codewords.
+        last = self.skip_iters - 1 if self._builds_curve else self.skip_iters
+        return torch.where(self.iter_counter < last, self.iter_counter, 0)
+
+    def _train_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        step = self.iter_counter + 1
+        if self._builds_curve:
+            with torch.no_grad():
+                self.codebook.copy_(torch.where(step == self.skip_iters, self.curve, self.codebook))
+        codebook = self._begin_step()
+        started = (step >= self.skip_iters).squeeze()
+        dither = torch.rand(self.num_codebooks, self.num_embeddings - 1, dtype=torch.float32, device=z.device)
+        seed = functional.noise_seed(z, self.noise_std, None)
+        # A graph cannot branch on the counter, so both phases are one operation, on K segments: with λ = 0 they are
+        # the K codewords. On the curve the last one is segment K−2 run backwards, which changes no distance.
+        ends = torch.cat((codebook, codebook[:, -2:-1]), dim=1)
+        weights = torch.where(started, torch.cat((dither, 1 - dither[:, -1:]), dim=1), 0)
+        z_q, indices, counts = self._step(z, ends, weights, mask, active, seed, self.noise_std)
+        if self._builds_curve:
+            with torch.no_grad():
+                self.curve.copy_(
+                    composite_sf_initialise(
+                        self.curve, codebook, z, indices, mask, step, self.skip_iters, self.avg_iters
+                    )
+                )
+        last = self.num_embeddings - 1
+        indices = torch.where(started, indices.clamp_max(last - 1), indices)
+        merged = torch.cat((counts[:, :-2], counts[:, -2:].sum(1, keepdim=True), counts.new_zeros(len(counts), 1)), 1)
+        counts = torch.where(started, merged.to(counts.dtype), counts)
+        self._end_step(torch.where(started, 0, counts))
+        return z_q, indices, counts
+
+    def _quantize_composite(
+        self, z: Tensor, mask: Tensor | None, active: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        points, indices, _ = self._project(z, mask, active)
+        counts = torch.stack([histogram(chosen, self.num_embeddings - 1) for chosen in indices])
+        return points, indices, counts
+
+    def _encode_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> SFCodes:
+        _, indices, t = self._project(z, mask, active)
+        return SFCodes(indices.long(), t)
+
+    def decode(self, codes: SFCodes) -> Tensor:
+        """The z_q of codes, from the points (1−t)c_j + t·c_{j+1} of the curves.
+
+        Args:
+            codes: (indices, t) as ``encode`` returns them: int64 or int32 [Q, ...], and a float tensor of that shape.
+                Index −1 gives zeros. A residual layer also decodes the first q of its stages.
+
+        Returns:
+            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype.
+
+        Raises:
+            TypeError: If codes is no pair, or its tensors have the wrong dtype.
+            ValueError: If shapes, devices or the number of codebooks differ, or an index is out of range (checked on
+                the CPU only, and not under torch.compile).
+        """
+        if not isinstance(codes, (tuple, list)) or len(codes) != 2:
+            raise TypeError(f"codes must be a pair (indices, t), got {type(codes).__name__}")
+        indices, t = codes
+        self._check_stages(indices, self.num_embeddings - 1)
+        _checks.check_float_tensor(t, "codes.t")
+        _checks.check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
+        dtype = compute_dtype(self.codebook, t)
+        parts = []
+        for book, chosen, position in zip(self.codebook, indices, t, strict=False):
+            weight = position.to(dtype)[..., None]
+            start, end = select(book, chosen).to(dtype), select(book[1:], chosen).to(dtype)
+            parts.append((1 - weight) * start + weight * end)
+        return self._as_input(self._join(parts).to(self.codebook.dtype))
+
+    def reset_parameters(self) -> None:
+        """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0."""
+        super().reset_parameters()
+        if hasattr(self, "curve"):
+            _begin_curve(self)
+
+    def _repr_fields(self) -> list[str]:
+        fields = [name for name in super()._repr_fields() if name != "codebook_reset"]
+        return [*fields, "skip_iters", "avg_iters", "latents_on_cpu"]
+
+
+@torch.no_grad()
+def _begin_curve(layer: Any, *_: Any) -> None:
+    """Codewords of which no step is left to build them keep their place."""
+    layer.curve.copy_(layer.codebook)
+
+
+def check_num_codebooks(num_codebooks: Any) -> None:
+    """Raise unless the number of codebooks is a positive int."""
+    check_count(num_codebooks, "num_codebooks", 1)

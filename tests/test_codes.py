@@ -1,0 +1,96 @@
+"""Packing codes: lossless, ⌈log2 K⌉ bits each, and damage never goes unnoticed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from diveq_kernels import DIVEQ, SFDIVEQ, ResidualDIVEQ, ResidualSFDIVEQ, SFCodes, codes, pack_codes, unpack_codes
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 8, 9, 1000, 1024, 1025, 2**22])
+@pytest.mark.parametrize("shape", [(), (1,), (13,), (3, 5, 7), (0,), (4, 0)])
+def test_round_trip(K, shape):
+    indices = torch.randint(0, K, shape)
+    packed = pack_codes(indices, K)
+    again = unpack_codes(packed)
+    assert again.dtype == torch.int64 and torch.equal(again, indices)
+    overhead = 20 + 8 * len(shape)
+    assert len(packed) == overhead + math.ceil(indices.numel() * math.ceil(math.log2(K)) / 8)
+    assert torch.equal(unpack_codes(pack_codes(indices.int(), K)), indices)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4, 100])
+def test_rows_left_out(K):
+    indices = torch.randint(-1, K, (50,))
+    indices[3] = -1
+    assert torch.equal(unpack_codes(pack_codes(indices, K)), indices)
+
+
+def test_the_largest_indices_and_several_blocks(monkeypatch):
+    monkeypatch.setattr(codes, "_BLOCK", 16)
+    indices = torch.arange(1000) % 37
+    assert torch.equal(unpack_codes(pack_codes(indices, 37)), indices)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 7, 8, 16, 24])
+def test_positions_are_rounded_to_the_nearest_level(bits):
+    t = torch.rand(200).index_fill(0, torch.tensor([0]), 0.0).index_fill(0, torch.tensor([1]), 1.0)
+    again = unpack_codes(pack_codes(SFCodes(torch.randint(0, 9, (200,)), t), 9, t_bits=bits))
+    assert isinstance(again, SFCodes) and again.t.dtype == torch.float32
+    assert (again.t - t).abs().max() <= 0.5 / (2**bits - 1) + 1e-7
+    assert again.t[0] == 0 and again.t[1] == 1
+    twice = unpack_codes(pack_codes(again, 9, t_bits=bits))
+    assert torch.equal(twice.t, again.t) and torch.equal(twice.indices, again.indices)
+
+
+@pytest.mark.parametrize("kind", [DIVEQ, ResidualDIVEQ, SFDIVEQ, ResidualSFDIVEQ], ids=lambda kind: kind.__name__)
+def test_what_layers_encode(kind):
+    several = (2,) if kind.__name__.startswith("Residual") else ()
+    layer = kind(20, 6, *several, allow_warning=False)
+    with torch.no_grad():
+        layer.codebook.normal_()
+    encoded = layer.encode(torch.randn(30, 6), torch.rand(30) < 0.8)
+    curve = isinstance(encoded, SFCodes)
+    decoded = layer.decode(unpack_codes(pack_codes(encoded, 19 if curve else 20, t_bits=24)))
+    torch.testing.assert_close(decoded, layer.decode(encoded), rtol=0, atol=1e-5 if curve else 0)
+
+
+@pytest.mark.parametrize("curve", [False, True])
+def test_every_flipped_bit_and_every_length_is_an_error(curve):
+    indices = torch.randint(0, 11, (3, 9))
+    packed = pack_codes(SFCodes(indices, torch.rand(3, 9)) if curve else indices, 11, t_bits=5)
+    for position in range(len(packed) * 8):
+        damaged = bytearray(packed)
+        damaged[position // 8] ^= 1 << position % 8
+        with pytest.raises(ValueError, match="packed"):
+            unpack_codes(damaged)
+    for length in range(len(packed)):
+        with pytest.raises(ValueError, match="truncated"):
+            unpack_codes(packed[:length])
+    with pytest.raises(ValueError, match="truncated or corrupted"):
+        unpack_codes(packed + b"\0")
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="codes must hold indices from -1 to 4, got values from 0 to 5"):
+        pack_codes(torch.arange(6), 5)
+    with pytest.raises(ValueError, match="from -2"):
+        pack_codes(torch.tensor([-2]), 5)
+    with pytest.raises(TypeError, match="codes must hold .* got torch.float32"):
+        pack_codes(torch.zeros(3), 5)
+    with pytest.raises(TypeError, match="codes must hold .* got str"):
+        pack_codes("abc", 5)
+    with pytest.raises(ValueError, match="num_codes must be an int >= 1, got 0"):
+        pack_codes(torch.zeros(0, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match="t_bits must be at most 24, got 25"):
+        pack_codes(torch.zeros(1, dtype=torch.int64), 1, t_bits=25)
+    for t in (torch.tensor([0.5, 1.5]), torch.tensor([0.5, torch.nan])):
+        with pytest.raises(ValueError, match=r"codes.t must be in \[0, 1\]"):
+            pack_codes((torch.zeros(2, dtype=torch.int64), t), 2)
+    with pytest.raises(ValueError, match="codes.t must have shape"):
+        pack_codes((torch.zeros(2, dtype=torch.int64), torch.zeros(3)), 2)
+    with pytest.raises(TypeError, match="packed must be bytes, got str"):
+        unpack_codes("abc")
