@@ -75,7 +75,7 @@ def contestants(z: Tensor, codebook: Tensor, peers: bool) -> dict[str, Callable[
 
 
 def check(z: Tensor, codebook: Tensor) -> None:
-    found = native_cpu.nearest(z, codebook, None, "exact")[0].long()
+    found = native_cpu.nearest(z, codebook, None, "exact")[1].long()
     distances = torch.cat([torch.cdist(rows, codebook.double()) for rows in z.double().split(1024)])
     excess = distances.gather(1, found[:, None])[:, 0] / distances.amin(1) - 1
     if excess.max() > 1e-6:
