@@ -7,8 +7,9 @@ serves, go to the reference. On CPU the kernels run only in Triton's interpreter
 from diveq_kernels.triton_kernels.diveq import diveq, diveq_backward
 from diveq_kernels.triton_kernels.launch import INTERPRETED
 from diveq_kernels.triton_kernels.search import nearest
+from diveq_kernels.triton_kernels.sf_diveq import sf_diveq, sf_diveq_backward
 
-__all__ = ["diveq", "diveq_backward", "nearest", "why_unusable"]
+__all__ = ["diveq", "diveq_backward", "nearest", "sf_diveq", "sf_diveq_backward", "why_unusable"]
 
 
 def why_unusable(device_type: str) -> str | None:
