@@ -4,12 +4,24 @@ Each function takes the arguments of the dispatcher op of its name without ``bac
 serves, go to the reference. On CPU the kernels run only in Triton's interpreter, for tests.
 """
 
+from diveq_kernels.triton_kernels.composite import product, product_backward, residual, residual_backward
 from diveq_kernels.triton_kernels.diveq import diveq, diveq_backward
 from diveq_kernels.triton_kernels.launch import INTERPRETED
 from diveq_kernels.triton_kernels.search import nearest
 from diveq_kernels.triton_kernels.sf_diveq import sf_diveq, sf_diveq_backward
 
-__all__ = ["diveq", "diveq_backward", "nearest", "sf_diveq", "sf_diveq_backward", "why_unusable"]
+__all__ = [
+    "diveq",
+    "diveq_backward",
+    "nearest",
+    "product",
+    "product_backward",
+    "residual",
+    "residual_backward",
+    "sf_diveq",
+    "sf_diveq_backward",
+    "why_unusable",
+]
 
 
 def why_unusable(device_type: str) -> str | None:
