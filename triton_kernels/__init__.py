@@ -5,6 +5,7 @@ serves, go to the reference. On CPU the kernels run only in Triton's interpreter
 """
 
 from diveq_kernels.triton_kernels.composite import product, product_backward, residual, residual_backward
+from diveq_kernels.triton_kernels.distance import nearest_backward
 from diveq_kernels.triton_kernels.diveq import diveq, diveq_backward
 from diveq_kernels.triton_kernels.launch import INTERPRETED
 from diveq_kernels.triton_kernels.search import nearest
@@ -14,6 +15,7 @@ __all__ = [
     "diveq",
     "diveq_backward",
     "nearest",
+    "nearest_backward",
     "product",
     "product_backward",
     "residual",

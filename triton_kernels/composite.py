@@ -237,7 +237,8 @@ def _forward(
     if rows:
         dither = None if dither is None else dither.contiguous()
         # The residual is fp32 whatever z is.
-        search = Search(z if group else z.new_empty(0, dtype=torch.float32), codebooks, dither, precision)
+        searched = z if group else z.new_empty(0, dtype=torch.float32)
+        search = Search(searched, codebooks, dither, precision, "composite")
         programs = min(search.grid(rows)[0], _PROGRAMS)
         tile = programs * search.tiles["BLOCK_N"] * z.shape[-1]
         residuals = None if group else torch.empty(tile, dtype=torch.float32, device=z.device)

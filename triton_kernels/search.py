@@ -157,10 +157,12 @@ def product_for(z: Tensor, precision: str) -> str:
 class Search:
     """A packed codebook and the arguments that every kernel with a search in it takes."""
 
-    def __init__(self, z: Tensor, codebooks: Tensor, dither: Tensor | None, precision: str) -> None:
+    def __init__(
+        self, z: Tensor, codebooks: Tensor, dither: Tensor | None, precision: str, kind: str = "search"
+    ) -> None:
         dim = codebooks.shape[-1]
         product = product_for(z, precision)
-        self.tiles = configuration(f"search_{product}", dim, z.device)
+        self.tiles = configuration(f"{kind}_{product}", dim, z.device)
         self.slack = (2 * dim + 32) * 2.0**-24 if precision == "exact" else 0.0
         self.packed: Packed = pack(codebooks, dither, product, self.slack, self.tiles)
         self.options = {
