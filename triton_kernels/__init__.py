@@ -1,7 +1,7 @@
 """Triton kernels, one file per kernel, behind the operations of ``diveq_kernels.ops``.
 
-Each function takes the arguments of the dispatcher op of its name without ``backend``. fp64 inputs, which no tensor core
-serves, go to the reference. On CPU the kernels run only in Triton's interpreter, for tests.
+Each function takes the arguments of the dispatcher op of its name without ``backend``. fp64 inputs, which no tensor
+core serves, go to the reference. On CPU the kernels run only in Triton's interpreter, for tests.
 """
 
 from diveq_kernels.triton_kernels.composite import product, product_backward, residual, residual_backward

@@ -1,8 +1,8 @@
 """Residual and product quantization: every search of a row and one DiVeQ step on d = ẑ − z, in one launch.
 
-Residual: r_0 = z, r_{q+1} = r_q − p_q, ẑ = Σ_q p_q. A program keeps its tile's residual in a tile of its own that stays in
-cache, and takes row tiles until none is left; so memory does not grow with N. Product: one search per group of columns,
-ẑ their concatenation. p is the nearest codeword, or in the SF forms the nearest (1−λ_j)c_j + λ_j c_{j+1}.
+Residual: r_0 = z, r_{q+1} = r_q − p_q, ẑ = Σ_q p_q. A program keeps its tile's residual in a tile of its own that stays
+in cache, and takes row tiles until none is left: memory does not grow with N. Product: one search per group of
+columns, ẑ their concatenation. p is the nearest codeword, or in the SF forms the nearest (1−λ_j)c_j + λ_j c_{j+1}.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def composite_kernel(
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """All searches of a row, then z_q, for the row tiles of one program."""
     tile = tl.program_id(0).to(tl.int64)
     own = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * WHOLE_D  # this program's rows of ``residuals``
     while tile * BLOCK_N < rows:
@@ -162,6 +163,7 @@ def composite_backward_kernel(
     grad_z, d_inner, d_outer_stride, d_inner_stride, d_step, grad_codebooks, codewords,
     STAGES: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """∂L/∂z for BLOCK_N rows, and a·d added to every codeword that they chose."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
     kept = tl.load(indices + n, mask=inside, other=-1) >= 0

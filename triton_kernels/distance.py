@@ -28,6 +28,7 @@ def nearest_backward_kernel(
     grad_z, d_inner, d_outer_stride, d_inner_stride, d_step, grad_codebook, weights,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """∂L/∂z for BLOCK_N rows, and 2g (``weights``) or the pull added to ∂L/∂C."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
     index = tl.load(indices + n, mask=inside, other=-1)

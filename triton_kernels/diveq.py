@@ -35,6 +35,7 @@ def diveq_kernel(
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """z_q, indices and histogram for BLOCK_N rows."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
     kept = inside
@@ -95,6 +96,7 @@ def diveq_backward_kernel(
     grad_z, d_inner, d_outer_stride, d_inner_stride, d_step, grad_codebook, weights,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """∂L/∂z for BLOCK_N rows, and a (``weights``) or a·d added to ∂L/∂C."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
     index = tl.load(indices + n, mask=inside, other=-1)

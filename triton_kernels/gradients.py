@@ -1,7 +1,7 @@
 """Gradient towards one end of a row's step, and the two ways to add rows to the codewords that they chose.
 
-Atomics by default: contributions to one codeword arrive in any order. Under deterministic algorithms the rows are sorted
-by index (a stable sort), and one program per codeword adds up its own, in order. Both accumulate in fp32.
+Atomics by default: contributions to one codeword arrive in any order. Under deterministic algorithms rows are sorted by
+index (a stable sort), and one program per codeword adds up its own, in order. Both accumulate in fp32.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ def pack_kernel(
     count, padded_count, slack,
     PRODUCT: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Centre, round and measure BLOCK_K searched points of one codebook."""
     stage = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     live = j < count

@@ -6,8 +6,8 @@ the row is ambiguous, and the candidates that the bound leaves (rarely more than
 from the original, uncentred values. Data far from 0, clusters far apart and diverged codewords make a row slower, not
 wrong. ``fast`` takes the argmin of the product as it is.
 
-κ = (2D + 32)·2⁻²⁴: D accumulations in fp32, truncated rather than rounded on tensor cores, and a few units for the three
-TF32 products, the centring and ‖c‖².
+κ = (2D + 32)·2⁻²⁴: D accumulations in fp32, truncated rather than rounded on tensor cores, and a few units for the
+three TF32 products, the centring and ‖c‖².
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ def nearest_kernel(
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Index and squared distance of the nearest codeword for BLOCK_N rows."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
     live = inside

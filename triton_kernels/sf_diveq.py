@@ -54,6 +54,7 @@ def sf_diveq_kernel(
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """z_q, segment indices and histogram for BLOCK_N rows."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
     kept = inside
@@ -129,6 +130,7 @@ def sf_diveq_backward_kernel(
     grad_z, d_inner, d_outer_stride, d_inner_stride, d_step, grad_codebook, weights,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """∂L/∂z for BLOCK_N rows, and both weights or both pulls added to ∂L/∂C."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
     i = tl.load(indices + n, mask=inside, other=-1)
@@ -180,9 +182,7 @@ def sf_diveq_backward(
 ) -> tuple[Tensor, Tensor]:
     """DiVeQ's gradients towards both ends, weighted (1−λ_i) and λ_i."""
     if compute_dtype(z, codebook) == torch.float64:
-        return reference.sf_diveq_backward(
-            grad, z, codebook, dither, indices, seed, noise_std, need_z, need_codebook
-        )
+        return reference.sf_diveq_backward(grad, z, codebook, dither, indices, seed, noise_std, need_z, need_codebook)
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
     into = CodebookGradient(codebook, need_codebook, ends=2)
     rows, dim = indices.numel(), z.shape[-1]
