@@ -187,7 +187,7 @@ class Search:
 
 
 def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
-    """i(n) and ‖z_n − c_i‖² (−1 and 0 in rows left out)."""
+    """(‖z_n − c_i‖², i(n)); 0 and −1 in rows left out."""
     if compute_dtype(z, codebook) == torch.float64:
         return reference.nearest(z, codebook, mask, precision)
     indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
@@ -199,4 +199,4 @@ def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
             *rows_of(z), indices.numel(), None if mask is None else mask.contiguous(), codebook, *codebook.stride(),
             *search.arguments, indices, sqdist, **search.options,
         )  # fmt: skip
-    return indices, sqdist
+    return sqdist, indices
