@@ -212,7 +212,7 @@ setup(
     packages=[*find_packages(include=["diveq_kernels", "diveq_kernels.*"]), "diveq_kernels.triton_kernels"],
     # The top-level name `triton_kernels` belongs to another package, so the folder is installed inside ours.
     package_dir={"diveq_kernels.triton_kernels": "triton_kernels"},
-    package_data={"diveq_kernels.triton_kernels": ["*.json"]},  # py.typed is included without asking
+    package_data={"diveq_kernels.triton_kernels": ["configs/*.json"]},  # py.typed is included without asking
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},

@@ -1,0 +1,126 @@
+"""Compiles Triton kernels for a GPU that is not there, with the arguments that a real call would pass.
+
+The package's own launchers run on meta tensors, and their launches are recorded instead of started.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Compiled(NamedTuple):
+    name: str
+    ptx: str
+    cubin: bytes
+    registers: int
+    spilled: int
+    shared: int
+
+
+@contextmanager
+def recorded(architecture: int) -> Iterator[list[Launch]]:
+    """Record launches, with the configurations of ``sm_<architecture>``."""
+    from diveq_kernels.triton_kernels import launch as module
+
+    launches: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+        launches.append(Launch(kernel, grid, arguments, options))
+
+    users = [m for name, m in list(__import__("sys").modules.items()) if name.startswith(module.__package__ + ".")]
+    with mock.patch.object(module, "architecture_of", lambda device: f"sm_{architecture}"):
+        patches = [mock.patch.object(user, "launch", record) for user in users if hasattr(user, "launch")]
+        for patch in patches:
+            patch.start()
+        try:
+            yield launches
+        finally:
+            for patch in patches:
+                patch.stop()
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[tuple, Any]]:
+    """(signature, constants, attributes) as the just-in-time compiler would make them."""
+    names = launch.kernel.arg_names
+    values = dict(zip(names, launch.arguments, strict=False)) | {
+        name: value for name, value in launch.options.items() if name in names
+    }
+    constexprs = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(names):
+        value = values[name]
+        if name in constexprs or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_for(launch: Launch, architecture: int) -> Compiled:
+    signature, constants, attributes = _signature(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {name: launch.options[name] for name in ("num_warps", "num_stages") if name in launch.options}
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    usage = _usage(built.asm["cubin"])
+    return Compiled(launch.kernel.__name__, built.asm["ptx"], built.asm["cubin"], *usage, built.metadata.shared)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of local memory (spills and stack) per thread."""
+    text = run_tool("cuobjdump", cubin, "-res-usage")
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def run_tool(name: str, cubin: bytes, *options: str) -> str:
+    """Output of a CUDA binary tool that comes with Triton."""
+    import tempfile
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def launches_of(call: Callable[[], Any], architecture: int) -> list[Launch]:
+    with recorded(architecture) as launches:
+        call()
+    return launches

@@ -1,0 +1,150 @@
+"""DiVeQ in one launch: search, z_q = z + m·u with u = (v + d)/‖v + d‖, d = c_i − z and m = ‖d‖, indices, histogram.
+
+Backward in one pass over the rows: the noise is made again, a = (g·u)/m, ∂L/∂z = g − a·d, and ∂L/∂c_i += a·d.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diveq_kernels import reference
+from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, end_of_row
+from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.noise import moved
+from diveq_kernels.triton_kernels.rows import (
+    deliver,
+    load_rows,
+    load_targets,
+    output_like,
+    row_starts,
+    rows_of,
+    store_rows,
+)
+from diveq_kernels.triton_kernels.search import Search, nearest_codeword
+
+
+@triton.jit
+def diveq_kernel(
+    z, inner, outer_stride, inner_stride, step, rows, mask, codebook, code_stride, code_step,
+    points, bias, length, centre, count, slack,
+    z_q, q_inner, q_outer_stride, q_inner_stride, q_step, indices, counts, seed, noise_std,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """z_q, indices and histogram for BLOCK_N rows."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < rows
+    kept = inside
+    if mask is not None:
+        kept = kept & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
+    starts = row_starts(n, inner, outer_stride, inner_stride)
+    index = nearest_codeword(
+        z, starts, step, kept, codebook, code_stride, code_step, None, centre, points, bias, length, count, slack,
+        PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+    tl.store(indices + n, tl.where(kept, index, -1), mask=inside)
+    tl.atomic_add(counts + index, 1, mask=kept, sem="relaxed")
+
+    of_d = tl.zeros((BLOCK_N,), tl.float32)
+    of_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, PADDED_D, BLOCK_D):
+        c = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
+        d = c - load_rows(z, starts, step, inside, first, D, BLOCK_D)
+        of_d += tl.sum(d * d, axis=1)
+        d = moved(d, seed, noise_std, n, 0, first, D, BLOCK_D)
+        of_sum += tl.sum(d * d, axis=1)
+    m = tl.sqrt(of_d)
+    scale = m / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum))
+    q_starts = row_starts(n, q_inner, q_outer_stride, q_inner_stride)
+    for first in range(0, PADDED_D, BLOCK_D):
+        c = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
+        x = load_rows(z, starts, step, inside, first, D, BLOCK_D)
+        value = c
+        if seed is not None:
+            value = x + scale[:, None] * moved(c - x, seed, noise_std, n, 0, first, D, BLOCK_D)
+        value = tl.where((m < float("inf"))[:, None], value, float("nan"))
+        store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, BLOCK_D)
+
+
+def diveq(
+    z: Tensor, codebook: Tensor, mask: Tensor | None, seed: Tensor | None, noise_std: float, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z_q, indices, counts [K]); without a seed the detach form, z_q = c_i."""
+    if compute_dtype(z, codebook) == torch.float64:
+        return reference.diveq(z, codebook, mask, seed, noise_std, precision)
+    z_q, written = output_like(z)
+    indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
+    counts = torch.zeros(codebook.shape[0], dtype=torch.int32, device=z.device)
+    if indices.numel():
+        search = Search(z, codebook[None], None, precision)
+        launch(
+            diveq_kernel, search.grid(indices.numel()), z.device,
+            *rows_of(z), indices.numel(), None if mask is None else mask.contiguous(), codebook, *codebook.stride(),
+            *search.arguments, *written, indices, counts, seed, noise_std, **search.options,
+        )  # fmt: skip
+    return deliver(z_q, written), indices, counts
+
+
+@triton.jit
+def diveq_backward_kernel(
+    grad, g_inner, g_outer_stride, g_inner_stride, g_step, z, inner, outer_stride, inner_stride, step, rows,
+    codebook, code_stride, code_step, indices, seed, noise_std,
+    grad_z, d_inner, d_outer_stride, d_inner_stride, d_step, grad_codebook, weights,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂z for BLOCK_N rows, and a (``weights``) or a·d added to ∂L/∂C."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < rows
+    index = tl.load(indices + n, mask=inside, other=-1)
+    kept = index >= 0
+    index = tl.maximum(index, 0)
+    starts = row_starts(n, inner, outer_stride, inner_stride)
+    g_starts = row_starts(n, g_inner, g_outer_stride, g_inner_stride)
+    a, m = end_of_row(
+        grad, g_starts, g_step, z, starts, step, kept, codebook, code_stride, code_step, index,
+        seed, noise_std, n, 0, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    if weights is not None:
+        tl.store(weights + n, a, mask=inside)
+    d_starts = row_starts(n, d_inner, d_outer_stride, d_inner_stride)
+    for first in range(0, D, BLOCK_D):
+        c = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
+        d = c - load_rows(z, starts, step, kept, first, D, BLOCK_D)
+        pull = tl.where((a == 0.0)[:, None], 0.0, a[:, None] * d)
+        if grad_z is not None:
+            g = load_rows(grad, g_starts, g_step, inside, first, D, BLOCK_D)
+            value = tl.where((m < float("inf"))[:, None], g - pull, float("nan"))
+            store_rows(grad_z, d_starts, d_step, inside, first, tl.where(kept[:, None], value, g), D, BLOCK_D)
+        if grad_codebook is not None:
+            add_pull(grad_codebook, index, a, pull, first, D, BLOCK_D)
+
+
+def diveq_backward(
+    grad: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    seed: Tensor | None,
+    noise_std: float,
+    need_z: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    """With a = (g·u)/m: ∂L/∂z = g − a·d and ∂L/∂c_i += a·d."""
+    if compute_dtype(z, codebook) == torch.float64:
+        return reference.diveq_backward(grad, z, codebook, indices, seed, noise_std, need_z, need_codebook)
+    grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
+    into = CodebookGradient(codebook, need_codebook, ends=1)
+    rows, dim = indices.numel(), z.shape[-1]
+    weights = into.weights(rows)
+    if rows:
+        tile = configuration("backward", dim, z.device)
+        launch(
+            diveq_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            *rows_of(grad), *rows_of(z), rows, codebook, *codebook.stride(), indices, seed, noise_std,
+            *(written or (None, 1, 0, 0, 1)), into.atomic, weights, D=dim, **tile,
+        )  # fmt: skip
+    return (deliver(grad_z, written) if written else grad_z), into.finish(rows_of(z), indices, weights)

@@ -1,0 +1,43 @@
+"""Starting a kernel: tuned configurations by architecture, and the device it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+_CONFIGS = Path(__file__).parent / "configs"
+
+
+@functools.cache
+def _table(architecture: str) -> dict[str, list[dict[str, int]]]:
+    path = _CONFIGS / f"{architecture}.json"
+    return json.loads((path if path.is_file() else _CONFIGS / "default.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> str:
+    """Name of the table of configurations for a device: "sm_90", "sm_80", ..., else "default"."""
+    if device.type != "cuda" or torch.version.hip:
+        return "default"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def configuration(kind: str, dim: int, device: torch.device) -> dict[str, int]:
+    """Tile sizes and launch options for rows of ``dim``: the first entry of the table whose ``max_dim`` holds it."""
+    for entry in _table(architecture_of(device))[kind]:
+        if dim <= entry["max_dim"]:
+            return {name: value for name, value in entry.items() if name != "max_dim"}
+    raise AssertionError(f"the last entry of {kind!r} must hold every dim")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the current stream of the device that holds its tensors."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **options)

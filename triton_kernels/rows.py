@@ -1,0 +1,92 @@
+"""Rows of a strided [..., D] tensor, as kernels address them: two row strides and the step along D."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Row n begins at ``(n // inner) * outer_stride + (n % inner) * inner_stride``, its elements ``step`` apart."""
+
+    tensor: Tensor
+    inner: int
+    outer_stride: int
+    inner_stride: int
+    step: int
+
+
+def _collapse(x: Tensor) -> list[tuple[int, int]]:
+    """The leading dimensions as the fewest (size, stride) pairs, outermost first."""
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    return dims
+
+
+def fits(x: Tensor) -> bool:
+    """Whether two row strides are enough for x."""
+    return len(_collapse(x)) <= 2
+
+
+def rows_of(x: Tensor) -> Rows:
+    """x [..., D] for a kernel; copied only where two row strides cannot describe it (channels-first can be)."""
+    x = x if fits(x) else x.contiguous()
+    dims = _collapse(x)
+    (_, outer_stride), (inner, inner_stride) = [(1, 0)] * (2 - len(dims)) + dims
+    return Rows(x, inner, outer_stride, inner_stride, x.stride(-1))
+
+
+def output_like(x: Tensor) -> tuple[Tensor, Rows]:
+    """(empty_like(x), where a kernel writes it): scratch, to be copied, where two row strides cannot describe it."""
+    out = torch.empty_like(x)
+    return out, rows_of(out) if fits(out) else rows_of(torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+def deliver(out: Tensor, written: Rows) -> Tensor:
+    """Copy scratch made by ``output_like`` to the output it stands for."""
+    return out if written.tensor is out else out.copy_(written.tensor)
+
+
+@triton.jit
+def row_starts(n, inner, outer_stride, inner_stride):
+    """Offset of each row n [BN] from the tensor's first element, 64-bit."""
+    return (n // inner) * outer_stride.to(tl.int64) + (n % inner) * inner_stride.to(tl.int64)
+
+
+@triton.jit
+def load_rows(pointer, starts, step, live, first, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns first to first + BLOCK of rows [BN, BLOCK], in fp32; 0 past D and in rows that are not live."""
+    k = first + tl.arange(0, BLOCK)
+    at = starts[:, None] + k.to(tl.int64)[None, :] * step
+    return tl.load(pointer + at, mask=live[:, None] & (k < D)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(pointer, starts, step, live, first, value, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Write columns first to first + BLOCK of the rows that are live."""
+    k = first + tl.arange(0, BLOCK)
+    at = starts[:, None] + k.to(tl.int64)[None, :] * step
+    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=live[:, None] & (k < D)[None, :])
+
+
+@triton.jit
+def load_targets(codebook, code_stride, code_step, dither, j, first, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns of the searched points j [BN]: codewords, or with ``dither`` (1 − λ_j)c_j + λ_j c_{j+1}."""
+    everywhere = j >= 0
+    starts = j.to(tl.int64) * code_stride
+    point = load_rows(codebook, starts, code_step, everywhere, first, D, BLOCK)
+    if dither is not None:
+        weight = tl.load(dither + j).to(tl.float32)[:, None]
+        end = load_rows(codebook, starts + code_stride, code_step, everywhere, first, D, BLOCK)
+        point = (1.0 - weight) * point + weight * end
+    return point

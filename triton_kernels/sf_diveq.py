@@ -1,0 +1,197 @@
+"""SF-DiVeQ in one launch: search among the dithered codewords c̃_j = (1−λ_j)c_j + λ_j c_{j+1}, then a step to both ends.
+
+z_q = z + (1−λ_i)·m1·u1 + λ_i·m2·u2, with d1 = c_i − z, d2 = c_{i+1} − z and noise of its own for each direction.
+Backward in one pass over the rows, as for DiVeQ, weighted (1−λ_i) and λ_i.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diveq_kernels import reference
+from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, end_of_row
+from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.noise import moved
+from diveq_kernels.triton_kernels.rows import (
+    deliver,
+    load_rows,
+    load_targets,
+    output_like,
+    row_starts,
+    rows_of,
+    store_rows,
+)
+from diveq_kernels.triton_kernels.search import Search, nearest_codeword
+
+
+@triton.jit
+def _lengths(
+    z, starts, step, inside, codebook, code_stride, code_step, index, seed, noise_std, n, offset,
+    PADDED_D: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """m = ‖d‖ and m/‖v + d‖ for d = c_index − z (0 where v + d = 0)."""
+    of_d = tl.zeros((BLOCK_N,), tl.float32)
+    of_sum = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, PADDED_D, BLOCK_D):
+        c = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
+        d = c - load_rows(z, starts, step, inside, first, D, BLOCK_D)
+        of_d += tl.sum(d * d, axis=1)
+        d = moved(d, seed, noise_std, n, offset, first, D, BLOCK_D)
+        of_sum += tl.sum(d * d, axis=1)
+    m = tl.sqrt(of_d)
+    return m, m / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum))
+
+
+@triton.jit
+def sf_diveq_kernel(
+    z, inner, outer_stride, inner_stride, step, rows, mask, codebook, code_stride, code_step, dither,
+    points, bias, length, centre, count, slack,
+    z_q, q_inner, q_outer_stride, q_inner_stride, q_step, indices, counts, seed, noise_std, second,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """z_q, segment indices and histogram for BLOCK_N rows."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < rows
+    kept = inside
+    if mask is not None:
+        kept = kept & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
+    starts = row_starts(n, inner, outer_stride, inner_stride)
+    i = nearest_codeword(
+        z, starts, step, kept, codebook, code_stride, code_step, dither, centre, points, bias, length, count, slack,
+        PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+    tl.store(indices + n, tl.where(kept, i, -1), mask=inside)
+    tl.atomic_add(counts + i, 1, mask=kept, sem="relaxed")
+
+    m1, scale1 = _lengths(
+        z, starts, step, inside, codebook, code_stride, code_step, i, seed, noise_std, n, 0,
+        PADDED_D, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    m2, scale2 = _lengths(
+        z, starts, step, inside, codebook, code_stride, code_step, i + 1, seed, noise_std, n, second,
+        PADDED_D, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    weight = tl.load(dither + i).to(tl.float32)
+    finite = m1 + m2 < float("inf")
+    q_starts = row_starts(n, q_inner, q_outer_stride, q_inner_stride)
+    for first in range(0, PADDED_D, BLOCK_D):
+        x = load_rows(z, starts, step, inside, first, D, BLOCK_D)
+        if seed is None:
+            value = load_targets(codebook, code_stride, code_step, dither, i, first, D, BLOCK_D)
+        else:
+            c = load_targets(codebook, code_stride, code_step, None, i, first, D, BLOCK_D)
+            value = x + ((1.0 - weight) * scale1)[:, None] * moved(c - x, seed, noise_std, n, 0, first, D, BLOCK_D)
+            c = load_targets(codebook, code_stride, code_step, None, i + 1, first, D, BLOCK_D)
+            value += (weight * scale2)[:, None] * moved(c - x, seed, noise_std, n, second, first, D, BLOCK_D)
+        value = tl.where(finite[:, None], value, float("nan"))
+        store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, BLOCK_D)
+
+
+def _second_offset(z: Tensor) -> int:
+    """Noise offset of the second direction: past all counters of the first."""
+    return z.shape[:-1].numel() * -(-z.shape[-1] // 4)
+
+
+def sf_diveq(
+    z: Tensor,
+    codebook: Tensor,
+    dither: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    noise_std: float,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z_q, segment indices, counts [K−1]); without a seed the detach form, z_q = (1−λ_i)c_i + λ_i c_{i+1}."""
+    if compute_dtype(z, codebook) == torch.float64:
+        return reference.sf_diveq(z, codebook, dither, mask, seed, noise_std, precision)
+    z_q, written = output_like(z)
+    indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
+    counts = torch.zeros(codebook.shape[0] - 1, dtype=torch.int32, device=z.device)
+    if indices.numel():
+        dither = dither.contiguous()
+        search = Search(z, codebook[None], dither[None], precision)
+        launch(
+            sf_diveq_kernel, search.grid(indices.numel()), z.device,
+            *rows_of(z), indices.numel(), None if mask is None else mask.contiguous(), codebook, *codebook.stride(),
+            dither, *search.arguments, *written, indices, counts, seed, noise_std, _second_offset(z), **search.options,
+        )  # fmt: skip
+    return deliver(z_q, written), indices, counts
+
+
+@triton.jit
+def sf_diveq_backward_kernel(
+    grad, g_inner, g_outer_stride, g_inner_stride, g_step, z, inner, outer_stride, inner_stride, step, rows,
+    codebook, code_stride, code_step, dither, indices, seed, noise_std, second,
+    grad_z, d_inner, d_outer_stride, d_inner_stride, d_step, grad_codebook, weights,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂z for BLOCK_N rows, and both weights or both pulls added to ∂L/∂C."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < rows
+    i = tl.load(indices + n, mask=inside, other=-1)
+    kept = i >= 0
+    i = tl.maximum(i, 0)
+    starts = row_starts(n, inner, outer_stride, inner_stride)
+    g_starts = row_starts(n, g_inner, g_outer_stride, g_inner_stride)
+    a1, m1 = end_of_row(
+        grad, g_starts, g_step, z, starts, step, kept, codebook, code_stride, code_step, i,
+        seed, noise_std, n, 0, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    a2, m2 = end_of_row(
+        grad, g_starts, g_step, z, starts, step, kept, codebook, code_stride, code_step, i + 1,
+        seed, noise_std, n, second, D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    weight = tl.load(dither + i).to(tl.float32)
+    finite = m1 + m2 < float("inf")  # a row is quantized towards both ends or not at all
+    a1 = tl.where(finite, (1.0 - weight) * a1, 0.0)
+    a2 = tl.where(finite, weight * a2, 0.0)
+    if weights is not None:
+        tl.store(weights + n, a1, mask=inside)
+        tl.store(weights + rows + n, a2, mask=inside)
+    d_starts = row_starts(n, d_inner, d_outer_stride, d_inner_stride)
+    for first in range(0, D, BLOCK_D):
+        x = load_rows(z, starts, step, kept, first, D, BLOCK_D)
+        d1 = load_targets(codebook, code_stride, code_step, None, i, first, D, BLOCK_D) - x
+        d2 = load_targets(codebook, code_stride, code_step, None, i + 1, first, D, BLOCK_D) - x
+        pull1 = tl.where((a1 == 0.0)[:, None], 0.0, a1[:, None] * d1)
+        pull2 = tl.where((a2 == 0.0)[:, None], 0.0, a2[:, None] * d2)
+        if grad_z is not None:
+            g = load_rows(grad, g_starts, g_step, inside, first, D, BLOCK_D)
+            value = tl.where(finite[:, None], g - pull1 - pull2, float("nan"))
+            store_rows(grad_z, d_starts, d_step, inside, first, tl.where(kept[:, None], value, g), D, BLOCK_D)
+        if grad_codebook is not None:
+            add_pull(grad_codebook, i, a1, pull1, first, D, BLOCK_D)
+            add_pull(grad_codebook, i + 1, a2, pull2, first, D, BLOCK_D)
+
+
+def sf_diveq_backward(
+    grad: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    dither: Tensor,
+    indices: Tensor,
+    seed: Tensor | None,
+    noise_std: float,
+    need_z: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    """DiVeQ's gradients towards both ends, weighted (1−λ_i) and λ_i."""
+    if compute_dtype(z, codebook) == torch.float64:
+        return reference.sf_diveq_backward(grad, z, codebook, dither, indices, seed, noise_std, need_z, need_codebook)
+    grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
+    into = CodebookGradient(codebook, need_codebook, ends=2)
+    rows, dim = indices.numel(), z.shape[-1]
+    weights = into.weights(rows)
+    if rows:
+        tile = configuration("backward", dim, z.device)
+        launch(
+            sf_diveq_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            *rows_of(grad), *rows_of(z), rows, codebook, *codebook.stride(), dither.contiguous(), indices, seed,
+            noise_std, _second_offset(z), *(written or (None, 1, 0, 0, 1)), into.atomic, weights, D=dim, **tile,
+        )  # fmt: skip
+    return (deliver(grad_z, written) if written else grad_z), into.finish(rows_of(z), indices, weights)
