@@ -107,10 +107,10 @@ int32_t resolve_bf16(const Codes& c, bool exact, const float* z, float squares, 
   const auto bound = [&](float R) {
     return 1.05f * (products * R + steps * (0x1p-23f * R * (0.5f * R + length) + FLT_MIN * (1 + R + length)));
   };
-  // The least score's own error hides some of the distance: at most 0.005·‖z‖R, for which 1/8 more is enough; with the
+  // The least score's own error hides some of the distance: at most 0.009·‖z‖R, for which 1/5 more is enough; with the
   // error bounded, R is known better.
   const float apart = 2 * least + squares, near = apart > 0 ? apart : 0.0f;
-  const float R = 1.01f * (length + sqrtf(near + 2 * bound(1.125f * (length + sqrtf(near)))));
+  const float R = 1.01f * (length + sqrtf(near + 2 * bound(1.2f * (length + sqrtf(near)))));
   const float error = bound(R);
   const float limit = least + 2 * error;
   if (!(fabsf(limit) < FLT_MAX)) return -1;
