@@ -19,6 +19,12 @@
 
 #include "cpu/kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace diveq {
 namespace {
 
@@ -28,9 +34,25 @@ using Maybe = std::optional<Tensor>;
 
 // ---- instruction set ------------------------------------------------------------------------------------------------
 
+#if defined(__x86_64__) && defined(__linux__)
+// Whether there is a matrix unit for bf16, and the kernel lets this process use it (its registers are large).
+bool may_use_amx() {
+  static const bool may = [] {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return may;
+}
+#endif
+
 bool runs_here(const Kernels& kernels) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+#if defined(__linux__)
+  if (&kernels == &kernels_amx) return runs_here(kernels_avx512) && may_use_amx();
+#endif
   if (&kernels == &kernels_avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
@@ -43,6 +65,9 @@ bool runs_here(const Kernels& kernels) {
 const Kernels& kernels() {
   static const Kernels* const known[] = {
 #if defined(__x86_64__)
+#if defined(__linux__)
+      &kernels_amx,
+#endif
       &kernels_avx512, &kernels_avx2,
 #endif
       &kernels_portable};
@@ -57,7 +82,10 @@ const Kernels& kernels() {
                            "), got '" + asked + "'");
 }
 
-int64_t lanes() { return kernels().lanes; }
+int64_t instruction_set() {
+  const char* const names[] = {"portable", "avx2", "avx512", "amx"};
+  return std::find_if(names, names + 4, [](const char* name) { return !std::strcmp(name, kernels().name); }) - names;
+}
 
 // ---- tensors --------------------------------------------------------------------------------------------------------
 
@@ -157,7 +185,9 @@ class PackedBook {
     values_ = buffer(panels * k.panel * dim);
     halves_ = buffer(panels * k.panel);
     centre_ = buffer(dim);
-    packed = {values_.get(), halves_.get(), centre_.get()};
+    if (k.screens) halved_ = buffer(panels * ((dim + 31) / 32) * 512);
+    ratios_ = buffer(panels);
+    packed = {values_.get(), halves_.get(), centre_.get(), reinterpret_cast<uint16_t*>(halved_.get()), ratios_.get()};
     find_centre(k, codes);
     const int64_t grain = std::max<int64_t>(1, (1 << 15) / (k.panel * dim));
     torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
@@ -190,7 +220,7 @@ class PackedBook {
     }
   }
 
-  Buffer values_, halves_, centre_;
+  Buffer values_, halves_, centre_, halved_, ratios_;
 };
 
 std::vector<PackedBook> pack_all(const Kernels& k, const std::vector<Codes>& codes) {
@@ -576,7 +606,7 @@ void philox(Tensor seed, int64_t start, Tensor words, Tensor normals) {
 }  // namespace diveq
 
 STABLE_TORCH_LIBRARY(diveq_cpu, m) {
-  m.def("lanes() -> int");
+  m.def("instruction_set() -> int");
   m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
   m.def("nearest(Tensor z, Tensor codebook, Tensor? mask, bool exact, Tensor(a!) indices, Tensor(b!) sqdist) -> ()");
   m.def(
@@ -597,7 +627,7 @@ STABLE_TORCH_LIBRARY(diveq_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diveq_cpu, CompositeExplicitAutograd, m) {
-  m.impl("lanes", TORCH_BOX(&diveq::lanes));
+  m.impl("instruction_set", TORCH_BOX(&diveq::instruction_set));
   m.impl("philox", TORCH_BOX(&diveq::philox));
   m.impl("nearest", TORCH_BOX(&diveq::nearest));
   m.impl("nearest_backward", TORCH_BOX(&diveq::nearest_backward));

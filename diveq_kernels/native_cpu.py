@@ -1,7 +1,8 @@
 """The ``cpu`` backend: fused C++ kernels for AVX-512, AVX2 with FMA, or any processor (``csrc/``).
 
 Functions have the arguments and results of ``diveq_kernels.reference``, which also runs what is fp64. The instruction
-set is the best that the processor has; the environment variable ``DIVEQ_CPU_ISA`` (avx512, avx2, portable) forces one.
+set is the best that the processor has; the environment variable ``DIVEQ_CPU_ISA`` (amx, avx512, avx2, portable) forces
+one. ``amx`` is avx512 with a first pass of the search in bf16, and the same results.
 Results do not depend on the number of threads, nor on how rows are laid out in memory.
 """
 
@@ -40,7 +41,7 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: If DIVEQ_CPU_ISA names a set that this processor does not have.
     """
-    return {16: "avx512", 8: "avx2", 4: "portable"}[_ops.lanes()]
+    return ("portable", "avx2", "avx512", "amx")[_ops.instruction_set()]
 
 
 def _is_wide(*tensors: Tensor) -> bool:

@@ -37,6 +37,8 @@ struct Packed {
   float* values;
   float* halves;
   float* centre;  // [dim]
+  uint16_t* halved;  // the values in bf16 for the matrix unit, [panels][⌈dim/32⌉][1024]; only where it screens
+  float* ratios;  // [panels] how much of a codeword's length bf16 loses at most
 };
 
 struct Kernels {
@@ -44,6 +46,7 @@ struct Kernels {
   int group;  // rows that the microkernel takes at once
   int panel;  // codewords that it takes at once
   int lanes;
+  bool screens;  // with a first pass in bf16
 
   void (*read)(const Rows&, int64_t row, int64_t rows, float* out);
   void (*write)(const Rows&, int64_t row, int64_t rows, const float* in);
@@ -76,12 +79,19 @@ struct Kernels {
 
 inline int64_t search_scratch(const Kernels& k, int64_t dim, int64_t rows) {
   const int64_t padded = (rows + k.group - 1) / k.group * k.group;
-  return padded * (3 * k.lanes + 1 + dim) + 4 * dim + 64;
+  const int64_t fp32 = padded * (3 * k.lanes + 1 + dim) + 4 * dim + 64;
+  if (!k.screens) return fp32;
+  const int64_t groups = (rows + 31) / 32, depth = (dim + 31) / 32;
+  const int64_t bf16 = groups * (64 * 3 * k.lanes + 512 * depth) + 32 * groups + 1024 + 4 * dim + 64;
+  return rows + (fp32 > bf16 ? fp32 : bf16);
 }
 
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
+#if defined(__linux__)
+extern const Kernels kernels_amx;
+#endif
 #endif
 
 }  // namespace diveq

@@ -267,35 +267,6 @@ void part(const Codes& c, int64_t j, float* out, float* scratch) {
 
 // ---- search ---------------------------------------------------------------------------------------------------------
 
-void pack(const Codes& c, const Packed& packed, int64_t first_panel, int64_t last_panel, float* scratch) {
-  const int64_t dim = c.dim;
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-    float *values = packed.values + panel * dim * NR, *halves = packed.halves + panel * NR;
-    for (int lane = 0; lane < NR; ++lane) {
-      const int64_t j = panel * NR + lane;
-      double squares = INFINITY;  // of a codeword that is not there or not finite: never the least
-      if (j < c.count) {
-        const float* first = codeword(c, j, scratch);
-        const float* second = c.dither ? codeword(c, j + 1, scratch + dim) : first;
-        const double weight = c.dither ? c.dither[j] : 0.0;
-        squares = 0;
-        for (int64_t k = 0; k < dim; ++k) {
-          // Widened first: the difference from the centre may be much smaller than either.
-          const double mixed = c.dither ? (1 - weight) * first[k] + weight * second[k] : (double)first[k];
-          const double x = mixed - packed.centre[k];
-          squares += x * x;
-          values[k * NR + lane] = (float)x;
-        }
-      }
-      if (!(squares < FLT_MAX)) {
-        squares = INFINITY;
-        for (int64_t k = 0; k < dim; ++k) values[k * NR + lane] = 0;
-      }
-      halves[lane] = (float)(squares / 2);
-    }
-  }
-}
-
 // A row's running minimum per lane, the runner-up of each lane, and where the minimum was found.
 struct State {
   V best, second;
@@ -424,8 +395,9 @@ float sqdist(const float* z, const float* c, int64_t dim) {
   return sum(total);
 }
 
-void search(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
-            int32_t* indices, float* scratch) {
+// The rows `list` of z, or all in turn where it is null.
+void search_fp32(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, const int32_t* list,
+                 int64_t rows, int32_t* indices, float* scratch) {
   const int64_t dim = c.dim, groups = (rows + MR - 1) / MR, panels = (c.count + NR - 1) / NR;
   State* states = (State*)aligned(scratch);
   float* squares = (float*)(states + groups * MR);
@@ -435,7 +407,8 @@ void search(const Codes& c, const Packed& packed, bool exact, const float* z, in
     const float* row[MR];
     for (int r = 0; r < MR; ++r) {
       const int64_t n = g * MR + r;
-      row[r] = z + (n < rows ? n : rows - 1) * ld;
+      const int64_t last = n < rows ? n : rows - 1;
+      row[r] = z + (list ? list[last] : last) * ld;
       states[n] = {all(INFINITY), all(INFINITY), I{}};
       squares[n] = sqdist(row[r], packed.centre, dim);
     }
@@ -456,7 +429,60 @@ void search(const Codes& c, const Packed& packed, bool exact, const float* z, in
         microkernel(zt + g * dim * MR, packed.values + p * dim * NR, packed.halves + p * NR, dim, (int32_t)(p * NR),
                     states + g * MR);
   }
-  for (int64_t n = 0; n < rows; ++n) indices[n] = resolve(c, exact, z + n * ld, squares[n], states[n], codewords);
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t at = list ? list[n] : n;
+    indices[at] = resolve(c, exact, z + at * ld, squares[n], states[n], codewords);
+  }
+}
+
+#if defined(DIVEQ_AMX)
+#include "screen_amx.inl"
+#endif
+
+void pack(const Codes& c, const Packed& packed, int64_t first_panel, int64_t last_panel, float* scratch) {
+  const int64_t dim = c.dim;
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    float *values = packed.values + panel * dim * NR, *halves = packed.halves + panel * NR;
+    for (int lane = 0; lane < NR; ++lane) {
+      const int64_t j = panel * NR + lane;
+      double squares = INFINITY;  // of a codeword that is not there or not finite: never the least
+      if (j < c.count) {
+        const float* first = codeword(c, j, scratch);
+        const float* second = c.dither ? codeword(c, j + 1, scratch + dim) : first;
+        const double weight = c.dither ? c.dither[j] : 0.0;
+        squares = 0;
+        for (int64_t k = 0; k < dim; ++k) {
+          // Widened first: the difference from the centre may be much smaller than either.
+          const double mixed = c.dither ? (1 - weight) * first[k] + weight * second[k] : (double)first[k];
+          const double x = mixed - packed.centre[k];
+          squares += x * x;
+          values[k * NR + lane] = (float)x;
+        }
+      }
+      if (!(squares < FLT_MAX)) {
+        squares = INFINITY;
+        for (int64_t k = 0; k < dim; ++k) values[k * NR + lane] = 0;
+      }
+      halves[lane] = (float)(squares / 2);
+    }
+#if defined(DIVEQ_AMX)
+    packed.ratios[panel] = pack_bf16(values, halves, dim, packed.halved + panel * depth(dim) * 1024);
+#endif
+  }
+}
+
+void search(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
+            int32_t* indices, float* scratch) {
+#if defined(DIVEQ_AMX)
+  if (c.dim > 16) {  // below, there is little to multiply
+    int32_t* left = (int32_t*)scratch;
+    scratch += rows;
+    const int64_t unclear = screen(c, packed, exact, z, ld, rows, indices, left, scratch);
+    if (unclear) search_fp32(c, packed, exact, z, ld, left, unclear, indices, scratch);
+    return;
+  }
+#endif
+  search_fp32(c, packed, exact, z, ld, nullptr, rows, indices, scratch);
 }
 
 // ---- noise (docs/numerics.md) ---------------------------------------------------------------------------------------
@@ -645,6 +671,12 @@ void pull(float a, const float* target, const float* z, int64_t dim, float* out)
   each(dim, [&](int64_t k, int n) { store(out + k, a * (load(target + k, n) - load(z + k, n)), n); });
 }
 
+#if defined(DIVEQ_AMX)
+constexpr bool kScreens = true;
+#else
+constexpr bool kScreens = false;
+#endif
+
 #define DIVEQ_TEXT_OF(x) #x
 #define DIVEQ_TEXT(x) DIVEQ_TEXT_OF(x)
 #define DIVEQ_JOIN_OF(a, b) a##b
@@ -653,7 +685,7 @@ void pull(float a, const float* target, const float* z, int64_t dim, float* out)
 }  // namespace
 
 const Kernels DIVEQ_JOIN(kernels_, DIVEQ_ISA) = {
-    DIVEQ_TEXT(DIVEQ_ISA), MR,       NR,   W,    read,     write,    codeword, part, pack,
+    DIVEQ_TEXT(DIVEQ_ISA), MR,       NR,   W,    kScreens, read,     write,    codeword, part, pack,
     search,                noise,    words, sqdist, step,  gradient, add_pull, pull,
 };
 
