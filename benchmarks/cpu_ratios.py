@@ -1,7 +1,8 @@
 """How long the CPU kernels take, as a multiple of one bare matrix product of the same shape: torch.mm(z, C.T, out=...).
 
-One process, one thread; the contestants take turns, and each number is the median of its repetitions. Results are
-checked before they are timed: no ratio without the right indices.
+One process, one thread; the contestants take turns, and each number is the median of its repetitions, in processor
+time: on an idle machine that is the clock's, and on a busy one it leaves out the waiting. Results are checked before
+they are timed: no ratio without the right indices.
 
     python benchmarks/cpu_ratios.py [--repeats 15] [--peers] [--out ratios.json]
 """
@@ -91,10 +92,10 @@ def measure(shape: tuple[int, int, int], repeats: int, peers: bool) -> dict[str,
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             run()
             if repeat:  # the first warms up
-                times[name].append((time.perf_counter() - begin) * 1e3)
+                times[name].append((time.process_time() - begin) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

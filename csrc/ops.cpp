@@ -185,7 +185,7 @@ class PackedBook {
     values_ = buffer(panels * k.panel * dim);
     halves_ = buffer(panels * k.panel);
     centre_ = buffer(dim);
-    if (k.screens) halved_ = buffer(panels * ((dim + 31) / 32) * 512);
+    if (k.screens && dim >= kLeastScreenedDim) halved_ = buffer(panels * ((dim + 31) / 32) * 512);
     ratios_ = buffer(panels);
     packed = {values_.get(), halves_.get(), centre_.get(), reinterpret_cast<uint16_t*>(halved_.get()), ratios_.get()};
     find_centre(k, codes);

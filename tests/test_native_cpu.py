@@ -96,31 +96,44 @@ def test_two_clusters_far_apart(isa: str, dim: int) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
-@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e15, 1e25])
-def test_any_scale_and_offset(isa: str, scale: float, offset: float) -> None:
+@pytest.mark.parametrize("scale", [1e-25, 1e-18, 1e-12, 1.0, 1e15, 1e18, 1e25])
+@pytest.mark.parametrize("dim", [12, 40])
+def test_any_scale_and_offset(isa: str, dim: int, scale: float, offset: float) -> None:
     gen = generator()
-    z, codebook = (torch.randn(n, 12, generator=gen) for n in (90, 70))
+    z, codebook = (torch.randn(n, dim, generator=gen) for n in (90, 70))
     z, codebook = (z + offset) * scale, (codebook + offset) * scale
     found = F.nearest(z, codebook, backend="cpu").indices
     distances = oracle.sqdist(z, codebook)
     assert (distances.gather(1, found[:, None])[:, 0] <= distances.amin(1) * (1 + 1e-14)).all()
 
 
-def test_equal_codewords_give_the_first(isa: str) -> None:
+@pytest.mark.parametrize("dim", [10, 40])
+def test_equal_codewords_give_the_first(isa: str, dim: int) -> None:
     gen = generator()
-    few = torch.randn(20, 10, generator=gen)
+    few = torch.randn(20, dim, generator=gen)
     codebook = few.repeat(7, 1)
-    z = torch.randn(100, 10, generator=gen)
+    z = torch.randn(100, dim, generator=gen)
     assert torch.equal(F.nearest(z, codebook, backend="cpu").indices, oracle.sqdist(z, few).argmin(1))
-    assert (F.nearest(z, torch.ones(300, 10), backend="cpu").indices == 0).all()
+    assert (F.nearest(z, torch.ones(300, dim), backend="cpu").indices == 0).all()
 
 
-def test_one_diverged_codeword(isa: str) -> None:
+@pytest.mark.parametrize("dim", [16, 40])
+def test_one_diverged_codeword(isa: str, dim: int) -> None:
     gen = generator()
-    codebook = torch.randn(64, 16, generator=gen)
+    codebook = torch.randn(64, dim, generator=gen)
     for large in (1e6, 1e15, 1e25):
         codebook[0] = large
-        check_nearest(torch.randn(50, 16, generator=gen), codebook)
+        check_nearest(torch.randn(50, dim, generator=gen), codebook)
+
+
+@pytest.mark.parametrize("dim", [20, 64, 300])
+@pytest.mark.parametrize("spread", [1.0, 0.1, 1e-2, 1e-4])
+def test_rows_close_to_crowded_codewords(isa: str, dim: int, spread: float) -> None:
+    """From distances that any arithmetic tells apart to those that only fp64 does."""
+    gen = generator()
+    codebook = torch.randn(1, dim, generator=gen) + spread * torch.randn(200, dim, generator=gen)
+    near = codebook[torch.randint(200, (150,), generator=gen)]
+    check_nearest(near + spread * torch.randn(150, dim, generator=gen), codebook)
 
 
 def test_fast_search_is_near(isa: str) -> None:

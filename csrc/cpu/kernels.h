@@ -11,6 +11,7 @@ namespace diveq {
 enum class Dtype : int { f32, bf16, f16 };
 
 constexpr int kMaxRank = 16;
+constexpr int64_t kLeastScreenedDim = 17;  // below, there is little for a matrix unit to multiply
 
 // The rows of a [..., D] tensor with any strides, counted in the flattened order of its leading dimensions.
 struct Rows {
@@ -80,7 +81,7 @@ struct Kernels {
 inline int64_t search_scratch(const Kernels& k, int64_t dim, int64_t rows) {
   const int64_t padded = (rows + k.group - 1) / k.group * k.group;
   const int64_t fp32 = padded * (3 * k.lanes + 1 + dim) + 4 * dim + 64;
-  if (!k.screens) return fp32;
+  if (!k.screens || dim < kLeastScreenedDim) return fp32;
   const int64_t groups = (rows + 31) / 32, depth = (dim + 31) / 32;
   const int64_t bf16 = groups * (64 * 3 * k.lanes + 512 * depth) + 32 * groups + 1024 + 4 * dim + 64;
   return rows + (fp32 > bf16 ? fp32 : bf16);

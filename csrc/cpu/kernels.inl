@@ -466,7 +466,8 @@ void pack(const Codes& c, const Packed& packed, int64_t first_panel, int64_t las
       halves[lane] = (float)(squares / 2);
     }
 #if defined(DIVEQ_AMX)
-    packed.ratios[panel] = pack_bf16(values, halves, dim, packed.halved + panel * depth(dim) * 1024);
+    if (dim >= kLeastScreenedDim)
+      packed.ratios[panel] = pack_bf16(values, halves, dim, packed.halved + panel * depth(dim) * 1024);
 #endif
   }
 }
@@ -474,7 +475,7 @@ void pack(const Codes& c, const Packed& packed, int64_t first_panel, int64_t las
 void search(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
             int32_t* indices, float* scratch) {
 #if defined(DIVEQ_AMX)
-  if (c.dim > 16) {  // below, there is little to multiply
+  if (c.dim >= kLeastScreenedDim) {
     int32_t* left = (int32_t*)scratch;
     scratch += rows;
     const int64_t unclear = screen(c, packed, exact, z, ld, rows, indices, left, scratch);

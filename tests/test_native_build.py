@@ -1,0 +1,49 @@
+"""Building without what the C++ library needs: a message, and a failure only where the library was demanded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def set_up(**variables: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py as far as deciding what to build."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DIVEQ_", "CXX"))}
+    command = [sys.executable, "setup.py", "--name"]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment | variables, capture_output=True, text=True, check=False
+    )
+
+
+def test_everything_there() -> None:
+    done = set_up(DIVEQ_BUILD_CUDA="0")
+    assert done.returncode == 0 and "left out" not in done.stderr
+
+
+def test_no_compiler_is_a_warning() -> None:
+    done = set_up(CXX="no-such-compiler", DIVEQ_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "diveq_kernels._cpu is left out: no C++ compiler: 'no-such-compiler' is not on PATH" in done.stderr
+
+
+def test_no_compiler_is_an_error_if_demanded() -> None:
+    done = set_up(CXX="no-such-compiler", DIVEQ_BUILD_NATIVE="1")
+    assert done.returncode != 0
+    assert "no C++ compiler" in done.stderr and "DIVEQ_BUILD_NATIVE is 1" in done.stderr
+
+
+def test_nothing_is_looked_for_if_not_wanted() -> None:
+    done = set_up(CXX="no-such-compiler", DIVEQ_BUILD_NATIVE="0")
+    assert done.returncode == 0 and "left out" not in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["DIVEQ_BUILD_NATIVE", "DIVEQ_BUILD_CUDA"])
+def test_other_values_are_refused(variable: str) -> None:
+    done = set_up(**{variable: "yes"})
+    assert done.returncode != 0 and f"{variable} must be 0, 1 or unset, got 'yes'" in done.stderr
