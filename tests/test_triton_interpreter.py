@@ -23,6 +23,7 @@ SELECTION = {
     "test_nonfinite.py": "test_bad_rows and nan",
     "test_mask.py": "triton",
     "test_noise.py": "the_seed_decides",
+    "test_deterministic.py": "triton",
 }
 
 
