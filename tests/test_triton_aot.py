@@ -58,7 +58,7 @@ def compiled(dim: int, precision: str, dtype: torch.dtype, architecture: int) ->
 @pytest.mark.parametrize(("dim", "how", "architecture"), CASES, ids=str)
 def test_compiles_without_spills(dim: int, how: tuple[str, torch.dtype], architecture: int) -> None:
     for kernel in compiled(dim, *how, architecture):
-        assert kernel.spilled == 0, kernel
-        assert kernel.shared <= SHARED_LIMIT[architecture], kernel
+        assert kernel.spilled == 0, (kernel.name, kernel.registers, kernel.spilled)
+        assert kernel.shared <= SHARED_LIMIT[architecture], (kernel.name, kernel.shared)
         searches = kernel.name in ("nearest_kernel", "diveq_kernel", "sf_diveq_kernel", "composite_kernel")
         assert bool(re.search(r"\b(mma|wgmma|tcgen05)\b", kernel.ptx)) == searches, kernel.name

@@ -1,0 +1,33 @@
+"""The codebook gradient under deterministic algorithms: the same sums as without them, rows left out or not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import QUANTIZERS, Quantizer, Target, generator, on_every_target
+from torch import Tensor
+
+
+def codebook_gradient(quantizer: Quantizer, target: Target, deterministic: bool, seed: int) -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    z = torch.randn(150, 6, generator=gen)
+    books = torch.randn(quantizer.books_shape(7, 6), generator=gen)
+    mask = (torch.rand(150, generator=gen) < 0.7).to(target.device)
+    keywords = quantizer.dither(books.to(target.device), gen)
+    z, books = z.to(target.device), books.to(target.device).requires_grad_()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = quantizer(z, books, noise_std=0.1, seed=4, mask=mask, backend=target.backend, **keywords)
+        return torch.autograd.grad((found.z_q**2).sum(), books)[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@on_every_target
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_sorted_sums_equal_unordered_ones(target: Target, quantizer: Quantizer) -> None:
+    seed = generator().initial_seed()
+    expected = codebook_gradient(quantizer, Target("reference", target.device), False, seed)
+    for deterministic in (False, True):
+        found = codebook_gradient(quantizer, target, deterministic, seed)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
