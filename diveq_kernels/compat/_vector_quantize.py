@@ -38,7 +38,7 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
         update_usage: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As in the package, but for the distances: None, as nobody asks for them. Otherwise its own forward."""
-        if self.distances_wanted or codebook_transform_fn is not None or topk is not None:
+        if self.distances_wanted or codebook_transform_fn is not None or (topk or 1) > 1:
             results: tuple[Tensor, Tensor, Tensor] = super().forward(
                 x,
                 sample_codebook_temp=sample_codebook_temp,
@@ -52,12 +52,7 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
                 update_usage=update_usage,
             )
             return results
-        x = x.float()
-        stacked = x if x.dim() == 4 else x[None]  # [H, B, N, D], of H codebooks
-        rows = stacked.flatten(1, -2)  # [H, B·N, D]
-        if mask is not None:
-            # [B, N] -> [H, rows]; the heads that share a codebook are stacked along the batch.
-            mask = mask[:, None].expand(-1, rows.shape[1] // mask.numel(), -1).reshape(1, -1).expand(len(rows), -1)
+        rows, mask = _flatten(x, mask)
         self.init_embed_(rows, mask=mask)
         if self.affine_param:
             self.update_affine(rows, self.embed, mask=mask)
@@ -68,7 +63,7 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
             codebooks = _standardise(codebooks, self, "codebook", "batch")
         quantized, indices = zip(*map(self._quantize, rows, codebooks), strict=True)
         chosen = torch.stack(indices)
-        if self.training and update_usage and not freeze_codebook:
+        if self.training and update_usage and not freeze_codebook and topk is None:
             self.update_codebook(
                 rows,
                 chosen,
@@ -78,7 +73,17 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
                 ema_update=ema_update,
             )
         shape = x.shape[:-1]
-        return torch.stack(quantized).reshape(x.shape), chosen.reshape(shape), None
+        quantize, embed_ind = torch.stack(quantized).reshape(x.shape), chosen.reshape(shape)
+        if topk is not None:
+            return quantize.unsqueeze(-2), embed_ind.unsqueeze(-1), None
+        return quantize, embed_ind, None
+
+    def update_indices(self, x: Tensor, embed_ind: Tensor, mask: Tensor | None = None, **options: Any) -> None:
+        """As in the package, with the sums of ``forward``, so that both leave the same state."""
+        rows, mask = _flatten(x, mask)
+        self.update_codebook(rows, embed_ind.reshape(rows.shape[:-1]).clamp_min(0), mask=mask, **options)
+
+    update_ema_indices = update_indices
 
     def _quantize(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         if self.noise_std is not None:
@@ -116,6 +121,16 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
                 accum_grad_(average, new)
             else:
                 ema_inplace(average, new, self.decay, weight_of_update)
+
+
+def _flatten(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x [B, N, D] or [H, B, N, D] -> fp32 [H, rows, D] for H codebooks, and mask [B, N] -> [H, rows]."""
+    x = x.float()
+    rows = (x if x.dim() == 4 else x[None]).flatten(1, -2)
+    if mask is not None:
+        # Heads that share a codebook follow one another within each sample of the batch.
+        mask = mask[:, None].expand(-1, rows.shape[1] // mask.numel(), -1).reshape(1, -1).expand(len(rows), -1)
+    return rows, mask
 
 
 def _standardise(values: Tensor, codebook: Any, old: str, new: str) -> Tensor:
