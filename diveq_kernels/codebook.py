@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diveq_kernels import philox
+from diveq_kernels import distributed, philox
 from diveq_kernels._dtypes import compute_dtype
 
 # ---- replacement -----------------------------------------------------------------------------------------------------
@@ -100,7 +100,9 @@ class _Chunks(NamedTuple):
 
     order: Tensor  # int64 [N], rows that count first, in order of arrival
     first: Tensor  # int64 [K+1], where each codeword's rows begin in that order
+    number: Tensor  # int64 [K, 1], how many rows each codeword has, on all ranks
     middle: Tensor  # int64 [K], the row that a codeword takes whose share holds none
+    has_middle: Tensor  # bool [K, 1], whether that row is on this rank
     built: Tensor  # bool [K, 1], whether this step has a share in the codeword
     weight: Tensor  # fp32 [K, 1], of this step in the running mean
 
@@ -119,9 +121,10 @@ def _finite_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
     return kept if mask is None else kept & mask.reshape(-1)
 
 
-def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor) -> _Chunks:
-    """Cut the rows that count among the codewords that this step builds."""
-    n = kept.sum()  # int64 []
+def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor, sync: bool) -> _Chunks:
+    """Cut the rows that count, of all ranks one after another, among the codewords that this step builds."""
+    n_here = kept.sum()  # int64 []
+    before, n = distributed.place_among_ranks(n_here) if sync else (torch.zeros_like(n_here), n_here)
     order = torch.argsort(kept.logical_not(), stable=True)
     active = collecting & (n > 0)
 
@@ -134,19 +137,34 @@ def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor) -> 
     first = -((K - 2 * (begin - step * K) * n) // (2 * K))
     first = torch.where(active, first.clamp_min(0).minimum(n), 0)  # without work all bags are empty, and cost nothing
     middle = ((begin[:-1] + begin[1:] - 2 * step * K) * n // (2 * K)).clamp_max(n - 1).clamp_min(0)
-    weight = (share / share_so_far.clamp_min(1))[:, None]
-    return _Chunks(order, first, middle.clamp_max(len(kept) - 1), (active & (share > 0))[:, None], weight)
+    return _Chunks(
+        order,
+        (first - before).clamp_min(0).minimum(n_here),
+        first.diff()[:, None],
+        (middle - before).clamp(0, max(len(kept) - 1, 0)),
+        ((middle >= before) & (middle < before + n_here))[:, None],
+        (active & (share > 0))[:, None],
+        (share / share_so_far.clamp_min(1))[:, None],
+    )
 
 
 def _chunk_sums(table: Tensor, chosen: Tensor, chunks: _Chunks) -> Tensor:
-    """Σ table[chosen] over each codeword's rows, or that of its middle row -> [K, D]; chosen in chunk order."""
+    """This rank's part of Σ table[chosen] over each codeword's rows, or of its middle row -> [K, D].
+
+    chosen is in the chunks' order.
+    """
+    if len(chosen) == 0:
+        return table.new_zeros(len(chunks.middle), table.shape[1])
     sums = torch.nn.functional.embedding_bag(chosen, table, chunks.first, mode="sum", include_last_offset=True)
-    return torch.where(chunks.first.diff()[:, None] > 0, sums, table[chosen[chunks.middle]])
+    middle = torch.where(chunks.has_middle, table[chosen[chunks.middle]], 0)
+    return torch.where(chunks.number > 0, sums, middle)
 
 
-def _merge(codebook: Tensor, sums: Tensor, chunks: _Chunks) -> Tensor:
+def _merge(codebook: Tensor, sums: Tensor, chunks: _Chunks, sync: bool) -> Tensor:
     """Running means [K, D], with this step's rows."""
-    mean = sums / chunks.first.diff().clamp_min(1)[:, None]
+    if sync:
+        sums = distributed.sum_over_ranks(sums)
+    mean = sums / chunks.number.clamp_min(1)
     weight = chunks.weight.to(sums.dtype)
     merged = torch.where(weight == 1, mean, (1 - weight) * codebook.to(sums.dtype) + weight * mean)
     return torch.where(chunks.built, merged.to(codebook.dtype), codebook).contiguous()
@@ -155,10 +173,17 @@ def _merge(codebook: Tensor, sums: Tensor, chunks: _Chunks) -> Tensor:
 @torch.library.custom_op(
     "diveq::sf_initialise",
     mutates_args=(),
-    schema="(Tensor codebook, Tensor z, Tensor? mask, Tensor iter_counter, int skip_iters, int avg_iters) -> Tensor",
+    schema="(Tensor codebook, Tensor z, Tensor? mask, Tensor iter_counter, int skip_iters, int avg_iters,"
+    " bool sync=False) -> Tensor",
 )
 def sf_initialise(
-    codebook: Tensor, z: Tensor, mask: Tensor | None, iter_counter: Tensor, skip_iters: int, avg_iters: int
+    codebook: Tensor,
+    z: Tensor,
+    mask: Tensor | None,
+    iter_counter: Tensor,
+    skip_iters: int,
+    avg_iters: int,
+    sync: bool = False,
 ) -> Tensor:
     """Add one step's latents to the codewords that it builds (docs/math.md, "SF initialisation").
 
@@ -174,17 +199,18 @@ def sf_initialise(
         iter_counter: int32 [1], steps so far including this one.
         skip_iters: S; quantization starts when the counter reaches it.
         avg_iters: A <= S; the counters S−A .. S−1 build the codebook (from 1 on where A = S).
+        sync: Whether z is this rank's part of the rows, those of all ranks following one another.
 
     Returns:
         codebook_now: a new tensor like codebook.
     """
     rows = z.reshape(-1, z.shape[-1])
     steps, step, collecting = _collecting(iter_counter, skip_iters, avg_iters)
-    if rows.shape[0] == 0 or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
+    if (rows.shape[0] == 0 and not sync) or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
         return codebook.clone(memory_format=torch.contiguous_format)
-    chunks = _cut(_finite_rows(rows, mask), codebook.shape[0], steps, step, collecting)
+    chunks = _cut(_finite_rows(rows, mask), codebook.shape[0], steps, step, collecting, sync)
     sums = _chunk_sums(rows.to(compute_dtype(codebook)), chunks.order, chunks)
-    return _merge(codebook, sums, chunks)
+    return _merge(codebook, sums, chunks, sync)
 
 
 @sf_initialise.register_fake
@@ -196,7 +222,7 @@ def _(codebook: Tensor, *_: Any) -> Tensor:
     "diveq::composite_sf_initialise",
     mutates_args=(),
     schema="(Tensor curve, Tensor codebook, Tensor z, Tensor indices, Tensor? mask, Tensor iter_counter,"
-    " int skip_iters, int avg_iters) -> Tensor",
+    " int skip_iters, int avg_iters, bool sync=False) -> Tensor",
 )
 def composite_sf_initialise(
     curve: Tensor,
@@ -207,6 +233,7 @@ def composite_sf_initialise(
     iter_counter: Tensor,
     skip_iters: int,
     avg_iters: int,
+    sync: bool = False,
 ) -> Tensor:
     """``sf_initialise`` of several curves, from what a DiVeQ step with ``codebook`` quantized in each stage or group.
 
@@ -220,32 +247,34 @@ def composite_sf_initialise(
         iter_counter: int32 [1], steps so far including this one.
         skip_iters: S.
         avg_iters: A.
+        sync: As there.
 
     Returns:
         curve_now: a new tensor like curve.
     """
     rows = z.reshape(-1, z.shape[-1])
     steps, step, collecting = _collecting(iter_counter, skip_iters, avg_iters)
-    if rows.shape[0] == 0 or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
+    if (rows.shape[0] == 0 and not sync) or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
         return curve.clone(memory_format=torch.contiguous_format)
     Q, K, part = curve.shape
     chosen = indices.reshape(Q, -1).long()
     finite = _finite_rows(rows, mask)
     rows = rows.to(compute_dtype(curve))
     if part < rows.shape[-1]:
-        chunks = _cut(finite, K, steps, step, collecting)
+        chunks = _cut(finite, K, steps, step, collecting, sync)
         sums = _chunk_sums(rows, chunks.order, chunks)
-        return torch.stack([_merge(old, group, chunks) for old, group in zip(curve, sums.chunk(Q, -1), strict=True)])
+        groups = zip(curve, sums.chunk(Q, dim=-1), strict=True)
+        return torch.stack([_merge(old, group, chunks, sync) for old, group in groups])
     built = []
     for stage in range(Q):
-        chunks = _cut(finite & (chosen[stage] >= 0), K, steps, step, collecting)
+        chunks = _cut(finite & (chosen[stage] >= 0), K, steps, step, collecting, sync)
         sums = _chunk_sums(rows, chunks.order, chunks)
         # Sums are linear, so no residual is made: the codewords chosen so far are summed over the same rows.
         for before in range(stage):
             sums = sums - _chunk_sums(
                 codebook[before].to(rows.dtype), chosen[before].clamp_min(0)[chunks.order], chunks
             )
-        built.append(_merge(curve[stage], sums, chunks))
+        built.append(_merge(curve[stage], sums, chunks, sync))
     return torch.stack(built)
 
 

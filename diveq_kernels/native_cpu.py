@@ -159,14 +159,10 @@ def sf_diveq_backward(
 ) -> tuple[Tensor, Tensor]:
     """DiVeQ's gradients towards both ends, weighted (1−λ_i) and λ_i."""
     if _is_wide(z, codebook):
-        return reference.sf_diveq_backward(
-            grad, z, codebook, dither, indices, seed, noise_std, need_z, need_codebook
-        )
+        return reference.sf_diveq_backward(grad, z, codebook, dither, indices, seed, noise_std, need_z, need_codebook)
     gradients = _gradients(z, codebook, need_z, need_codebook)
     weights = _plain(dither, torch.float32)
-    _ops.sf_diveq_backward(
-        _narrow(grad), z, codebook, weights, indices.contiguous(), seed, noise_std, *gradients
-    )
+    _ops.sf_diveq_backward(_narrow(grad), z, codebook, weights, indices.contiguous(), seed, noise_std, *gradients)
     return _finished(z, codebook, *gradients)
 
 

@@ -408,3 +408,14 @@ def test_codes_that_do_not_fit(kind):
     wrong = torch.full((3, 5), 12)
     with pytest.raises(ValueError, match="codes must hold indices from -1 to 1[01]"):
         layer.decode((wrong, torch.zeros(3, 5)) if kind in CURVES else wrong)
+
+
+def test_each_stage_projects_what_the_last_left():
+    layer = make(ResidualSFDIVEQ)
+    rest = z = torch.randn(30, 6)
+    z_q, indices, _ = layer.inference(z)
+    for stage in range(3):
+        point, segment, _ = F.project(rest, layer.codebook[stage].detach())
+        assert torch.equal(indices[stage], segment)
+        rest = rest - point
+    assert_close(z_q, z - rest)

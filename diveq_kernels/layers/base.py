@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diveq_kernels import _checks, backends
+from diveq_kernels import _checks, backends, distributed
 from diveq_kernels.layers._arguments import check_count
 
 
@@ -39,6 +39,8 @@ class Quantizer(nn.Module):
     """
 
     codebook: nn.Parameter
+    # Whether training agrees with other ranks, see ``diveq_kernels.distributed``.
+    sync_ranks: bool = True
 
     def __init__(
         self,
@@ -152,6 +154,14 @@ class Quantizer(nn.Module):
     def _as_input(self, rows: Tensor) -> Tensor:
         """Rows [..., D] in the layout of the input."""
         return rows.movedim(-1, 1) if self.channel_first else rows
+
+    def _synchronises(self) -> bool:
+        return self.sync_ranks and distributed.is_active()
+
+    def _dither(self, *shape: int) -> Tensor:
+        """λ ~ U(0, 1), fp32, the same on all ranks."""
+        dither = torch.rand(*shape, dtype=torch.float32, device=self.codebook.device)
+        return distributed.from_first_rank(dither) if self._synchronises() else dither
 
     def _backend(self) -> str:
         return backends.check_name(self.backend)

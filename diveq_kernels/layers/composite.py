@@ -270,7 +270,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
                 self.codebook.copy_(torch.where(step == self.skip_iters, self.curve, self.codebook))
         codebook = self._begin_step()
         started = (step >= self.skip_iters).squeeze()
-        dither = torch.rand(self.num_codebooks, self.num_embeddings - 1, dtype=torch.float32, device=z.device)
+        dither = self._dither(self.num_codebooks, self.num_embeddings - 1)
         seed = functional.noise_seed(z, self.noise_std, None)
         # A graph cannot branch on the counter, so both phases are one operation, on K segments: with λ = 0 they are
         # the K codewords. On the curve the last one is segment K−2 run backwards, which changes no distance.
@@ -281,7 +281,15 @@ class CompositeSFDIVEQ(CompositeQuantizer):
             with torch.no_grad():
                 self.curve.copy_(
                     composite_sf_initialise(
-                        self.curve, codebook, z, indices, mask, step, self.skip_iters, self.avg_iters
+                        self.curve,
+                        codebook,
+                        z,
+                        indices,
+                        mask,
+                        step,
+                        self.skip_iters,
+                        self.avg_iters,
+                        self._synchronises(),
                     )
                 )
         last = self.num_embeddings - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diveq_kernels import distributed
 from diveq_kernels.codebook import replace_unused, replacement_due
 from diveq_kernels.layers._arguments import check_replacement, warn_unusual_replacement
 from diveq_kernels.layers.base import Quantizer
@@ -80,6 +81,8 @@ class ReplacingQuantizer(Quantizer):
     def _end_step(self, counts: Tensor) -> None:
         """Count the step, and the codewords that it used; counts has ``codebook_usage``'s shape."""
         if self.codebook_reset:
+            if self._synchronises():
+                counts = distributed.sum_over_ranks(counts)
             due = replacement_due(self._replacement_clock(), self.replacement_iters)
             self.codebook_usage.copy_(torch.where(due, 0, self.codebook_usage) + (counts > 0))
             self.iter_counter.add_(1)

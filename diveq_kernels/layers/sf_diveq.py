@@ -106,7 +106,9 @@ class SFDIVEQ(Quantizer):
         """The codebook with this step's latents in it, if it is one of those that build it."""
         if self.skip_iters <= 1 or self.avg_iters == 0:
             return self.codebook
-        codebook: Tensor = sf_initialise(self.codebook, z, mask, self.iter_counter, self.skip_iters, self.avg_iters)
+        codebook: Tensor = sf_initialise(
+            self.codebook, z, mask, self.iter_counter, self.skip_iters, self.avg_iters, self._synchronises()
+        )
         with torch.no_grad():
             self.codebook.copy_(codebook)
         return codebook
@@ -118,7 +120,7 @@ class SFDIVEQ(Quantizer):
         # Leaving all rows out is how the steps before S pass z through: a graph cannot branch on the counter.
         started = (self.iter_counter >= self.skip_iters).squeeze().expand(z.shape[:-1])
         kept = started if mask is None else started & mask
-        dither = torch.rand(self.num_embeddings - 1, dtype=torch.float32, device=z.device)
+        dither = self._dither(self.num_embeddings - 1)
         seed = functional.noise_seed(z, self.noise_std, None)
         z_q, indices, counts = ops.sf_diveq(
             z, codebook, dither, kept, seed, self.noise_std, self.precision, self._backend()

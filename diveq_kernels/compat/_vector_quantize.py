@@ -1,0 +1,198 @@
+"""`vector-quantize-pytorch`'s modules with fused search and DiVeQ step; imported only where that package is wanted."""
+
+from __future__ import annotations
+
+import logging
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import Codebook, accum_grad_, ema_inplace, gumbel_sample
+
+import diveq_kernels.functional as F
+
+_logger = logging.getLogger("diveq_kernels")
+_SMALLEST_VARIANCE = 1e-5  # the package's own
+
+
+class FusedCodebook(Codebook):  # type: ignore[misc]
+    """Finds codewords without the matrix of distances, and counts them without a one-hot."""
+
+    # Set by FusedVectorQuantize for the length of one forward.
+    distances_wanted = False
+    noise_std: float | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        sample_codebook_temp: float | None = None,
+        mask: Tensor | None = None,
+        freeze_codebook: bool = False,
+        codebook_transform_fn: Any = None,
+        ema_update_weight: Any = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
+        topk: int | None = None,
+        update_usage: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As in the package, but for the distances: None, as nobody asks for them. Otherwise its own forward."""
+        if self.distances_wanted or codebook_transform_fn is not None or (topk or 1) > 1:
+            results: tuple[Tensor, Tensor, Tensor] = super().forward(
+                x,
+                sample_codebook_temp=sample_codebook_temp,
+                mask=mask,
+                freeze_codebook=freeze_codebook,
+                codebook_transform_fn=codebook_transform_fn,
+                ema_update_weight=ema_update_weight,
+                accum_ema_update=accum_ema_update,
+                ema_update=ema_update,
+                topk=topk,
+                update_usage=update_usage,
+            )
+            return results
+        rows, mask = _flatten(x, mask)
+        self.init_embed_(rows, mask=mask)
+        if self.affine_param:
+            self.update_affine(rows, self.embed, mask=mask)
+        codebooks = (self.embed if self.learnable_codebook else self.embed.detach()).float()
+        if self.vq_bridge is not None:
+            codebooks = self.vq_bridge(codebooks)
+        if self.affine_param:
+            codebooks = _standardise(codebooks, self, "codebook", "batch")
+        quantized, indices = zip(*map(self._quantize, rows, codebooks), strict=True)
+        chosen = torch.stack(indices)
+        if self.training and update_usage and not freeze_codebook and topk is None:
+            self.update_codebook(
+                rows,
+                chosen,
+                mask=mask,
+                ema_update_weight=ema_update_weight,
+                accum_ema_update=accum_ema_update,
+                ema_update=ema_update,
+            )
+        shape = x.shape[:-1]
+        quantize, embed_ind = torch.stack(quantized).reshape(x.shape), chosen.reshape(shape)
+        if topk is not None:
+            return quantize.unsqueeze(-2), embed_ind.unsqueeze(-1), None
+        return quantize, embed_ind, None
+
+    def update_indices(self, x: Tensor, embed_ind: Tensor, mask: Tensor | None = None, **options: Any) -> None:
+        """As in the package, with the sums of ``forward``, so that both leave the same state."""
+        rows, mask = _flatten(x, mask)
+        self.update_codebook(rows, embed_ind.reshape(rows.shape[:-1]).clamp_min(0), mask=mask, **options)
+
+    update_ema_indices = update_indices
+
+    def _quantize(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        if self.noise_std is not None:
+            z_q, indices = F.diveq(rows, codebook, noise_std=self.noise_std)
+            return z_q, indices
+        indices = F.nearest(rows.detach(), codebook.detach()).indices
+        return codebook[indices], indices
+
+    def track_cluster_size_and_embed_avg(
+        self,
+        flatten: Tensor,
+        embed_onehot: Tensor,
+        mask: Tensor | None = None,
+        ema_update_weight: Any = None,
+        accum_ema_update: bool = False,
+    ) -> None:
+        """As in the package, where ``embed_onehot`` may also be the indices, int64 [H, N]."""
+        if embed_onehot.dtype.is_floating_point:
+            super().track_cluster_size_and_embed_avg(flatten, embed_onehot, mask, ema_update_weight, accum_ema_update)
+            return
+        if self.affine_param:
+            flatten = _standardise(flatten, self, "batch", "codebook")
+        flatten = flatten.detach()
+        weight = torch.ones_like(flatten[..., 0]) if mask is None else mask.to(flatten.dtype)
+        cluster_size = torch.zeros_like(self.cluster_size, dtype=flatten.dtype).scatter_add_(1, embed_onehot, weight)
+        embed_sum = torch.zeros_like(self.embed_avg, dtype=flatten.dtype)
+        embed_sum.scatter_add_(1, embed_onehot[..., None].expand_as(flatten), flatten * weight[..., None])
+        self.all_reduce_fn(cluster_size)
+        self.all_reduce_fn(embed_sum)
+        weight_of_update = (
+            ema_update_weight(embed_sum, cluster_size) if callable(ema_update_weight) else ema_update_weight
+        )
+        for average, new in ((self.cluster_size, cluster_size), (self.embed_avg, embed_sum)):
+            if accum_ema_update:
+                accum_grad_(average, new)
+            else:
+                ema_inplace(average, new, self.decay, weight_of_update)
+
+
+def _flatten(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x [B, N, D] or [H, B, N, D] -> fp32 [H, rows, D] for H codebooks, and mask [B, N] -> [H, rows]."""
+    x = x.float()
+    rows = (x if x.dim() == 4 else x[None]).flatten(1, -2)
+    if mask is not None:
+        # Heads that share a codebook follow one another within each sample of the batch.
+        mask = mask[:, None].expand(-1, rows.shape[1] // mask.numel(), -1).reshape(1, -1).expand(len(rows), -1)
+    return rows, mask
+
+
+def _standardise(values: Tensor, codebook: Any, old: str, new: str) -> Tensor:
+    """Move values with one side's mean and deviation to those of the other."""
+    mean, variance = (getattr(codebook, f"{old}_{name}") for name in ("mean", "variance"))
+    new_mean, new_variance = (getattr(codebook, f"{new}_{name}") for name in ("mean", "variance"))
+    scale = (new_variance.clamp_min(_SMALLEST_VARIANCE) / variance.clamp_min(_SMALLEST_VARIANCE)).sqrt()
+    result: Tensor = (values - mean) * scale + new_mean
+    return result
+
+
+class FusedVectorQuantize(VectorQuantize):  # type: ignore[misc]
+    """Tells its codebook what a forward needs of it."""
+
+    route_gradients_to_input: bool
+
+    def forward(self, x: Tensor, indices: Tensor | None = None, **options: Any) -> Any:
+        """As in the package."""
+        codebook, routes = self._codebook, self.route_gradients_to_input
+        codebook.distances_wanted = indices is not None
+        step = self.directional_reparam and self.training and x.requires_grad and routes
+        step = step and all(options.get(name) is None for name in ("topk", "codebook_transform_fn"))
+        if step and indices is None:
+            # What the codebook returns is z_q already: no gradients to route.
+            codebook.noise_std, self.route_gradients_to_input = sqrt(self.directional_reparam_variance), False
+        try:
+            return super().forward(x, indices, **options)
+        finally:
+            codebook.distances_wanted, codebook.noise_std = False, None
+            self.route_gradients_to_input = routes
+
+
+def _obstacle(module: VectorQuantize) -> str | None:
+    """Why this quantizer needs all distances."""
+    codebook = module._codebook
+    sample = codebook.gumbel_sample
+    options = getattr(sample, "keywords", {})
+    if getattr(sample, "func", None) is not gumbel_sample or options.get("stochastic"):
+        return "it samples codes (stochastic_sample_codes)"
+    if options.get("straight_through"):
+        return "its gradients pass through a softmax of all distances (straight_through)"
+    if module.commitment_use_cross_entropy_loss:
+        return "its commitment loss is a cross entropy over all distances"
+    if module.has_codebook_diversity_loss:
+        return "its diversity loss is an entropy over all distances"
+    if module.in_place_codebook_optimizer is not None:
+        return "its codebook is optimised within the forward (in_place_codebook_optimizer)"
+    if codebook.use_cosine_sim and codebook.learnable_codebook:
+        return "its codewords are learned and not of unit length, so similarity is no distance"
+    return None
+
+
+def accelerate(module: torch.nn.Module) -> None:
+    """Give every quantizer that can take it the fused classes."""
+    for name, layer in module.named_modules():
+        if type(layer) is not VectorQuantize:
+            continue
+        reason = _obstacle(layer)
+        if reason is None and type(layer._codebook) not in (Codebook, FusedCodebook):
+            reason = f"its codebook is a {type(layer._codebook).__name__}"
+        if reason is not None:
+            _logger.warning("accelerate_vector_quantize leaves %s alone: %s", name or "the module", reason)
+            continue
+        layer.__class__ = FusedVectorQuantize
+        layer._codebook.__class__ = FusedCodebook

@@ -1,0 +1,133 @@
+"""``accelerate_vector_quantize``: the same results, losses and state as the package's own modules."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+
+from diveq_kernels.compat import accelerate_vector_quantize
+
+package = pytest.importorskip("vector_quantize_pytorch")
+
+OPTIONS = {
+    "plain": {},
+    "cosine": {"use_cosine_sim": True},
+    "straight through": {"rotation_trick": False},
+    "heads": {"heads": 2, "codebook_dim": 4},
+    "separate heads": {"heads": 2, "codebook_dim": 4, "separate_codebook_per_head": True},
+    "affine": {"affine_param": True},
+    "k-means": {"kmeans_init": True},
+    "dead codes": {"threshold_ema_dead_code": 1},
+    "learned": {"learnable_codebook": True, "ema_update": False},
+    "learned, synchronous": {"learnable_codebook": True, "ema_update": False, "sync_update_v": 0.2},
+    "orthogonal": {"orthogonal_reg_weight": 0.1},
+    "channels first": {"channel_last": False},
+    # Nothing is replaced: what is drawn for it comes after the noise, and theirs draws more.
+    "DiVeQ": {"directional_reparam": True, "directional_reparam_variance": 1e-16, "threshold_ema_dead_code": 1e-3},
+}
+
+
+def compare(theirs, inputs, steps=3, **call):
+    """Train both; outputs, losses, gradients and states agree."""
+    ours = accelerate_vector_quantize(copy.deepcopy(theirs))
+    for x in inputs[:steps]:
+        results = []
+        for model in (theirs, ours):
+            leaf = x.clone().requires_grad_()
+            torch.manual_seed(3)
+            quantized, indices, loss = model(leaf, **call)
+            model.zero_grad()
+            (quantized.square().sum() + loss.sum()).backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            results.append((quantized, indices, loss, leaf.grad, gradients))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        results = [model.eval()(inputs[-1], **call)[:2] for model in (theirs, ours)]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    return ours
+
+
+# The package's own commitment loss takes no mask with heads or channels first.
+NOT_MASKED = {"heads", "separate heads", "channels first"}
+CASES = [(name, masked) for name in OPTIONS for masked in (False, True) if not (masked and name in NOT_MASKED)]
+
+
+@pytest.mark.parametrize(("name", "masked"), CASES, ids=str)
+def test_one_quantizer(name, masked):
+    options = OPTIONS[name]
+    layer = package.VectorQuantize(dim=8, codebook_size=20, **options)
+    inputs = torch.randn(4, 3, 8, 10) if options.get("channel_last") is False else torch.randn(4, 3, 10, 8)
+    call = {"mask": torch.arange(10) < torch.tensor([[4], [10], [7]])} if masked else {}
+    ours = compare(layer, inputs, **call)
+    assert type(ours).__name__ == "FusedVectorQuantize" and isinstance(ours, package.VectorQuantize)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"shared_codebook": True}], ids=str)
+def test_residual(options):
+    compare(package.ResidualVQ(dim=8, num_quantizers=3, codebook_size=20, **options), torch.randn(4, 2, 30, 8))
+
+
+def test_images_and_single_tokens():
+    compare(package.VectorQuantize(dim=8, codebook_size=20, accept_image_fmap=True), torch.randn(4, 2, 8, 5, 6))
+    compare(package.VectorQuantize(dim=8, codebook_size=20), torch.randn(4, 9, 8))
+
+
+def test_the_noise_has_the_variance_asked_for():
+    layer = package.VectorQuantize(
+        dim=4096,
+        codebook_size=1,
+        directional_reparam=True,
+        directional_reparam_variance=0.0025,
+        threshold_ema_dead_code=1,
+    )
+    with torch.no_grad():
+        layer._codebook.embed.zero_()
+    z = torch.zeros(1, 1, 4096).index_fill(2, torch.tensor([0]), 1.0).requires_grad_()
+    u = (accelerate_vector_quantize(layer)(z)[0] - z)[0, 0].detach()
+    assert (u[1:].norm() / -u[0]).item() == pytest.approx(0.05 * 4095**0.5, rel=0.4)
+
+
+def test_calls_that_need_all_distances():
+    theirs = package.VectorQuantize(dim=8, codebook_size=20).eval()
+    ours = accelerate_vector_quantize(copy.deepcopy(theirs))
+    x, codes = torch.randn(2, 10, 8), torch.randint(0, 20, (2, 10))
+    torch.testing.assert_close(ours(x, codes), theirs(x, codes))
+    torch.testing.assert_close(ours(x, indices=codes), theirs(x, indices=codes))
+    for topk in (1, 3):
+        torch.testing.assert_close(ours(x, topk=topk), theirs(x, topk=topk))
+    assert ours._codebook.distances_wanted is False and ours.route_gradients_to_input
+
+
+LEFT_ALONE = {
+    "samples codes": {"stochastic_sample_codes": True},
+    "softmax of all distances": {"straight_through": True, "rotation_trick": False},
+    "cross entropy": {"commitment_use_cross_entropy_loss": True},
+    "diversity": {"codebook_diversity_loss_weight": 0.1},
+    "optimised within": {
+        "learnable_codebook": True,
+        "ema_update": False,
+        "in_place_codebook_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    },
+    "unit length": {"use_cosine_sim": True, "orthogonal_reg_weight": 0.1},
+}
+
+
+@pytest.mark.parametrize(("why", "options"), LEFT_ALONE.items(), ids=LEFT_ALONE)
+def test_what_is_left_alone_says_why(why, options, caplog):
+    layer = package.VectorQuantize(dim=8, codebook_size=20, **options)
+    with caplog.at_level(logging.WARNING, "diveq_kernels"):
+        model = accelerate_vector_quantize(torch.nn.Sequential(layer))
+    assert type(model[0]) is package.VectorQuantize
+    assert "leaves 0 alone" in caplog.text and why in caplog.text
+
+
+def test_twice_and_pickled():
+    model = accelerate_vector_quantize(accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20)))
+    again = pickle.loads(pickle.dumps(model.eval()))
+    x = torch.randn(2, 10, 8)
+    assert torch.equal(again(x)[0], model(x)[0]) and type(again) is type(model)

@@ -1,0 +1,209 @@
+"""Several gloo processes: codebooks stay bit-identical, equal a single process's, and a killed run resumes."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from diveq_kernels import (
+    DIVEQ,
+    SFDIVEQ,
+    DIVEQDetach,
+    ProductDIVEQ,
+    ProductSFDIVEQ,
+    ResidualDIVEQ,
+    ResidualSFDIVEQ,
+    SFDIVEQDetach,
+)
+from diveq_kernels.distributed import replicate
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+STEPS, ROWS = 9, 24
+KINDS = {
+    "DIVEQ": lambda **k: DIVEQ(10, 6, 0.0, 3, 0.6, **k),
+    "DIVEQDetach": lambda **k: DIVEQDetach(10, 6, 3, 0.6, **k),
+    "SFDIVEQ": lambda **k: SFDIVEQ(10, 6, 0.0, 6, 3, **k),
+    "SFDIVEQDetach": lambda **k: SFDIVEQDetach(30, 6, 6, 3, **k),  # more codewords than rows of a step
+    "ResidualDIVEQ": lambda **k: ResidualDIVEQ(10, 6, 2, 0.0, 3, 0.6, **k),
+    "ResidualSFDIVEQ": lambda **k: ResidualSFDIVEQ(10, 6, 2, 0.0, 6, 3, 2, 0.6, **k),
+    "ProductDIVEQ": lambda **k: ProductDIVEQ(10, 6, 2, 0.0, 3, 0.6, **k),
+    "ProductSFDIVEQ": lambda **k: ProductSFDIVEQ(10, 6, 2, 0.0, 6, 3, 2, 0.6, **k),
+}
+
+
+class Model(torch.nn.Module):
+    def __init__(self, kind, **keywords):
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder = torch.nn.Linear(6, 6)
+        quiet = {"allow_warning": False} | ({} if kind in ("SFDIVEQ", "SFDIVEQDetach") else {"verbose": False})
+        self.quantizer = KINDS[kind](**quiet, **keywords)
+        torch.nn.init.normal_(self.quantizer.codebook)
+
+    def forward(self, x):
+        return self.quantizer(self.encoder(x))[0]
+
+
+def batch(step):
+    return torch.randn(ROWS, 6, generator=torch.Generator().manual_seed(100 + step))
+
+
+def train(model, quantizer, parts, rank, steps=range(STEPS), optimizer=None, before_step=lambda step: None):
+    """Descend; (codebooks after every step, the optimizer)."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.3)
+    history = []
+    for step in steps:
+        before_step(step)
+        torch.manual_seed(step * 7 + rank)  # ranks draw differently, except rank 0 and a single process
+        x = batch(step).chunk(parts)[rank]
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
+        history.append(quantizer.codebook.detach().clone())
+    return history, optimizer
+
+
+def start(rank, world, folder, timeout=60):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+
+
+def spawn(target, world, folder, *arguments):
+    """Run target(rank, world, folder, *arguments) in processes of their own; their exit codes."""
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=target, args=(r, world, str(folder), *arguments)) for r in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+        if process.is_alive():
+            process.kill()
+            pytest.fail("a process hangs")
+    return [process.exitcode for process in processes]
+
+
+# ---- data parallel ---------------------------------------------------------------------------------------------------
+
+
+def run_all_kinds(rank, world, folder):
+    start(rank, world, folder)
+    results = {}
+    for kind in KINDS:
+        model = Model(kind)
+        results[kind] = train(DistributedDataParallel(model), model.quantizer, world, rank)[0]
+        results[kind + " state"] = dict(model.quantizer.state_dict())
+    # An empty part on one rank, and a layer that keeps to itself on one rank only.
+    layer = Model("ResidualSFDIVEQ").quantizer
+    for step in range(7):
+        layer(batch(step)[: 0 if rank == 0 else None])
+    results["empty"] = [layer.codebook.detach()]
+    if rank == 0:
+        alone = Model("DIVEQ").quantizer
+        alone.sync_ranks = False
+        alone(batch(0))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_data_parallel(world, tmp_path):
+    assert spawn(run_all_kinds, world, tmp_path) == [0] * world
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for kind in KINDS:
+        for other in ranks[1:]:
+            for mine, theirs in zip(ranks[0][kind], other[kind], strict=True):
+                assert torch.equal(mine, theirs), kind
+            for name, value in ranks[0][kind + " state"].items():
+                assert torch.equal(value, other[kind + " state"][name]), (kind, name)
+        model = Model(kind)
+        alone, _ = train(model, model.quantizer, 1, 0)
+        for step, (several, one) in enumerate(zip(ranks[0][kind], alone, strict=True)):
+            torch.testing.assert_close(several, one, rtol=1e-4, atol=1e-5, msg=lambda m, at=(kind, step): f"{at}: {m}")
+        for name in ("codebook_usage", "iter_counter"):
+            if name in ranks[0][kind + " state"]:
+                assert torch.equal(ranks[0][kind + " state"][name], model.quantizer.state_dict()[name]), (kind, name)
+    assert all(torch.equal(ranks[0]["empty"][0], other["empty"][0]) for other in ranks[1:])
+
+
+# ---- sharded parameters ----------------------------------------------------------------------------------------------
+
+
+def run_fsdp(rank, world, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    start(rank, world, folder)
+    model = Model("DIVEQ")
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)), ignored_params=replicate(model))
+    history, _ = train(model, model.quantizer, world, rank)
+    torch.save(history, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_fsdp(tmp_path):
+    assert spawn(run_fsdp, 2, tmp_path) == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    model = Model("DIVEQ")
+    alone, _ = train(model, model.quantizer, 1, 0)
+    for mine, theirs, one in zip(first, second, alone, strict=True):
+        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, one, rtol=1e-4, atol=1e-5)
+
+
+# ---- a process dies --------------------------------------------------------------------------------------------------
+
+
+def run_and_die(rank, world, folder, resume, dies):
+    start(rank, world, folder, timeout=30)
+    model = Model("DIVEQ")
+    model.quantizer.noise_std = 0.01
+    # Otherwise gradients are put in other buckets after the first step, which changes the order in which ranks add up.
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.3, momentum=0.9)
+    first = 0
+    if resume:
+        saved = torch.load(f"{resume}/checkpoint.pt")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+
+    def before_step(step):
+        if rank == 0 and step == 4:
+            state = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
+            torch.save(state, f"{folder}/checkpoint.pt")
+        if dies and rank == world - 1 and step == 6:
+            os._exit(9)
+
+    history, _ = train(parallel, model.quantizer, world, rank, range(first, STEPS), optimizer, before_step)
+    torch.save(history[-1], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_one_of_four_is_killed(tmp_path):
+    folders = [tmp_path / name for name in ("whole", "killed", "resumed")]
+    for folder in folders:
+        folder.mkdir()
+    whole, killed, resumed = folders
+    assert spawn(run_and_die, 4, whole, "", False) == [0] * 4
+    began = time.monotonic()
+    codes = spawn(run_and_die, 4, killed, "", True)
+    assert codes[3] == 9 and all(code not in (0, None) for code in codes[:3])
+    assert time.monotonic() - began < 120
+    assert spawn(run_and_die, 4, resumed, str(killed), False) == [0] * 4
+    for rank in range(4):
+        assert torch.equal(torch.load(resumed / f"{rank}.pt"), torch.load(whole / f"{rank}.pt"))
