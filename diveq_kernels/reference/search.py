@@ -28,7 +28,8 @@ def centre_of(codebook: Tensor) -> Tensor:
     The median of some codewords rather than their mean, which a single diverged codeword would drag away.
     """
     sample = codebook[:: max(1, codebook.shape[0] // _CENTRE_SAMPLE)].to(torch.float64)
-    return sample.nan_to_num(0.0, 0.0, 0.0).median(dim=0).values
+    # By sorting: on CUDA torch.median refuses to run when deterministic algorithms are asked for.
+    return sample.nan_to_num(0.0, 0.0, 0.0).sort(dim=0).values[(sample.shape[0] - 1) // 2]
 
 
 def argmin_over_chunks(
