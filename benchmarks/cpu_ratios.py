@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,20 @@ def measure(shape: tuple[int, int, int], repeats: int, peers: bool) -> dict[str,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
+def commit() -> str:
+    """The commit that is measured; "unknown" outside of a checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
@@ -129,7 +144,8 @@ def main() -> None:
             "diveq_kernels": diveq_kernels.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "machine": platform.machine(),
+            "processor": processor(),
+            "commit": commit(),
             "instruction_set": native_cpu.instruction_set(),
             "matmul_instructions": torch.backends.cpu.get_cpu_capability(),
             "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
