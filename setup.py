@@ -191,6 +191,8 @@ def extensions() -> list[NativeExtension]:
             )
         )
     cuda_sources = sources("csrc/cuda", "*.cu", "*.cpp")
+    if cuda and not cuda_sources:
+        raise SystemExit("DIVEQ_BUILD_CUDA is 1, but this version has no CUDA sources; unset it, or set it to 0")
     if cuda is not False and (native is not False or cuda) and cuda_sources:
         found.append(NativeExtension("diveq_kernels._cuda", ("DIVEQ_BUILD_CUDA",), cuda_sources))
     built = []

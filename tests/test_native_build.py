@@ -47,3 +47,8 @@ def test_nothing_is_looked_for_if_not_wanted() -> None:
 def test_other_values_are_refused(variable: str) -> None:
     done = set_up(**{variable: "yes"})
     assert done.returncode != 0 and f"{variable} must be 0, 1 or unset, got 'yes'" in done.stderr
+
+
+def test_a_cuda_library_is_not_promised_silently() -> None:
+    done = set_up(DIVEQ_BUILD_CUDA="1", DIVEQ_BUILD_NATIVE="0")
+    assert done.returncode != 0 and "no CUDA sources" in done.stderr
