@@ -57,7 +57,7 @@ BACKENDS = {
             "diveq_kernels.triton_kernels",
             ("cuda",),
             ("cuda", "cpu"),
-            "install a diveq-kernels release with Triton kernels, and Triton (it comes with CUDA builds of torch)",
+            "install Triton (it comes with CUDA builds of torch)",
         ),
         Backend(
             "cuda",
@@ -132,7 +132,7 @@ def _find(name: str, op: str, device_type: str) -> Callable | str:
         return module
     unusable = getattr(module, "why_unusable", None)
     reason = unusable(device_type) if unusable else None
-    return reason or getattr(module, op, None) or f"{module.__name__} has no {op!r}"
+    return reason or getattr(module, op, None) or f"it has no {op!r}, which another backend runs if none is named"
 
 
 def why_unavailable(name: str, device_type: str, op: str = "diveq") -> str | None:

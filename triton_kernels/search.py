@@ -7,7 +7,7 @@ from the original, uncentred values. Data far from 0, clusters far apart and div
 wrong. ``fast`` takes the argmin of the product as it is.
 
 κ = (2D + 32)·2⁻²⁴: D accumulations in fp32, truncated rather than rounded on tensor cores, and a few units for the
-three TF32 products, the centring and ‖c‖².
+three TF32 products, the centring and ‖c‖². It is derived; no GPU has confirmed it yet.
 """
 
 from __future__ import annotations
