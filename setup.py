@@ -185,11 +185,7 @@ def extensions() -> list[NativeExtension]:
     native, cuda = wanted("DIVEQ_BUILD_NATIVE"), wanted("DIVEQ_BUILD_CUDA")
     found = []
     if native is not False:
-        found.append(
-            NativeExtension(
-                "diveq_kernels._cpu", ("DIVEQ_BUILD_NATIVE",), ["csrc/ops.cpp", *sources("csrc/cpu", "*.cpp")]
-            )
-        )
+        found.append(NativeExtension("diveq_kernels._cpu", ("DIVEQ_BUILD_NATIVE",), sources("csrc/cpu", "*.cpp")))
     cuda_sources = sources("csrc/cuda", "*.cu", "*.cpp")
     if cuda and not cuda_sources:
         raise SystemExit("DIVEQ_BUILD_CUDA is 1, but this version has no CUDA sources; unset it, or set it to 0")

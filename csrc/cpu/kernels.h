@@ -1,4 +1,4 @@
-// What the drivers (ops.cpp) ask of the kernels, which are compiled once per instruction set (kernels.inl).
+// What the operations (nearest.cpp, composite.cpp, sf_diveq.cpp) ask of the kernels, which are compiled once per instruction set (kernels.inl).
 //
 // Plain structs and pointers only. A function template or a std:: container instantiated in a file compiled for AVX-512
 // could be the copy that the linker keeps for everybody, and then stop an older processor.
@@ -6,32 +6,11 @@
 
 #include <cstdint>
 
+#include "../rows.h"
+
 namespace diveq {
 
-enum class Dtype : int { f32, bf16, f16 };
-
-constexpr int kMaxRank = 16;
 constexpr int64_t kLeastScreenedDim = 17;  // below, there is little for a matrix unit to multiply
-
-// The rows of a [..., D] tensor with any strides, counted in the flattened order of its leading dimensions.
-struct Rows {
-  char* data;
-  Dtype dtype;
-  int rank;  // of the leading shape
-  int64_t sizes[kMaxRank], strides[kMaxRank];  // in elements
-  int64_t inner;  // stride of the last dimension
-  int64_t dim;
-};
-
-// The vectors to search: K rows c_j, or with dither the K - 1 points (1 - λ_j)c_j + λ_j c_{j+1}.
-struct Codes {
-  const char* data;
-  Dtype dtype;
-  int64_t row, inner;  // strides in elements
-  int64_t count;  // of vectors to search
-  int64_t dim;
-  const float* dither;  // [count] or null
-};
 
 // Codewords less a centre, in panels of `panel` codewords: values [panels][dim][panel], half squares [panels][panel].
 struct Packed {

@@ -1,0 +1,102 @@
+// SF-DiVeQ (docs/math.md).
+#include <optional>
+
+#include "../ops.h"
+#include "isa.h"
+#include "noise.h"
+#include "packed.h"
+
+namespace diveq {
+
+void sf_diveq(Tensor z, Tensor codebook, Tensor dither, Maybe mask, Maybe seed, double noise_std, bool exact,
+              Tensor z_q, Tensor indices, Tensor counts) {
+  const Kernels& k = kernels();
+  const Rows rows = rows_of(z), out = rows_of(z_q);
+  const Codes codes = codes_of(codebook, dither)[0];
+  const PackedBook book(k, codes);
+  const int64_t total = row_count(z), dim = rows.dim, tile = tile_rows(k, dim, total);
+  const bool* kept = data<bool>(mask);
+  auto* const chosen = data<int32_t>(indices);
+
+  const int64_t noise_floats = Noise::scratch(k, dim);
+  const int64_t floats = 2 * tile * dim + 2 * dim + 2 * noise_floats + search_scratch(k, dim, tile);
+  each_tile(total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
+    float *made = scratch + tile * dim, *ends = made + tile * dim, *noises = ends + 2 * dim;
+    float* work = noises + 2 * noise_floats;
+    const float* x = read_tile(k, rows, first, n, scratch);
+    k.search(codes, book.packed, exact, x, dim, n, chosen + first, work);
+    Noise noise1(k, seed, noise_std, dim, 0, noises);
+    Noise noise2(k, seed, noise_std, dim, total * ((dim + 3) / 4), noises + noise_floats);
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t row = first + r;
+      int32_t& j = chosen[row];
+      if (kept && !kept[row]) {
+        j = -1;
+        std::copy_n(x + r * dim, dim, made + r * dim);
+        continue;
+      }
+      const float* towards[2] = {k.codeword(codes, j, ends), k.codeword(codes, j + 1, ends + dim)};
+      const float* v[2] = {noise1.row(row, first + n), noise2.row(row, first + n)};
+      const float weights[2] = {1 - codes.dither[j], codes.dither[j]};
+      k.step(x + r * dim, towards, v, weights, 2, dim, made + r * dim);
+    }
+    k.write(out, first, n, made);
+  });
+  count(chosen, total, data<int32_t>(counts));
+}
+
+void sf_diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Maybe seed,
+                       double noise_std, Maybe grad_z, Maybe grad_codebook) {
+  const Kernels& k = kernels();
+  const Rows rows = rows_of(z), incoming = rows_of(grad);
+  const Codes codes = codes_of(codebook, dither)[0];
+  const int64_t total = row_count(z), dim = rows.dim, tile = tile_rows(k, dim, total);
+  const auto* const chosen = data<int32_t>(indices);
+  std::optional<Rows> out;
+  if (grad_z) out = rows_of(*grad_z);
+  const Buffer a = buffer(2 * total);
+
+  const int64_t noise_floats = Noise::scratch(k, dim);
+  each_tile(total, tile, 3 * tile * dim + 2 * dim + 2 * noise_floats, [&](int64_t first, int64_t n, float* scratch) {
+    float *g_room = scratch + tile * dim, *made = g_room + tile * dim, *ends = made + tile * dim;
+    float* noises = ends + 2 * dim;
+    const float *x = read_tile(k, rows, first, n, scratch), *g = read_tile(k, incoming, first, n, g_room);
+    Noise noise1(k, seed, noise_std, dim, 0, noises);
+    Noise noise2(k, seed, noise_std, dim, total * ((dim + 3) / 4), noises + noise_floats);
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t row = first + r;
+      const int32_t j = chosen[row];
+      float* to = a.get() + 2 * row;
+      to[0] = to[1] = 0;
+      if (j < 0) {
+        std::copy_n(g + r * dim, dim, made + r * dim);
+        continue;
+      }
+      const float* towards[2] = {k.codeword(codes, j, ends), k.codeword(codes, j + 1, ends + dim)};
+      const float* v[2] = {noise1.row(row, first + n), noise2.row(row, first + n)};
+      const float weights[2] = {1 - codes.dither[j], codes.dither[j]};
+      float found[2];
+      if (k.gradient(g + r * dim, x + r * dim, towards, v, weights, 2, dim, out ? made + r * dim : nullptr, found))
+        to[0] = found[0], to[1] = found[1];
+    }
+    if (out) k.write(*out, first, n, made);
+  });
+  if (!grad_codebook) return;
+
+  auto* const sums = data<float>(grad_codebook);
+  each_owner(total, tile, codes.count + 1, tile * dim + dim,
+             [&](int64_t first, int64_t n, int64_t low, int64_t high, float* scratch) {
+               float* one = scratch + tile * dim;
+               const float* x = read_tile(k, rows, first, n, scratch);
+               for (int64_t r = 0; r < n; ++r) {
+                 for (int end = 0; end < 2; ++end) {
+                   const float pull = a.get()[2 * (first + r) + end];
+                   const int64_t j = chosen[first + r] + end;
+                   if (pull != 0 && j >= low && j < high)
+                     k.add_pull(pull, k.codeword(codes, j, one), x + r * dim, dim, sums + j * dim);
+                 }
+               }
+             });
+}
+
+}  // namespace diveq

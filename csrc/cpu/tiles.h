@@ -1,0 +1,71 @@
+// Tiles of rows on torch's threads, and the memory that each thread works in.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+
+namespace diveq {
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float, Free>;
+
+inline Buffer buffer(int64_t floats) {
+  const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 127) / 64 * 64;
+  auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
+  if (!p) throw std::bad_alloc();
+  return Buffer(p);
+}
+
+constexpr int64_t kTileFloats = 1 << 15;
+
+inline int64_t tile_rows(const Kernels& k, int64_t dim, int64_t rows) {
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t wanted = std::min({kTileFloats / dim, (rows + threads - 1) / threads, int64_t{1008}});
+  return std::max<int64_t>(1, (wanted + k.group - 1) / k.group) * k.group;
+}
+
+// f(first row, rows, scratch) for every tile, on torch's threads; each thread has `floats` floats of scratch.
+template <class F>
+inline void each_tile(int64_t rows, int64_t tile, int64_t floats, const F& f) {
+  torch::stable::parallel_for(0, (rows + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = buffer(floats);
+    for (int64_t i = begin; i < end; ++i) f(i * tile, std::min(tile, rows - i * tile), scratch.get());
+  });
+}
+
+// f(first row, rows, first codeword, last codeword, scratch): every thread passes over all rows in order and adds to
+// codewords of its own, so that a codeword's sum does not depend on the threads.
+template <class F>
+void each_owner(int64_t rows, int64_t tile, int64_t codewords, int64_t floats, const F& f) {
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const int64_t share = std::max<int64_t>(1, (codewords + threads - 1) / threads);
+  torch::stable::parallel_for(0, (codewords + share - 1) / share, 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = buffer(floats);
+    const int64_t last = std::min(codewords, end * share);
+    for (int64_t n = 0; n < rows; n += tile) f(n, std::min(tile, rows - n), begin * share, last, scratch.get());
+  });
+}
+
+// A tile's rows: in place where they are contiguous fp32, else read into `scratch`.
+inline const float* read_tile(const Kernels& k, const Rows& rows, int64_t first, int64_t count, float* scratch) {
+  if (rows.dtype == Dtype::f32 && rows.inner == 1 && rows.rank == 1 && rows.strides[0] == rows.dim)
+    return reinterpret_cast<const float*>(rows.data) + first * rows.dim;
+  k.read(rows, first, count, scratch);
+  return scratch;
+}
+
+// Adds the histogram of a codebook's indices to `counts`.
+inline void count(const int32_t* indices, int64_t rows, int32_t* counts) {
+  for (int64_t n = 0; n < rows; ++n)
+    if (indices[n] >= 0) ++counts[indices[n]];
+}
+
+}  // namespace diveq
