@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.reference.rows import add_rows, blocks, empty_gradients, leave_out, put
+from diveq_kernels.reference.ties import first_of_equals
 
 _SCORE_ELEMENTS = 1 << 20  # elements of a block of distances
 _CENTRE_SAMPLE = 256  # codewords
@@ -80,7 +81,8 @@ def search(z: Tensor, codebook: Tensor, dither: Tensor | None, precision: str) -
             return torch.addmm(squares, rows, c.T, alpha=-2)
         return torch.sub(squares, rows @ c.T, alpha=2)
 
-    return argmin_over_chunks(cost, z.shape[0], count, z.shape[1], z.device)
+    found = argmin_over_chunks(cost, z.shape[0], count, z.shape[1], z.device)
+    return first_of_equals(chunk, count, max(1, _SCORE_ELEMENTS // z.shape[1]), z.device)[found]
 
 
 def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
