@@ -11,11 +11,11 @@ namespace diveq {
 
 using Stream = struct CUstream_st*;  // cudaStream_t
 
-// The codebooks of the stages of a residual quantizer or the groups of a product one; a single codebook is one stage.
+// Codebooks of several stages or groups: as one, and where the next begins. A single codebook is a residual of one stage.
 struct Books {
   Codes first;  // of stage 0; its dither, if there is one, goes on with that of stage 1: [stages][count]
-  int64_t stage;  // stride from one stage to the next in elements
   int stages;
+  int64_t stride;  // from one stage to the next, in elements
   bool product;
 };
 
