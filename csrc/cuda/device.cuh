@@ -1,0 +1,67 @@
+// CUDA, or its emulation on the CPU (DIVEQ_EMULATE, emulator/): the only place that knows which. Kernels use CUDA's own
+// names, and what is below for shared memory, launches and inline PTX. Blocks must be whole warps, and warp operations
+// take whole warps.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+
+#include "launch.h"
+
+#if defined(DIVEQ_EMULATE)
+
+#include "emulator/emulator.h"
+
+// The launch's shared_bytes of shared memory, as `T* const name`; the same memory every time.
+#define DIVEQ_SHARED(T, name) T* const name = static_cast<T*>(::diveq::emulator::shared_memory())
+
+// A small array of fixed size in shared memory: DIVEQ_SHARED_ARRAY(float, totals, 32); 0 < size.
+#define DIVEQ_SHARED_ARRAY(T, name, size)                        \
+  alignas(16) static T name[size];                               \
+  static int64_t name##_block = -1;                              \
+  ::diveq::emulator::poison(name, sizeof name, name##_block)
+
+#define DIVEQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ((void)(stream), ::diveq::emulator::launch(#kernel, kernel, grid, block, shared_bytes, __VA_ARGS__))
+
+#else
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define DIVEQ_SHARED(T, name)                                     \
+  extern __shared__ __align__(16) unsigned char diveq_shared[];   \
+  T* const name = reinterpret_cast<T*>(diveq_shared)
+
+#define DIVEQ_SHARED_ARRAY(T, name, size) __shared__ __align__(16) T name[size]
+
+#define DIVEQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::diveq::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+
+namespace diveq {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA kernel ") + what + ": " + cudaGetErrorString(error));
+}
+
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+            A... arguments) {
+  if (shared_bytes > 48 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes), name);
+  kernel<<<grid, block, shared_bytes, stream>>>(P(arguments)...);
+  check(cudaGetLastError(), name);
+}
+
+}  // namespace diveq
+
+#endif
+
+namespace diveq {
+
+constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
+
+}  // namespace diveq
