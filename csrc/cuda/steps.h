@@ -5,14 +5,6 @@
 
 namespace diveq {
 
-// Codebooks of several stages or groups: the first, and where the next begins.
-struct Books {
-  Codes first;
-  int stages;
-  int64_t stride;  // in elements
-  bool product;
-};
-
 // Rows in the order of the indices that they chose, and where each index's run of them begins: order [stages, rows],
 // bounds [stages, segments + 1].
 struct Runs {
