@@ -134,7 +134,7 @@ class NativeOperations:
         if _is_wide(z, codebook):
             return reference.diveq_backward(grad, z, codebook, indices, seed, noise_std, need_z, need_codebook)
         grad_z, grad_books = self._composite_backward(
-            grad, z, codebook[None], None, indices[None], seed, noise_std, need_z, need_codebook, False
+            False, grad, z, codebook[None], None, indices[None], seed, noise_std, need_z, need_codebook
         )
         return grad_z, grad_books[0] if need_codebook else grad_books
 
@@ -239,7 +239,7 @@ class NativeOperations:
         """One DiVeQ step's gradient; every stage's codeword receives a·d."""
         if _is_wide(*arguments[1:3]):
             return reference.residual_backward(*arguments)
-        return self._composite_backward(*arguments, False)
+        return self._composite_backward(False, *arguments)
 
     def product(
         self,
@@ -260,7 +260,7 @@ class NativeOperations:
         """One DiVeQ step's gradient on the whole row; every group's codeword receives its slice of a·d."""
         if _is_wide(*arguments[1:3]):
             return reference.product_backward(*arguments)
-        return self._composite_backward(*arguments, True)
+        return self._composite_backward(True, *arguments)
 
     def _composite(
         self,
@@ -295,6 +295,7 @@ class NativeOperations:
 
     def _composite_backward(
         self,
+        is_product: bool,
         grad: Tensor,
         z: Tensor,
         books: Tensor,
@@ -304,7 +305,6 @@ class NativeOperations:
         noise_std: float,
         need_z: bool,
         need_codebook: bool,
-        is_product: bool,
     ) -> tuple[Tensor, Tensor]:
         gradients, indices = _gradients(z, books, need_z, need_codebook), indices.contiguous()
         weights, count = _plain(dither, torch.float32), books.shape[1] - (dither is not None)
