@@ -17,6 +17,7 @@ from cases import (
     generator,
     lay_out,
     on_every_target,
+    same_sums,
 )
 from oracle import directions, ends, f64, on_segment, quantize, surrogate
 from torch import Tensor
@@ -94,7 +95,8 @@ def test_nearest_against_finite_differences(target: Target) -> None:
     mask = (torch.rand(3, 4, generator=gen) < 0.7).to(target.device)
 
     def sqdist(z: Tensor, codebook: Tensor) -> Tensor:
-        return F.nearest(z.to(target.device), codebook.to(target.device), mask=mask, backend=target.backend).sqdist
+        z, codebook = z.to(target.device), codebook.to(target.device)
+        return F.nearest(z, codebook, mask=mask, backend=target.backend).sqdist.cpu()
 
     assert torch.autograd.gradcheck(sqdist, (z, codebook), fast_mode=True)
 
@@ -113,7 +115,8 @@ def test_project_against_finite_differences(target: Target, output: str) -> None
     def ours(z: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
         keywords: dict[str, Any] = {"mask": mask.to(target.device), "backend": target.backend}
         found = F.project(z.to(target.device), codebook.to(target.device), **keywords)
-        return {"points": (found.points,), "t": (found.t,), "both": (found.points, found.t)}[output]
+        points, t = found.points.cpu(), found.t.cpu()
+        return {"points": (points,), "t": (t,), "both": (points, t)}[output]
 
     indices = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend).indices.cpu()
 
@@ -247,8 +250,9 @@ def test_layouts_of_the_incoming_gradient(target: Target, quantizer: Quantizer, 
     keywords = {"noise_std": 0.2, "seed": 5, **quantizer.dither(books, gen)}
     expected = gradients(target, quantizer, z, books, g.contiguous(), **keywords)
     transposed = gradients(target, quantizer, lay_out(z, "transposed"), lay_out(books, "sliced"), g, **keywords)
-    for wanted, found in zip(expected, gradients(target, quantizer, z, books, g, **keywords), strict=True):
-        assert torch.equal(wanted, found)
+    found = gradients(target, quantizer, z, books, g, **keywords)
+    assert torch.equal(expected[0], found[0]) and torch.equal(expected[2], found[2])
+    assert same_sums(target, expected[1], found[1])
     for wanted, found in zip(expected, transposed, strict=True):
         torch.testing.assert_close(wanted, found, rtol=1e-5, atol=1e-5)
 
@@ -292,7 +296,7 @@ def test_only_one_input_needs_a_gradient(target: Target, quantizer: Quantizer) -
     only_z = quantizer(both[0], books, **keywords).z_q
     assert torch.equal(torch.autograd.grad(only_z, both[0], g)[0], expected[0])
     only_books = quantizer(z, both[1], **keywords).z_q
-    assert torch.equal(torch.autograd.grad(only_books, both[1], g)[0], expected[1])
+    assert same_sums(target, torch.autograd.grad(only_books, both[1], g)[0], expected[1])
     found = quantizer(z, books, **keywords)
     assert not found.z_q.requires_grad
     assert not quantizer(*both, **keywords).indices.requires_grad
@@ -312,7 +316,7 @@ def test_only_one_input_of_nearest_and_project_needs_a_gradient(target: Target, 
     both = z.clone().requires_grad_(), codebook.clone().requires_grad_()
     expected = torch.autograd.grad(loss(*both), both)
     assert torch.equal(torch.autograd.grad(loss(both[0], codebook), both[0])[0], expected[0])
-    assert torch.equal(torch.autograd.grad(loss(z, both[1]), both[1])[0], expected[1])
+    assert same_sums(target, torch.autograd.grad(loss(z, both[1]), both[1])[0], expected[1])
 
 
 @on_every_target
