@@ -18,6 +18,9 @@ void sf_diveq(Tensor z, Tensor codebook, Tensor dither, Maybe mask, Maybe seed, 
               Tensor z_q, Tensor indices, Tensor counts);
 void sf_diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Maybe seed,
                        double noise_std, Maybe grad_z, Maybe grad_codebook);
+void project(Tensor z, Tensor codebook, Maybe mask, bool exact, Tensor points, Tensor indices, Tensor t);
+void project_backward(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices, Maybe grad_z,
+                      Maybe grad_codebook);
 
 // Their schemas, for any backend's library.
 template <class Library>
@@ -40,6 +43,16 @@ void define_operations(Library& m) {
       " float noise_std, Tensor(a!)? grad_z, Tensor(b!)? grad_codebook) -> ()");
 }
 
+template <class Library>
+void define_projection(Library& m) {
+  m.def(
+      "project(Tensor z, Tensor codebook, Tensor? mask, bool exact, Tensor(a!) points, Tensor(b!) indices,"
+      " Tensor(c!) t) -> ()");
+  m.def(
+      "project_backward(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices,"
+      " Tensor(a!)? grad_z, Tensor(b!)? grad_codebook) -> ()");
+}
+
 // The library's own functions of these names as the implementations.
 template <class Library>
 void implement_operations(Library& m) {
@@ -49,6 +62,12 @@ void implement_operations(Library& m) {
   m.impl("composite_backward", TORCH_BOX(&diveq::composite_backward));
   m.impl("sf_diveq", TORCH_BOX(&diveq::sf_diveq));
   m.impl("sf_diveq_backward", TORCH_BOX(&diveq::sf_diveq_backward));
+}
+
+template <class Library>
+void implement_projection(Library& m) {
+  m.impl("project", TORCH_BOX(&diveq::project));
+  m.impl("project_backward", TORCH_BOX(&diveq::project_backward));
 }
 
 }  // namespace diveq

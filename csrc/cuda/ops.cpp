@@ -1,0 +1,225 @@
+// The library of the cuda backend: its operations, each a search and a step, or one pass over the rows backward.
+//
+// ..._backward adds up the codebook's gradient with atomics; ..._backward_sorted in the order of `order` [stages, N], the
+// rows sorted by index, in which the run of index j begins at bounds [stages, segments + 1].
+#include "../ops.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include "scope.h"
+#include "steps.h"
+
+namespace diveq {
+namespace {
+
+Books books_of(const Tensor& books, const Maybe& dither, bool product) {
+  const int64_t rank = books.dim();
+  return {codes_of(books, dither)[0], static_cast<int>(rank == 3 ? books.size(0) : 1),
+          rank == 3 ? books.stride(0) : 0, product};
+}
+
+void search(const Search& search, const Tensor& z, Stream stream) {
+  const auto bytes = static_cast<int64_t>(search_workspace(search));
+  const Tensor workspace = torch::stable::new_empty(z, {bytes}, ScalarType::Byte);
+  launch_search(search, workspace.data_ptr(), stream);
+}
+
+Noise noise_of(const Maybe& seed, double noise_std, int64_t rows) {
+  return {data<const int64_t>(seed), static_cast<float>(noise_std), rows};
+}
+
+// The Gradients of an operation, and the memory behind them.
+class Wanted {
+ public:
+  Wanted(const Tensor& z, const Maybe& grad_z, const Maybe& sums, const Maybe& order, const Maybe& bounds, int64_t ends,
+         int64_t rows) {
+    if (grad_z) rows_ = rows_of(*grad_z);
+    to = {grad_z ? &rows_ : nullptr, data<float>(sums), nullptr, nullptr};
+    if (!order || !sums) return;
+    runs_ = {data<const int64_t>(order), data<const int64_t>(bounds), rows, bounds->size(bounds->dim() - 1) - 1};
+    scalars_ = torch::stable::new_empty(z, {ends, rows}, ScalarType::Float);
+    to.runs = &runs_;
+    to.scalars = data<float>(scalars_);
+  }
+
+  Gradients to;
+
+ private:
+  Rows rows_{};
+  Runs runs_{};
+  Maybe scalars_;
+};
+
+void nearest_gradient(const Tensor& grad, const Tensor& z, const Tensor& codebook, const Tensor& indices,
+                      const Maybe& grad_z, const Maybe& sums, const Maybe& order, const Maybe& bounds) {
+  const int64_t rows = row_count(z);
+  if (!rows) return;
+  const Scope scope(z);
+  const Wanted wanted(z, grad_z, sums, order, bounds, 1, rows);
+  launch_sqdist_gradient(data<float>(grad), rows_of(z), codes_of(codebook, std::nullopt)[0], data<int32_t>(indices),
+                         rows, wanted.to, scope.stream);
+}
+
+void composite_gradient(const Tensor& grad, const Tensor& z, const Tensor& books, const Maybe& dither,
+                        const Tensor& indices, const Maybe& seed, double noise_std, bool product, const Maybe& grad_z,
+                        const Maybe& sums, const Maybe& order, const Maybe& bounds) {
+  const int64_t rows = row_count(z);
+  if (!rows) return;
+  const Scope scope(z);
+  const Wanted wanted(z, grad_z, sums, order, bounds, 1, rows);
+  launch_composite_gradient(rows_of(grad), rows_of(z), books_of(books, dither, product), data<int32_t>(indices),
+                            noise_of(seed, noise_std, rows), wanted.to, scope.stream);
+}
+
+void sf_diveq_gradient(const Tensor& grad, const Tensor& z, const Tensor& codebook, const Tensor& dither,
+                       const Tensor& indices, const Maybe& seed, double noise_std, const Maybe& grad_z,
+                       const Maybe& sums, const Maybe& order, const Maybe& bounds) {
+  const int64_t rows = row_count(z);
+  if (!rows) return;
+  const Scope scope(z);
+  const Wanted wanted(z, grad_z, sums, order, bounds, 2, rows);
+  launch_sf_diveq_gradient(rows_of(grad), rows_of(z), codes_of(codebook, dither)[0], data<int32_t>(indices),
+                           noise_of(seed, noise_std, rows), wanted.to, scope.stream);
+}
+
+void project_gradient(const Tensor& grad_points, const Tensor& grad_t, const Tensor& z, const Tensor& codebook,
+                      const Tensor& indices, const Maybe& grad_z, const Maybe& sums, const Maybe& order,
+                      const Maybe& bounds) {
+  const int64_t rows = row_count(z);
+  if (!rows) return;
+  const Scope scope(z);
+  const Wanted wanted(z, grad_z, sums, order, bounds, 2, rows);
+  launch_project_gradient(rows_of(grad_points), data<float>(grad_t), rows_of(z), codes_of(codebook, std::nullopt)[0],
+                          data<int32_t>(indices), rows, wanted.to, scope.stream);
+}
+
+}  // namespace
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+void nearest(Tensor z, Tensor codebook, Maybe mask, bool exact, Tensor indices, Tensor sqdist) {
+  const int64_t rows = row_count(z);
+  if (!rows) return;
+  const Scope scope(z);
+  const Books books = books_of(codebook, std::nullopt, false);
+  search({rows_of(z), rows, data<const bool>(mask), nullptr, books, false, exact, data<int32_t>(indices)}, z,
+         scope.stream);
+  launch_sqdist(rows_of(z), books.first, data<int32_t>(indices), rows, data<float>(sqdist), scope.stream);
+}
+
+void composite(Tensor z, Tensor books, Maybe dither, Maybe num_active, Maybe mask, Maybe seed, double noise_std,
+               bool exact, bool product, Tensor z_q, Tensor indices, Tensor counts) {
+  const int64_t rows = row_count(z);
+  if (!rows) return;
+  const Scope scope(z);
+  const Books all = books_of(books, dither, product);
+  search({rows_of(z), rows, data<const bool>(mask), data<const int64_t>(num_active), all, false, exact,
+          data<int32_t>(indices)},
+         z, scope.stream);
+  launch_composite(rows_of(z), all, data<int32_t>(indices), noise_of(seed, noise_std, rows), rows_of(z_q),
+                   data<int32_t>(counts), scope.stream);
+}
+
+void sf_diveq(Tensor z, Tensor codebook, Tensor dither, Maybe mask, Maybe seed, double noise_std, bool exact,
+              Tensor z_q, Tensor indices, Tensor counts) {
+  const int64_t rows = row_count(z);
+  if (!rows) return;
+  const Scope scope(z);
+  const Books books = books_of(codebook, dither, false);
+  search({rows_of(z), rows, data<const bool>(mask), nullptr, books, false, exact, data<int32_t>(indices)}, z,
+         scope.stream);
+  launch_sf_diveq(rows_of(z), books.first, data<int32_t>(indices), noise_of(seed, noise_std, rows), rows_of(z_q),
+                  data<int32_t>(counts), scope.stream);
+}
+
+void project(Tensor z, Tensor codebook, Maybe mask, bool exact, Tensor points, Tensor indices, Tensor t) {
+  const int64_t rows = row_count(z);
+  if (!rows) return;
+  const Scope scope(z);
+  Books books = books_of(codebook, std::nullopt, false);
+  --books.first.count;  // of segments
+  search({rows_of(z), rows, data<const bool>(mask), nullptr, books, true, exact, data<int32_t>(indices)}, z,
+         scope.stream);
+  launch_project_step(rows_of(z), books.first, data<int32_t>(indices), rows, rows_of(points), data<float>(t),
+                      scope.stream);
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+void nearest_backward(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Maybe grad_z, Maybe grad_codebook) {
+  nearest_gradient(grad, z, codebook, indices, grad_z, grad_codebook, std::nullopt, std::nullopt);
+}
+
+void nearest_backward_sorted(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Maybe grad_z, Maybe grad_codebook,
+                             Tensor order, Tensor bounds) {
+  nearest_gradient(grad, z, codebook, indices, grad_z, grad_codebook, order, bounds);
+}
+
+void composite_backward(Tensor grad, Tensor z, Tensor books, Maybe dither, Tensor indices, Maybe seed,
+                        double noise_std, bool product, Maybe grad_z, Maybe grad_books) {
+  composite_gradient(grad, z, books, dither, indices, seed, noise_std, product, grad_z, grad_books, std::nullopt,
+                     std::nullopt);
+}
+
+void composite_backward_sorted(Tensor grad, Tensor z, Tensor books, Maybe dither, Tensor indices, Maybe seed,
+                               double noise_std, bool product, Maybe grad_z, Maybe grad_books, Tensor order,
+                               Tensor bounds) {
+  composite_gradient(grad, z, books, dither, indices, seed, noise_std, product, grad_z, grad_books, order, bounds);
+}
+
+void sf_diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Maybe seed,
+                       double noise_std, Maybe grad_z, Maybe grad_codebook) {
+  sf_diveq_gradient(grad, z, codebook, dither, indices, seed, noise_std, grad_z, grad_codebook, std::nullopt,
+                    std::nullopt);
+}
+
+void sf_diveq_backward_sorted(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Maybe seed,
+                              double noise_std, Maybe grad_z, Maybe grad_codebook, Tensor order, Tensor bounds) {
+  sf_diveq_gradient(grad, z, codebook, dither, indices, seed, noise_std, grad_z, grad_codebook, order, bounds);
+}
+
+void project_backward(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices, Maybe grad_z,
+                      Maybe grad_codebook) {
+  project_gradient(grad_points, grad_t, z, codebook, indices, grad_z, grad_codebook, std::nullopt, std::nullopt);
+}
+
+void project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices,
+                             Maybe grad_z, Maybe grad_codebook, Tensor order, Tensor bounds) {
+  project_gradient(grad_points, grad_t, z, codebook, indices, grad_z, grad_codebook, order, bounds);
+}
+
+// For tests: words and normals of consecutive counters.
+void philox(Tensor seed, int64_t start, Tensor words, Tensor normals) {
+  const Scope scope(words);
+  launch_philox(data<int64_t>(seed), start, words.size(0), data<int32_t>(words), data<float>(normals), scope.stream);
+}
+
+}  // namespace diveq
+
+STABLE_TORCH_LIBRARY(diveq_cuda, m) {
+  diveq::define_operations(m);
+  diveq::define_projection(m);
+  m.def(
+      "nearest_backward_sorted(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Tensor(a!)? grad_z,"
+      " Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
+  m.def(
+      "composite_backward_sorted(Tensor grad, Tensor z, Tensor books, Tensor? dither, Tensor indices, Tensor? seed,"
+      " float noise_std, bool product, Tensor(a!)? grad_z, Tensor(b!)? grad_books, Tensor order, Tensor bounds) -> ()");
+  m.def(
+      "sf_diveq_backward_sorted(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Tensor? seed,"
+      " float noise_std, Tensor(a!)? grad_z, Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
+  m.def(
+      "project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices,"
+      " Tensor(a!)? grad_z, Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
+  m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(diveq_cuda, CompositeExplicitAutograd, m) {
+  diveq::implement_operations(m);
+  diveq::implement_projection(m);
+  m.impl("nearest_backward_sorted", TORCH_BOX(&diveq::nearest_backward_sorted));
+  m.impl("composite_backward_sorted", TORCH_BOX(&diveq::composite_backward_sorted));
+  m.impl("sf_diveq_backward_sorted", TORCH_BOX(&diveq::sf_diveq_backward_sorted));
+  m.impl("project_backward_sorted", TORCH_BOX(&diveq::project_backward_sorted));
+  m.impl("philox", TORCH_BOX(&diveq::philox));
+}
