@@ -24,7 +24,9 @@ def load(name: str) -> Path:
         if path.is_file():
             torch.ops.load_library(path)  # type: ignore[no-untyped-call]
             return path
+    variable = {"cpu": "NATIVE", "cuda": "CUDA"}[name]
+    tool = {"cpu": "a compiler", "cuda": "nvcc"}[name]
     raise ImportError(
-        f"this installation has no library {folder / f'_{name}'}: it was built without a compiler, without torch, or "
-        "with DIVEQ_BUILD_NATIVE=0"
+        f"this installation has no library {folder / f'_{name}'}: it was built without {tool}, without torch, or with "
+        f"DIVEQ_BUILD_{variable}=0"
     )

@@ -3,7 +3,7 @@
 | name        | runs on | what it is                                                                        |
 |-------------|---------|-----------------------------------------------------------------------------------|
 | `triton`    | CUDA    | fused Triton kernels; on CPU only under Triton's interpreter, and only when named |
-| `cuda`      | CUDA    | C++/CUDA extension                                                                |
+| `cuda`      | CUDA    | C++/CUDA extension, where Triton is missing or refused                            |
 | `cpu`       | CPU     | C++ extension                                                                     |
 | `reference` | any     | pure PyTorch, the definition of what is right                                     |
 
@@ -64,7 +64,7 @@ BACKENDS = {
             "diveq_kernels.native_cuda",
             ("cuda",),
             ("cuda",),
-            "install a diveq-kernels release with the C++/CUDA extension",
+            "install the CUDA toolkit (nvcc), then this package again (DIVEQ_BUILD_CUDA=1 says what is missing)",
         ),
         Backend(
             "cpu",

@@ -266,7 +266,7 @@ def test_layouts_of_the_gradients_of_nearest_and_project(target: Target, layout:
 
     def grads(z: Tensor, codebook: Tensor, g: Tensor, of_rows: Tensor) -> list[Tensor]:
         z, codebook = z.to(target.device).requires_grad_(), codebook.to(target.device).requires_grad_()
-        nearest, projected = F.nearest(z, codebook, backend=target.backend), F.project(z, codebook)
+        nearest, projected = (f(z, codebook, backend=target.backend) for f in (F.nearest, F.project))
         outputs = [((nearest.sqdist,), (of_rows,)), ((projected.points, projected.t), (g, of_rows))]
         return [
             grad.cpu()

@@ -122,7 +122,8 @@ def test_equal_codewords_tie_to_the_lowest(target: Target, codewords: int, dtype
     z = torch.randn(333 if codewords < 1000 else 2000, 19, generator=gen).to(dtype)
     found = F.nearest(z.to(target.device), codebook.to(target.device), backend=target.backend).indices.cpu()
     assert torch.equal(found, first[found])
-    same = F.nearest(z.to(target.device), codebook[:1].expand(codewords, 19).to(target.device))
+    equal = codebook[:1].expand(codewords, 19).to(target.device)
+    same = F.nearest(z.to(target.device), equal, backend=target.backend)
     assert (same.indices == 0).all()
 
 

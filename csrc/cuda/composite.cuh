@@ -1,5 +1,5 @@
-// DiVeQ, residual and product quantization: the one end ẑ of a row's step (step.cuh), from the indices of its stages or
-// groups. DiVeQ is a residual quantizer of one stage.
+// Residual and product quantization: the one end ẑ of a row's step (step.cuh), from the indices [stages, rows] of its
+// stages or groups.
 #pragma once
 
 #include "rows.cuh"
@@ -24,52 +24,16 @@ __device__ inline Quad load_point(const Codes& codes, int64_t j, int column, int
   return point;
 }
 
-// Calls f(group, column in the group, place in the quad, count) for the pieces of a row's quad; one unless it spans
-// groups whose size is no multiple of 4.
-template <class F>
-__device__ inline void each_piece(int part, int column, int count, F f) {
-  for (int done = 0; done < count;) {
-    const int group = (column + done) / part, first = (column + done) % part;
-    const int piece = part - first < count - done ? part - first : count - done;
-    f(group, first, done, piece);
-    done += piece;
-  }
-}
-
+// What both have in common.
 struct CompositeEnd {
   static constexpr int kEnds = 1;
   Books books;
-  const int32_t* indices;  // [stages, rows]
+  const int32_t* indices;
   int64_t rows;
 
   __device__ bool chosen(int64_t n) const { return indices[n] >= 0; }
 
   __device__ float weight(int, int64_t) const { return 1.0f; }
-
-  __device__ Quad target(int, int64_t n, int column, int count) const {
-    if (books.product) {
-      Quad made = {};
-      each_piece(static_cast<int>(books.first.dim), column, count, [&](int group, int first, int done, int piece) {
-        const Quad point = load_point(stage_of(books, group), indices[group * rows + n], first, piece);
-        if (piece == 4) {
-          made = point;
-        } else {
-          for (int i = 0; i < 4; ++i)
-            for (int k = 0; k < 4; ++k)  // no index that the compiler does not know
-              if (k < piece && i == k + done) made.x[i] = point.x[k];
-        }
-      });
-      return made;
-    }
-    Quad total = load_point(books.first, indices[n], column, count);
-    for (int s = 1; s < books.stages; ++s) {
-      const int32_t j = indices[s * rows + n];
-      if (j < 0) continue;
-      const Quad point = load_point(stage_of(books, s), j, column, count);
-      for (int i = 0; i < 4; ++i) total.x[i] += point.x[i];
-    }
-    return total;
-  }
 
   __device__ void count(int64_t n, int32_t* counts) const {
     for (int s = 0; s < books.stages; ++s) {
@@ -78,7 +42,7 @@ struct CompositeEnd {
     }
   }
 
-  // One codeword's share of a pull: all of it, or (1 - λ), λ for the ends of a segment.
+  // Adds to the codeword that row n chose in stage s, or (1 - λ) and λ of it to the ends of the segment.
   __device__ void give(float* sums, int s, int64_t n, int column, int count, const Quad& pull) const {
     const int32_t j = indices[s * rows + n];
     if (j < 0) return;
@@ -93,20 +57,46 @@ struct CompositeEnd {
     for (int i = 0; i < 4; ++i) share.x[i] = weight * pull.x[i];
     add_quad(to + codes.dim, count, share);
   }
+};
+
+// ẑ = Σ_s p_s over the stages that the row used.
+struct ResidualEnd : CompositeEnd {
+  __device__ Quad target(int, int64_t n, int column, int count) const {
+    Quad total = {};
+    for (int s = 0; s < books.stages; ++s) {
+      const int32_t j = indices[s * rows + n];
+      if (j < 0) continue;
+      const Quad point = load_point(stage_of(books, s), j, column, count);
+      for (int i = 0; i < 4; ++i) total.x[i] += point.x[i];
+    }
+    return total;
+  }
 
   __device__ void add(float* sums, int, int64_t n, int column, int count, const Quad& pull) const {
-    if (!books.product) {
-      for (int s = 0; s < books.stages; ++s) give(sums, s, n, column, count, pull);
-      return;
-    }
-    each_piece(static_cast<int>(books.first.dim), column, count, [&](int group, int first, int done, int piece) {
-      Quad slice = pull;
-      if (piece < 4)
-        for (int i = 0; i < 4; ++i)
-          for (int k = 0; k < 4; ++k)
-            if (k < piece && i == k + done) slice.x[k] = pull.x[i];
-      give(sums, group, n, first, piece, slice);
-    });
+    for (int s = 0; s < books.stages; ++s) give(sums, s, n, column, count, pull);
+  }
+};
+
+// ẑ = (p_0, p_1, ...). Where the groups' size is no multiple of 4 a quad may span some, and is taken column by column.
+struct ProductEnd : CompositeEnd {
+  __device__ Quad target(int, int64_t n, int column, int count) const {
+    const int part = static_cast<int>(books.first.dim);
+    if (part % 4 == 0) return of_group(n, column / part, column % part, count);
+    Quad made = {};
+    for (int i = 0; i < 4; ++i)
+      if (i < count) made.x[i] = of_group(n, (column + i) / part, (column + i) % part, 1).x[0];
+    return made;
+  }
+
+  __device__ Quad of_group(int64_t n, int group, int column, int count) const {
+    return load_point(stage_of(books, group), indices[group * rows + n], column, count);
+  }
+
+  __device__ void add(float* sums, int, int64_t n, int column, int count, const Quad& pull) const {
+    const int part = static_cast<int>(books.first.dim);
+    if (part % 4 == 0) return give(sums, column / part, n, column % part, count, pull);
+    for (int i = 0; i < 4; ++i)
+      if (i < count) give(sums, (column + i) / part, n, (column + i) % part, 1, {{pull.x[i]}});
   }
 };
 

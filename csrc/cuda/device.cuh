@@ -21,6 +21,9 @@
   static int64_t name##_block = -1;                              \
   ::diveq::emulator::poison(name, sizeof name, name##_block)
 
+// Whether the current device can run the kernel: it was compiled for it, or for something that can be translated.
+#define DIVEQ_CAN_RUN(kernel) true
+
 #define DIVEQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), ::diveq::emulator::launch(#kernel, kernel, grid, block, shared_bytes, __VA_ARGS__))
 
@@ -37,6 +40,8 @@
 
 #define DIVEQ_SHARED_ARRAY(T, name, size) __shared__ __align__(16) T name[size]
 
+#define DIVEQ_CAN_RUN(kernel) ::diveq::can_run(kernel)
+
 #define DIVEQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::diveq::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
@@ -45,6 +50,14 @@ namespace diveq {
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("CUDA kernel ") + what + ": " + cudaGetErrorString(error));
+}
+
+template <class... P>
+bool can_run(void (*kernel)(P...)) {
+  cudaFuncAttributes attributes;
+  const bool can = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+  if (!can) cudaGetLastError();  // or the next launch would report it
+  return can;
 }
 
 template <class... P, class... A>

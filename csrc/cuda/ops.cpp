@@ -188,6 +188,12 @@ void project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor
   project_gradient(grad_points, grad_t, z, codebook, indices, grad_z, grad_codebook, order, bounds);
 }
 
+// Whether the device of a tensor runs what this library was compiled for.
+bool can_run_on(Tensor t) {
+  const Scope scope(t);
+  return can_run();
+}
+
 // For tests: words and normals of consecutive counters.
 void philox(Tensor seed, int64_t start, Tensor words, Tensor normals) {
   const Scope scope(words);
@@ -211,6 +217,7 @@ STABLE_TORCH_LIBRARY(diveq_cuda, m) {
   m.def(
       "project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices,"
       " Tensor(a!)? grad_z, Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
+  m.def("can_run_on(Tensor t) -> bool");
   m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
 }
 
@@ -221,5 +228,6 @@ STABLE_TORCH_LIBRARY_IMPL(diveq_cuda, CompositeExplicitAutograd, m) {
   m.impl("composite_backward_sorted", TORCH_BOX(&diveq::composite_backward_sorted));
   m.impl("sf_diveq_backward_sorted", TORCH_BOX(&diveq::sf_diveq_backward_sorted));
   m.impl("project_backward_sorted", TORCH_BOX(&diveq::project_backward_sorted));
+  m.impl("can_run_on", TORCH_BOX(&diveq::can_run_on));
   m.impl("philox", TORCH_BOX(&diveq::philox));
 }

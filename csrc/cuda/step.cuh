@@ -1,5 +1,5 @@
-// The DiVeQ step z_q = z + Σ_e w_e·m_e·u_e, u_e = (v_e + d_e)/‖v_e + d_e‖ (docs/math.md), towards one end (composite.cuh)
-// or two (sf_diveq.cuh). What the ends of a row are is given by `Ends`:
+// The DiVeQ step z_q = z + Σ_e w_e·m_e·u_e, u_e = (v_e + d_e)/‖v_e + d_e‖ (docs/math.md), towards one end (diveq.cuh,
+// composite.cuh) or two (sf_diveq.cuh). What the ends of a row are is given by `Ends`:
 //
 //   kEnds                          how many there are
 //   chosen(n)                      whether row n was quantized; if not, z_q = z
@@ -38,7 +38,7 @@ __device__ inline void add_products(float& total, const Quad& a, const Quad& b) 
 __device__ inline Quad filled(float x) { return {{x, x, x, x}}; }
 
 template <class Ends, int kKept>
-__global__ void __launch_bounds__(kThreads) step_kernel(Rows z, Ends ends, Noise noise, Rows z_q, int32_t* counts,
+__global__ void __launch_bounds__(kThreads, 1) step_kernel(Rows z, Ends ends, Noise noise, Rows z_q, int32_t* counts,
                                                         int lanes) {
   constexpr int kEnds = Ends::kEnds;
   const Lane at = lane_of(noise.rows, lanes);
@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(Rows z, Ends ends, Noise
   if (chosen) {
     each_quad<kKept>(at, dim, [&](int column, int count, int i) {
       const Quad here = x.load(column, count);
+#pragma unroll
       for (int e = 0; e < kEnds; ++e) {
         const Quad d = difference(ends.target(e, n, column, count), here);
         add_products(of_d[e], d, d);
@@ -81,6 +82,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(Rows z, Ends ends, Noise
       value = filled(NAN);
     } else if (chosen) {
       if (!noisy) value = filled(0.0f);
+#pragma unroll
       for (int e = 0; e < kEnds; ++e) {
         Quad to;
         if (noisy && kKept > 0)
@@ -101,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(Rows z, Ends ends, Noise
 //
 // or, where `pulls` is given, a_e [kEnds, rows] is stored for a sum in a fixed order (sums.cuh).
 template <class Ends, int kKept>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(Rows grad, Rows z, Ends ends, Noise noise, bool need_z,
+__global__ void __launch_bounds__(kThreads, 1) gradient_kernel(Rows grad, Rows z, Ends ends, Noise noise, bool need_z,
                                                             Rows grad_z, float* sums, float* pulls, int lanes) {
   constexpr int kEnds = Ends::kEnds;
   const Lane at = lane_of(noise.rows, lanes);
@@ -117,6 +119,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(Rows grad, Rows z, E
   if (chosen) {
     each_quad<kKept>(at, dim, [&](int column, int count, int i) {
       const Quad here = x.load(column, count), incoming = g.load(column, count);
+#pragma unroll
       for (int e = 0; e < kEnds; ++e) {
         const Quad d = difference(ends.target(e, n, column, count), here);
         kept[e][i] = d;
@@ -147,6 +150,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(Rows grad, Rows z, E
       value = filled(NAN);
     } else if (chosen) {
       const Quad here = kKept > 0 ? Quad{} : x.load(column, count);
+#pragma unroll
       for (int e = 0; e < kEnds; ++e) {
         if (a[e] == 0.0f) continue;
         Quad pull = kKept > 0 ? kept[e][i] : difference(ends.target(e, n, column, count), here);

@@ -2,6 +2,7 @@
 #include "steps.h"
 
 #include "composite.cuh"
+#include "diveq.cuh"
 #include "nearest.cuh"
 #include "project_step.cuh"
 #include "sf_diveq.cuh"
@@ -82,13 +83,24 @@ void launch_sqdist_gradient(const float* grad, const Rows& z, const Codes& codes
 
 void launch_composite(const Rows& z, const Books& books, const int32_t* indices, const Noise& noise, const Rows& z_q,
                       int32_t* counts, Stream stream) {
-  launch_step(z, CompositeEnd{books, indices, noise.rows}, noise, z_q, counts, stream);
+  const CompositeEnd end{books, indices, noise.rows};
+  if (books.product)
+    launch_step(z, ProductEnd{end}, noise, z_q, counts, stream);
+  else if (books.stages > 1 || books.first.dither)
+    launch_step(z, ResidualEnd{end}, noise, z_q, counts, stream);
+  else
+    launch_step(z, CodewordEnd{books.first, indices}, noise, z_q, counts, stream);
 }
 
 void launch_composite_gradient(const Rows& grad, const Rows& z, const Books& books, const int32_t* indices,
                                const Noise& noise, const Gradients& to, Stream stream) {
   const CompositeEnd end{books, indices, noise.rows};
-  launch_gradient(grad, z, end, noise, to, stream);
+  if (books.product)
+    launch_gradient(grad, z, ProductEnd{end}, noise, to, stream);
+  else if (books.stages > 1 || books.first.dither)
+    launch_gradient(grad, z, ResidualEnd{end}, noise, to, stream);
+  else
+    launch_gradient(grad, z, CodewordEnd{books.first, indices}, noise, to, stream);
   launch_sums(CompositeShares{end, z, to.scalars}, to, books.first.count + !!books.first.dither, books.stages, stream);
 }
 
@@ -118,6 +130,8 @@ void launch_project_gradient(const Rows& grad_points, const float* grad_t, const
                indices, rows, !!to.grad_z, rows_or_none(to), added_to(to), stored_in(to), lanes);
   launch_sums(ProjectShares{grad_points, z, codes, indices, to.scalars, rows}, to, codes.count, 1, stream);
 }
+
+bool can_run() { return DIVEQ_CAN_RUN(philox_kernel); }
 
 void launch_philox(const int64_t* seed, int64_t start, int64_t quads, int32_t* words, float* normals, Stream stream) {
   const auto blocks = static_cast<unsigned>((quads + kThreads - 1) / kThreads);

@@ -47,6 +47,9 @@ void launch_project_step(const Rows& z, const Codes& codes, const int32_t* indic
 void launch_project_gradient(const Rows& grad_points, const float* grad_t, const Rows& z, const Codes& codes,
                              const int32_t* indices, int64_t rows, const Gradients& to, Stream);
 
+// Whether the current device runs what this library was compiled for.
+bool can_run();
+
 // For tests: the words and the standard normals of consecutive counters, [quads, 4] each.
 void launch_philox(const int64_t* seed, int64_t start, int64_t quads, int32_t* words, float* normals, Stream);
 

@@ -15,7 +15,7 @@ namespace diveq {
 // One block per codeword, quads of `lanes` lanes and stage. Neighbouring groups of lanes take every few rows of the
 // run, and their sums are added in order.
 template <class Shares>
-__global__ void __launch_bounds__(kThreads) sum_runs_kernel(Shares shares, Runs runs, float* sums, int lanes) {
+__global__ void __launch_bounds__(kThreads, 1) sum_runs_kernel(Shares shares, Runs runs, float* sums, int lanes) {
   DIVEQ_SHARED_ARRAY(float, partial, 4 * kThreads);
   const int groups = kThreads / lanes, group = static_cast<int>(threadIdx.x) / lanes;
   const int lane = static_cast<int>(threadIdx.x) % lanes, part = shares.part(), s = static_cast<int>(blockIdx.z);
@@ -55,8 +55,11 @@ struct CompositeShares {
   __device__ Quad share(int s, int end, int64_t n, int column, int count) const {
     const float a = pulls[n];
     if (a == 0.0f) return filled(0.0f);
-    const int whole = end_of.books.product ? s * part() + column : column;
-    Quad pull = difference(end_of.target(0, n, whole, count), Row(z, n).load(whole, count));
+    const bool product = end_of.books.product;
+    const int whole = product ? s * part() + column : column;
+    const Quad target = product ? ProductEnd{end_of}.of_group(n, s, column, count)
+                                : ResidualEnd{end_of}.target(0, n, column, count);
+    Quad pull = difference(target, Row(z, n).load(whole, count));
     float weight = 1.0f;
     if (end_of.books.first.dither) {
       const float second = stage_of(end_of.books, s).dither[end_of.indices[s * end_of.rows + n]];

@@ -1,0 +1,48 @@
+"""The ``cuda`` backend: CUDA kernels built by nvcc (``csrc/cuda``), where Triton is missing or refused.
+
+Functions have the arguments and results of ``diveq_kernels.reference``, which also runs what is fp64. Kernels run on
+the current stream; nothing waits for them. Without ``torch.use_deterministic_algorithms(True)`` a codeword's gradient
+is added up by atomics, in any order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from diveq_kernels import _native
+from diveq_kernels._native_ops import NativeOperations
+
+__all__ = [
+    "diveq",
+    "diveq_backward",
+    "nearest",
+    "nearest_backward",
+    "product",
+    "product_backward",
+    "project",
+    "project_backward",
+    "residual",
+    "residual_backward",
+    "sf_diveq",
+    "sf_diveq_backward",
+    "why_unusable",
+]
+
+_native.load("cuda")
+_operations = NativeOperations(torch.ops.diveq_cuda, sorts=True)
+
+nearest, nearest_backward = _operations.nearest, _operations.nearest_backward
+diveq, diveq_backward = _operations.diveq, _operations.diveq_backward
+sf_diveq, sf_diveq_backward = _operations.sf_diveq, _operations.sf_diveq_backward
+project, project_backward = _operations.project, _operations.project_backward
+residual, residual_backward = _operations.residual, _operations.residual_backward
+product, product_backward = _operations.product, _operations.product_backward
+
+
+def why_unusable(device_type: str) -> str | None:
+    """Why the kernels cannot run on a kind of device, or None if they can."""
+    device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else device_type
+    if torch.ops.diveq_cuda.can_run_on(torch.empty(0, device=device)):
+        return None
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return "this installation has no kernels for {} (compute capability {}.{})".format(name, *capability)
