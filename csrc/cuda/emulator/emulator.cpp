@@ -87,7 +87,7 @@ enum class State { ready, at_barrier, in_exchange, done };
 struct Copy {
   void* to;
   const void* from;
-  int bytes, valid, group;
+  int bytes;
 };
 
 struct Thread {
@@ -98,7 +98,6 @@ struct Thread {
   Place place;
   int value;  // what it brings to a barrier
   int parity;  // of the warp's next exchange
-  int group;  // of the asynchronous copies that it makes next
   std::vector<Copy> copies;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
@@ -185,7 +184,7 @@ void start(Thread& t) {
 #endif
   t.context = new_context(t.stack, kStack, entry);
   t.state = State::ready;
-  t.parity = t.group = 0;
+  t.parity = 0;
   t.copies.clear();
 }
 
@@ -308,25 +307,12 @@ void poison(void* memory, size_t bytes, int64_t& number) {
   memset(memory, 0xFF, bytes);
 }
 
-void copy_later(void* to, const void* from, int bytes, int valid) {
-  Thread& t = *block().running;
-  t.copies.push_back({to, from, bytes, valid, t.group});
-}
+void copy_later(void* to, const void* from, int bytes) { block().running->copies.push_back({to, from, bytes}); }
 
-void commit_copies() { ++block().running->group; }
-
-void wait_for_copies(int groups_left) {
+void finish_copies() {
   Thread& t = *block().running;
-  std::vector<Copy> left;
-  for (const Copy& copy : t.copies) {
-    if (copy.group >= t.group - groups_left) {
-      left.push_back(copy);
-      continue;
-    }
-    memset(copy.to, 0, copy.bytes);
-    memcpy(copy.to, copy.from, copy.valid);
-  }
-  t.copies.swap(left);
+  for (const Copy& copy : t.copies) memcpy(copy.to, copy.from, copy.bytes);
+  t.copies.clear();
 }
 
 void run(const char* name, dim3 grid, dim3 block_size, size_t shared_bytes, void (*body)(void*), void* arguments) {

@@ -47,9 +47,8 @@ void* shared_memory();
 void poison(void* memory, size_t bytes, int64_t& block);
 
 // cp.async: the copy happens no earlier than it must.
-void copy_later(void* to, const void* from, int bytes, int valid);
-void commit_copies();
-void wait_for_copies(int groups_left);
+void copy_later(void* to, const void* from, int bytes);
+void finish_copies();
 
 // ---- what a launch calls ----
 

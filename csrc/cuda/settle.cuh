@@ -1,0 +1,118 @@
+// From the best scores of a row's subsets of columns to its index, and the second look at what they leave open.
+//
+// A score v_j = z·c_j - ‖c_j‖²/2 is half of ‖z‖² less the squared distance. Let κ be the share of product_error, w the
+// column with the greatest computed score and δ the distance that this score stands for. A codeword that is nearest, and w
+// itself, lie within R = (‖z‖ + δ)/(1 - √(5κ)) of the centre: their scores are wrong by at most E = κ(R²/2 + ‖z‖R), and
+// with E ≤ 1.5κR² in ‖c‖ ≤ ‖z‖ + √(δ² + 2E) that gives R again. So a nearest codeword's computed score is at most 2E below
+// w's, whatever codewords lie far outside. All that are as close are measured again, from the original values.
+#pragma once
+
+#include "packed.h"
+#include "searched.cuh"
+
+namespace diveq {
+
+// The columns of a tile are dealt to 8 subsets: subset 4h + t has columns 2t and 2t + 1 of every 8 in half h.
+constexpr int kSubsets = 8;
+
+// The best score of a subset, where it is, and the second best.
+struct Best {
+  float value = -INFINITY, second = -INFINITY;
+  int32_t index = 0;
+
+  __device__ void consider(float v, int32_t j) {
+    second = fmaxf(second, fminf(value, v));
+    if (v > value) {
+      value = v;
+      index = j;
+    }
+  }
+};
+
+// What was measured again.
+template <class T>
+struct Nearest {
+  T distance = static_cast<T>(INFINITY);
+  int32_t index = INT32_MAX;
+
+  __device__ void consider(T d, int32_t j) {
+    if (d < distance || (d == distance && j < index)) {
+      distance = d;
+      index = j;
+    }
+  }
+};
+
+// Member i of a subset.
+template <bool kSegments>
+__device__ inline int64_t member(int subset, int64_t i) {
+  constexpr int kTile = kSegments ? 2 : 1;  // columns of a member
+  const int64_t of_tile = 16 / kTile, tile = i / of_tile, within = i % of_tile;
+  const int64_t column = tile * kTileColumns + subset / 4 * 64 + within * kTile / 2 * 8 + subset % 4 * 2 + within * kTile % 2;
+  return column / kTile;
+}
+
+// Stores the index of row n, which begins at `start` of z (-1: is left out). For a whole warp.
+template <bool kExact, bool kSegments>
+__device__ inline void settle(const Searched& rows, const float* centre, int64_t n, int64_t start, const Best* found,
+                              int64_t columns, float error) {
+  if (n >= rows.search.rows) return;
+  const int lane = threadIdx.x % 32;
+  if (start < 0) {
+    if (lane == 0) rows.choose(n, -1);
+    return;
+  }
+  const Best mine = lane < kSubsets ? found[lane] : Best{};
+  float greatest = mine.value;
+  for (int o = 4; o; o /= 2) greatest = fmaxf(greatest, __shfl_xor_sync(kWholeWarp, greatest, o));
+  greatest = __shfl_sync(kWholeWarp, greatest, 0);
+  int32_t index = lane < kSubsets && mine.value == greatest ? mine.index : INT32_MAX;
+  for (int o = 16; o; o /= 2) index = min(index, __shfl_xor_sync(kWholeWarp, index, o));
+  if constexpr (kExact) {
+    const Codes codes = rows.codes();
+    const int dim = static_cast<int>(codes.dim);
+    float squares = 0.0f;
+    for (int column = 4 * lane; column < dim; column += 128) {
+      const int count = dim - column < 4 ? dim - column : 4;
+      Quad x = rows.load(n, start, column, count);
+      for (int k = 0; k < count; ++k) x.x[k] -= centre[column + k];
+      add_products(squares, x, x);
+    }
+    squares = sum(squares, 32);
+    const float length = sqrtf(squares), apart = squares - 2.0f * greatest;
+    const float R = (length + sqrtf(fmaxf(apart, 0.0f))) / (1.0f - sqrtf(5.0f * error));
+    const float E = 1.01f * (error * R * (0.5f * R + length) + FLT_MIN * (16.0f * dim + R));
+    const float limit = greatest - 2.0f * E;
+    const unsigned open = __ballot_sync(kWholeWarp, mine.value >= limit && lane < kSubsets);
+    const unsigned wide = __ballot_sync(kWholeWarp, mine.second >= limit && lane < kSubsets);
+    if (wide || __popc(open) > 1) {
+      using Distance = std::conditional_t<kSegments, double, float>;
+      Nearest<Distance> nearest;
+      const int lanes = lanes_for(dim), group = lane / lanes, groups = 32 / lanes;
+      const int64_t members = columns / (kSegments ? 2 : 1) / kSubsets;
+      for (int subset = 0; subset < kSubsets; ++subset) {
+        if (!(open >> subset & 1)) continue;
+        const bool all = wide >> subset & 1;
+        const int32_t only = found[subset].index;
+        for (int64_t i = 0; i < (all ? members : 1); i += groups) {
+          const int64_t j = all ? (i + group < members ? member<kSegments>(subset, i + group) : codes.count) : only;
+          const bool there = j < codes.count;
+          Distance d;
+          if constexpr (kSegments)
+            d = distance_to_segment(rows, codes, n, start, there ? j : 0, lane % lanes, lanes);
+          else
+            d = distance_to_codeword(rows, codes, n, start, there ? j : 0, lane % lanes, lanes);
+          if (there) nearest.consider(d, static_cast<int32_t>(j));
+        }
+      }
+      for (int o = lanes; o < 32; o *= 2) {
+        const Distance d = __shfl_xor_sync(kWholeWarp, nearest.distance, o);
+        nearest.consider(d, __shfl_xor_sync(kWholeWarp, nearest.index, o));
+      }
+      if (nearest.index != INT32_MAX) index = nearest.index;
+    }
+  }
+  if (lane == 0) rows.choose(n, index < rows.search.books.first.count ? index : 0);
+}
+
+}  // namespace diveq
