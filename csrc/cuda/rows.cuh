@@ -20,7 +20,7 @@ struct Lane {
 
 __host__ __device__ inline int quads_of(int64_t dim) { return static_cast<int>((dim + 3) / 4); }
 
-inline int lanes_for(int64_t dim) {
+__host__ __device__ inline int lanes_for(int64_t dim) {
   int lanes = 1;
   while (lanes < 32 && lanes < quads_of(dim)) lanes *= 2;
   return lanes;

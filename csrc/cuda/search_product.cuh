@@ -68,7 +68,7 @@ __device__ inline void copy_columns(const Packed& packed, int64_t first_column, 
 }
 
 template <bool kExact, bool kSegments>
-__global__ void __launch_bounds__(kProductThreads)
+__global__ void __launch_bounds__(kProductThreads, 3)
     search_product_kernel(Search search, int first_stage, Packed packed, bool resident, float error) {
   constexpr int kParts = kExact ? 2 : 1;
   DIVEQ_SHARED(uint32_t, shared);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "composite.cuh"
+#include "step.cuh"
 
 namespace diveq {
 
