@@ -61,6 +61,8 @@ struct CompositeEnd {
 
 // ẑ = Σ_s p_s over the stages that the row used.
 struct ResidualEnd : CompositeEnd {
+  static constexpr bool kKeeps = true;
+
   __device__ Quad target(int, int64_t n, int column, int count) const {
     Quad total = {};
     for (int s = 0; s < books.stages; ++s) {
@@ -79,6 +81,8 @@ struct ResidualEnd : CompositeEnd {
 
 // ẑ = (p_0, p_1, ...). Where the groups' size is no multiple of 4 a quad may span some, and is taken column by column.
 struct ProductEnd : CompositeEnd {
+  static constexpr bool kKeeps = false;
+
   __device__ Quad target(int, int64_t n, int column, int count) const {
     const int part = static_cast<int>(books.first.dim);
     if (part % 4 == 0) return of_group(n, column / part, column % part, count);

@@ -7,6 +7,7 @@ namespace diveq {
 
 struct CodewordEnd {
   static constexpr int kEnds = 1;
+  static constexpr bool kKeeps = true;
   Codes codes;
   const int32_t* indices;  // [rows]
 

@@ -7,6 +7,7 @@ namespace diveq {
 
 struct SegmentEnds {
   static constexpr int kEnds = 2;
+  static constexpr bool kKeeps = true;
   Codes codes;
   const int32_t* indices;  // [rows]
 

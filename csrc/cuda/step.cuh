@@ -2,6 +2,7 @@
 // composite.cuh) or two (sf_diveq.cuh). What the ends of a row are is given by `Ends`:
 //
 //   kEnds                          how many there are
+//   kKeeps                         whether what they give is worth registers (each_quad), or is made again
 //   chosen(n)                      whether row n was quantized; if not, z_q = z
 //   weight(e, n)                   w_e
 //   target(e, n, column, count)    columns of what lies at end e; d_e is this less z

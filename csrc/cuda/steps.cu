@@ -33,8 +33,9 @@ template <class Ends>
 void launch_step(const Rows& z, const Ends& ends, const Noise& noise, const Rows& z_q, int32_t* counts, Stream stream) {
   const int lanes = lanes_for(z.dim);
   const unsigned blocks = blocks_for(noise.rows, lanes);
+  constexpr int kKept = Ends::kKeeps ? kKeptQuads : 0;
   if (is_short(z.dim))
-    DIVEQ_LAUNCH((step_kernel<Ends, kKeptQuads>), blocks, kThreads, 0, stream, z, ends, noise, z_q, counts, lanes);
+    DIVEQ_LAUNCH((step_kernel<Ends, kKept>), blocks, kThreads, 0, stream, z, ends, noise, z_q, counts, lanes);
   else
     DIVEQ_LAUNCH((step_kernel<Ends, 0>), blocks, kThreads, 0, stream, z, ends, noise, z_q, counts, lanes);
 }
@@ -44,8 +45,9 @@ void launch_gradient(const Rows& grad, const Rows& z, const Ends& ends, const No
                      Stream stream) {
   const int lanes = lanes_for(z.dim);
   const unsigned blocks = blocks_for(noise.rows, lanes);
+  constexpr int kKept = Ends::kKeeps ? kKeptQuads : 0;
   if (is_short(z.dim))
-    DIVEQ_LAUNCH((gradient_kernel<Ends, kKeptQuads>), blocks, kThreads, 0, stream, grad, z, ends, noise, !!to.grad_z,
+    DIVEQ_LAUNCH((gradient_kernel<Ends, kKept>), blocks, kThreads, 0, stream, grad, z, ends, noise, !!to.grad_z,
                  rows_or_none(to), added_to(to), stored_in(to), lanes);
   else
     DIVEQ_LAUNCH((gradient_kernel<Ends, 0>), blocks, kThreads, 0, stream, grad, z, ends, noise, !!to.grad_z,
