@@ -1,8 +1,9 @@
 // A small emulation of a CUDA block on the CPU, so that the tests run the very source that nvcc compiles.
 //
 // Every thread of a block is a fiber; blocks run one after another. A fiber runs until it waits: at a barrier, or for the
-// other lanes of its warp. The order in which the fibers run is chosen (`set_schedule`), since a missing barrier shows in
-// one order and not in another. What would hang or be undefined on a GPU is an error that names the place: a barrier or
+// other lanes of its warp. The order in which the fibers run differs, since a missing barrier shows in one order and not
+// in another: the environment variable DIVEQ_EMULATED_SCHEDULE has them run in order (0), in reverse (1) or shuffled (a
+// seed from 2 on); without it launches take turns. What would hang or be undefined on a GPU is an error that names the place: a barrier or
 // a warp operation that not every thread reaches, or that they reach in different lines. Shared memory starts as NaN.
 //
 // The names below that have no namespace are those of CUDA.
@@ -53,13 +54,6 @@ void finish_copies();
 // ---- what a launch calls ----
 
 void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* arguments);
-
-// ---- what a test calls ----
-
-// 0: threads in order; 1: in reverse; other values: shuffled anew in every round, by this seed.
-void set_schedule(int64_t schedule);
-// How many launches there were of kernels whose name contains `part`.
-int64_t launches(const char* part);
 
 template <class T>
 T shuffle(Place place, unsigned mask, T value, int source) {
