@@ -100,6 +100,45 @@ def test_one_codeword_far_from_all_others(target: Target, codewords: int, outlie
 
 
 @on_every_target
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize(
+    ("rows", "codewords", "dim"),
+    [(63, 127, 5), (64, 128, 16), (65, 129, 17), (128, 256, 31), (1, 300, 33), (66, 130, 272), (70, 60, 530)],
+)
+def test_sizes_about_a_tile(target: Target, rows: int, codewords: int, dim: int, precision: str) -> None:
+    """Every codeword is the nearest of some row, the first and the last ones too."""
+    gen = generator()
+    codebook = torch.randn(codewords, dim, generator=gen)
+    wanted = torch.cat([torch.tensor([codewords - 1]), torch.randperm(codewords, generator=gen)])[:rows]
+    z = codebook[wanted] + 0.05 * torch.randn(len(wanted), dim, generator=gen)
+    found = F.nearest(
+        z.to(target.device), codebook.to(target.device), precision=precision, backend=target.backend
+    )
+    assert torch.equal(found.indices.cpu(), sqdist(z, codebook).argmin(1))
+
+
+@on_every_target
+def test_near_ties(target: Target) -> None:
+    """Two candidates for every row, one nearer by 3e-5: far more than fp32's rounding, but less than what products of
+    numbers cut into halves of bf16 lose where all that is lost adds up."""
+    gen = generator()
+    rows, dim = 65, 64
+
+    def with_low_part(high: float) -> Tensor:
+        return high + 2**-8 * (0.9 + 0.08 * torch.rand(rows, dim, generator=gen))
+
+    sign = torch.randint(0, 2, (rows, dim), generator=gen) * 2.0 - 1
+    z, near = sign * with_low_part(1), sign * with_low_part(1.5)
+    away = torch.randint(0, 2, (rows, dim), generator=gen) * 2.0 - 1
+    far = z + away * ((near - z).norm(dim=1, keepdim=True) / dim**0.5 * (1 + 1.5e-5))
+    codebook = torch.zeros(15 * 24, dim)  # what is between the pairs keeps the centre at 0
+    places = torch.arange(len(codebook)).reshape(15, 24)[:, 1:].flatten()
+    codebook[places[: 2 * rows]] = torch.stack([near, far], dim=1).flatten(0, 1)
+    found = F.nearest(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    assert torch.equal(found.indices.cpu(), places[: 2 * rows : 2])
+
+
+@on_every_target
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_tiny_and_huge_values(target: Target, scale: float) -> None:
     gen = generator()

@@ -120,6 +120,29 @@ def test_one_codeword_far_from_all_others(target: Target) -> None:
 
 
 @on_every_target
+@pytest.mark.parametrize("far", [1e2, 1e5])
+def test_long_segments_pass_by(target: Target, far: float) -> None:
+    """The nearest segments have both of their ends far away, in opposite directions."""
+    gen = generator()
+    codebook = torch.randn(150, 24, generator=gen)
+    codebook[::2] += far * torch.nn.functional.normalize(torch.randn(75, 24, generator=gen), dim=1)
+    codebook[1::2] -= codebook[::2]
+    check(target, torch.randn(200, 24, generator=gen), codebook)
+
+
+@on_every_target
+@pytest.mark.parametrize(("rows", "codewords", "dim"), [(63, 64, 5), (64, 65, 16), (65, 66, 33), (70, 129, 270)])
+def test_sizes_about_a_tile(target: Target, rows: int, codewords: int, dim: int) -> None:
+    gen = generator()
+    codebook = torch.randn(codewords, dim, generator=gen)
+    j = torch.cat([torch.tensor([codewords - 2]), torch.randperm(codewords - 1, generator=gen)])[:rows]
+    t = 0.3 + 0.4 * torch.rand(len(j), 1, generator=gen)
+    z = (1 - t) * codebook[j] + t * codebook[j + 1] + 0.03 * torch.randn(len(j), dim, generator=gen)
+    found = check(target, z, codebook)
+    assert torch.equal(found.indices.cpu(), j)
+
+
+@on_every_target
 @pytest.mark.parametrize("of_z", LAYOUTS)
 @pytest.mark.parametrize("of_codebook", LAYOUTS)
 def test_layouts_and_leading_shapes(target: Target, of_z: str, of_codebook: str) -> None:

@@ -32,12 +32,12 @@ struct Packed {
 
 // The error of a computed score ‖c‖²/2 - z·c is at most this share of ‖c‖²/2 + ‖z‖‖c‖, all centred.
 //
-// Values of two parts carry 2^-18 less than fp32, and the product of two second parts, 2^-18, is left out. A tensor core
+// Two parts in bf16 leave out 2^-16 of a value, and the product of two second parts, also 2^-16, is left out. A tensor core
 // cuts every summand off at 2^-23 of the largest, and so the sum; it may add 16 products in two goes, which makes 20
 // losses for each of the `parts` + 1 products of 16 columns. The rest is the rounding of the centred values and of ‖c‖².
 // For a segment the position τ, |τ| ≤ ‖a + τu‖, has such an error too.
 inline double product_error(int depth, bool segments) {
-  const double share = 3.0 * 0x1p-18 + (3 * 20.0 / 16 * depth + 16) * 0x1p-23;
+  const double share = 3.0 * 0x1p-16 + (3 * 20.0 / 16 * depth + 16) * 0x1p-23;
   return 1.02 * share * (segments ? 4.2 : 1.0);
 }
 

@@ -1,0 +1,57 @@
+"""The cuda backend's kernels on CPU tensors, in the emulation of ``csrc/cuda/emulator``: the tests of every backend.
+
+In a process of their own, where the emulated library is the ``cuda`` backend. Launches take turns in the order of the
+threads (forward, backward, shuffled), so that a barrier that is missing shows.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated_cuda
+import pytest
+
+TESTS = Path(__file__).parent
+COMPILER = os.environ.get("CXX", "g++").split()[0]
+# Chosen to reach every kernel and its branches in a minute or so.
+SELECTION = {
+    "test_nearest.py": "about_a_tile or near_ties or far_apart or exact_ties or 1e+30 or (transposed and sliced)"
+    " or (indices_and_distances and (float32 or bfloat16)) or (tie_to_the_lowest and 129) or no_rows or fast or masked",
+    "test_project.py": "float32 or float16 or long_segments or about_a_tile or no_length or masked or 1e4 or sliced",
+    "test_quantize.py": "test_values",
+    "test_gradients.py": "(values_in_every_dtype and (float32 or bfloat16)) or deterministic",
+    "test_nonfinite.py": "nan",
+    "test_mask.py": "cuda",
+    "test_noise.py": "the_seed_decides",
+}
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which(COMPILER), reason=f"needs a C++ compiler ({COMPILER})"),
+    pytest.mark.xdist_group("emulated cuda"),  # one worker builds it
+]
+
+
+def run(file: str, names: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Tests of one file in a process of its own."""
+    library = emulated_cuda.build(sanitize="LD_PRELOAD" in environment)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "emulated_cuda", "-W", "ignore"]
+    paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*command, file, "-k", names],
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": paths, "DIVEQ_EMULATED_CUDA": str(library), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("file", SELECTION)
+def test_in_the_emulator(file: str) -> None:
+    done = run(file, f"cuda-cpu and not float64 and not 4096 and ({SELECTION[file]})")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
