@@ -1,7 +1,7 @@
 """Packages and C++ libraries of diveq-kernels; everything that needs no code is in pyproject.toml.
 
 Environment variables (README, "Build variables"): DIVEQ_BUILD_NATIVE and DIVEQ_BUILD_CUDA (0: never, 1: or fail, unset:
-where the tools are there), TORCH_CUDA_ARCH_LIST, CXX, CUDA_HOME.
+where the tools are there), TORCH_CUDA_ARCH_LIST, CXX, CUDA_HOME, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0+PTX"
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-ffp-contract=fast", f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
@@ -33,13 +35,22 @@ from pathlib import Path
 spec = importlib.util.find_spec("torch")
 if spec:
     folder = Path(spec.origin).parent
-    version = re.search(r"__version__ = '([^']+)", (folder / "version.py").read_text())[1]
-    print(json.dumps([str(folder), version]))
+    text = (folder / "version.py").read_text()
+    version = re.search(r"__version__ = '([^']+)", text)[1]
+    print(json.dumps([str(folder), version, bool(re.search(r"^cuda\b.*= '", text, re.MULTILINE))]))
 """
 
 
 class MissingError(Exception):
     """Something that a library is built with is not there."""
+
+
+class Torch(NamedTuple):
+    """A torch to build for."""
+
+    folder: Path
+    version: str
+    has_cuda: bool
 
 
 def wanted(variable: str) -> bool | None:
@@ -50,18 +61,18 @@ def wanted(variable: str) -> bool | None:
     return {"": None, "0": False, "1": True}[value]
 
 
-def find_torch() -> Path:
-    """The folder of the torch that the package will run with: of this environment, or of the one around its build."""
+def find_torch() -> Torch:
+    """The torch that the package will run with: of this environment, or of the one around its build."""
     for isolated in ([], ["-I"]):
         found = subprocess.run(
             [sys.executable, *isolated, "-c", FIND_TORCH], cwd="/", capture_output=True, text=True, check=False
         ).stdout
         if not found:
             continue
-        folder, version = json.loads(found)
+        folder, version, has_cuda = json.loads(found)
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
             raise MissingError(f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}")
-        return Path(folder)
+        return Torch(Path(folder), version, has_cuda)
     raise MissingError(
         "torch is not installed for this Python; install torch and then this package again, with "
         "--no-build-isolation if the installer builds in an environment of its own"
@@ -121,7 +132,7 @@ class BuildNative(build_ext):
 
     def compile_and_link(self, ext: NativeExtension) -> None:
         """Compile the sources side by side, with the flags of their instruction sets, and link them with torch."""
-        torch, compiler = find_torch(), find_compiler()
+        torch, compiler = find_torch().folder, find_compiler()
         nvcc = find_nvcc() if any(source.endswith(".cu") for source in ext.sources) else None
         include = ["-Icsrc", f"-I{torch}/include"]
         folder = Path(self.build_temp, ext.name)
@@ -132,7 +143,7 @@ class BuildNative(build_ext):
             objects.append(made)
             if source.endswith(".cu"):
                 flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_architectures()]
-                command = [str(nvcc), *flags, FLAGS[-1], *include, "-ccbin", compiler[0]]
+                command = [str(nvcc), *flags, f"--threads={JOBS}", *include, "-ccbin", compiler[0]]
             else:
                 isa = ISA_FLAGS.get(Path(source).stem.removeprefix("kernels_"), [])
                 if platform.machine() not in ("x86_64", "AMD64"):
@@ -152,9 +163,8 @@ class BuildNative(build_ext):
     def run_all(self, commands: list[list[str]]) -> None:
         """Run commands side by side, MAX_JOBS at a time."""
         waiting, running = list(commands), []
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while waiting and len(running) < JOBS:
                 command = waiting.pop(0)
                 print(" ".join(command), flush=True)
                 running.append((command, subprocess.Popen(command, cwd=ROOT)))
@@ -186,17 +196,17 @@ def extensions() -> list[NativeExtension]:
     found = []
     if native is not False:
         found.append(NativeExtension("diveq_kernels._cpu", ("DIVEQ_BUILD_NATIVE",), sources("csrc/cpu", "*.cpp")))
-    cuda_sources = sources("csrc/cuda", "*.cu", "*.cpp")
-    if cuda and not cuda_sources:
-        raise SystemExit("DIVEQ_BUILD_CUDA is 1, but this version has no CUDA sources; unset it, or set it to 0")
-    if cuda is not False and (native is not False or cuda) and cuda_sources:
+    if cuda is not False and (native is not False or cuda):
+        cuda_sources = sources("csrc/cuda", "*.cu", "*.cpp")
         found.append(NativeExtension("diveq_kernels._cuda", ("DIVEQ_BUILD_CUDA",), cuda_sources))
     built = []
     for ext in found:
         try:
-            find_torch(), find_compiler()
+            torch, _ = find_torch(), find_compiler()
             if ext.name.endswith("_cuda"):
                 find_nvcc()
+                if not torch.has_cuda and not cuda:
+                    raise MissingError(f"torch {torch.version} has no CUDA; DIVEQ_BUILD_CUDA=1 builds it all the same")
         except MissingError as error:
             if any(wanted(switch) for switch in ext.switches):
                 raise SystemExit(f"{ext.name} cannot be built: {error} ({' or '.join(ext.switches)} is 1)") from error

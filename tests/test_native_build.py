@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +51,20 @@ def test_other_values_are_refused(variable: str) -> None:
     assert done.returncode != 0 and f"{variable} must be 0, 1 or unset, got 'yes'" in done.stderr
 
 
-def test_a_cuda_library_is_not_promised_silently() -> None:
-    done = set_up(DIVEQ_BUILD_CUDA="1", DIVEQ_BUILD_NATIVE="0")
-    assert done.returncode != 0 and "no CUDA sources" in done.stderr
+def test_no_toolkit_is_an_error_if_demanded(tmp_path: Path) -> None:
+    done = set_up(DIVEQ_BUILD_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert f"no CUDA toolkit: nvcc is not in {tmp_path}/bin (DIVEQ_BUILD_CUDA is 1)" in done.stderr
+
+
+def test_no_toolkit_leaves_the_cuda_library_out(tmp_path: Path) -> None:
+    done = set_up(CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0 and "diveq_kernels._cuda is left out" in done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None or not shutil.which("nvcc"), reason="needs nvcc and a CPU torch")
+def test_a_torch_without_cuda_gets_the_library_only_if_demanded() -> None:
+    done = set_up()
+    assert done.returncode == 0 and "has no CUDA; DIVEQ_BUILD_CUDA=1 builds it all the same" in done.stderr
+    done = set_up(DIVEQ_BUILD_CUDA="1")
+    assert done.returncode == 0 and "left out" not in done.stderr
