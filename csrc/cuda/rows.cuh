@@ -65,7 +65,7 @@ __device__ inline void each_quad(const Lane& at, int dim, F f) {
 }
 
 // What each_quad may keep, and whether a row of `dim` is that short.
-constexpr int kKeptQuads = 4;
+constexpr int kKeptQuads = 2;
 constexpr bool is_short(int64_t dim) { return dim <= 32 * 4 * kKeptQuads; }
 
 // ---- reading and writing --------------------------------------------------------------------------------------------

@@ -1,0 +1,241 @@
+"""The CUDA kernels behind the ``cuda`` backend, on a GPU or emulated: the edges of their blocks, warps and vectors.
+
+The tests of the operations run on this backend too, where it is there. Without a GPU test_cuda_emulated.py runs this
+file in a process whose kernels are emulated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import ALL_DTYPES, LAYOUTS, TARGETS, Target, eps, generator, lay_out
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import diveq_kernels.functional as F
+
+CUDA = [target for target in TARGETS if target.backend == "cuda"]
+if not CUDA:
+    pytest.skip("the cuda backend runs on no device here", allow_module_level=True)
+
+from diveq_kernels import native_cuda, reference  # noqa: E402
+
+on_every_device = pytest.mark.parametrize("target", CUDA, ids=str)
+DTYPES = [dtype for dtype in ALL_DTYPES if dtype != torch.float64]
+FUNCTIONS = ["diveq", "sf_diveq", "residual_diveq", "residual_sf_diveq", "product_diveq", "product_sf_diveq"]
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+@on_every_device
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x1234567890ABCDE])
+@pytest.mark.parametrize("start", [0, 17, 2**32 - 500, 2**40 + 3])
+def test_noise_stream(target: Target, seed: int, start: int) -> None:
+    words = torch.empty(1003, 4, dtype=torch.int32, device=target.device)
+    normals = torch.full((1003, 4), float("nan"), device=target.device)
+    torch.ops.diveq_cuda.philox(torch.tensor(seed, device=target.device), start, words, normals)
+    offsets = np.arange(start, start + 1003)
+    assert np.array_equal(words.cpu().numpy().view(np.uint32), oracle.words(seed, offsets))
+    np.testing.assert_allclose(normals.cpu().numpy(), oracle.normals(seed, offsets), rtol=0, atol=1e-5)
+
+
+# ---- half precision --------------------------------------------------------------------------------------------------
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [1, 16])  # one by one, and four at a time
+def test_every_half_is_read_and_written(target: Target, dtype: torch.dtype, dim: int) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    z = bits.view(dtype).reshape(-1, dim).to(target.device)
+    mask = torch.zeros(len(z), dtype=torch.bool, device=target.device)
+    found = F.diveq(z, torch.zeros(1, dim, device=target.device), mask=mask, backend="cuda").z_q
+    torch.testing.assert_close(found, z, rtol=0, atol=0, equal_nan=True)
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_rounded_to_nearest(target: Target, dtype: torch.dtype) -> None:
+    gen = generator()
+    codebook = torch.randn(500, 1, generator=gen) * 10 ** (torch.rand(500, 1, generator=gen) * 12 - 8)
+    codebook[:4, 0] = torch.tensor([65519.0, 65520.0, 2.0**-25, 3 * 2.0**-26])
+    z = codebook.to(dtype)
+    z = torch.where(z.isfinite(), z, 0.0)
+    found = F.diveq(z.to(target.device), codebook.to(target.device), noise_std=0, backend="cuda")
+    assert torch.equal(found.z_q.cpu(), codebook[found.indices.cpu()].to(dtype))
+
+
+# ---- whole steps -----------------------------------------------------------------------------------------------------
+
+
+def run(
+    function: str, target: Target, z: Tensor, books: Tensor, g: Tensor, *, deterministic: bool = False, **keywords: Any
+) -> list[Tensor]:
+    """z_q, indices and gradients, on the CPU. The end of a segment begins the next, so a projection gives its place."""
+    keywords = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in keywords.items()}
+    z, books = z.to(target.device).requires_grad_(), books.to(target.device).requires_grad_()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = getattr(F, function)(z, books, backend=target.backend, **keywords)
+        out = next(x for x in found if x.requires_grad)
+        grads = torch.autograd.grad(out, (z, books), g.to(target.device))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    index = found.indices + found.t if function == "project" else found.indices
+    return [x.detach().cpu() for x in (out, index, *grads)]
+
+
+def inputs(function: str, rows: tuple[int, ...], codewords: int, dim: int) -> tuple[Tensor, Tensor, Tensor, dict]:
+    gen = generator()
+    shape = {"r": (3, codewords, dim), "p": (2, codewords, dim // 2)}.get(function[0], (codewords, dim))
+    if function == "project":
+        shape = (codewords, dim)
+    z, g = torch.randn(*rows, dim, generator=gen), torch.randn(*rows, dim, generator=gen)
+    keywords: dict[str, Any] = {"mask": torch.rand(rows, generator=gen) < 0.9}
+    if "diveq" in function:
+        keywords |= {"seed": 3, "noise_std": 0.1}
+    if "sf" in function:
+        keywords["dither"] = torch.rand(*shape[:-2], codewords - 1, generator=gen)
+    if function.startswith("residual"):
+        keywords["num_active"] = torch.randint(0, 4, rows, generator=gen)
+    return z, torch.randn(shape, generator=gen), g, keywords
+
+
+def check(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> None:
+    assert ours[1].is_floating_point() or torch.equal(ours[1], theirs[1])
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.dtype == y.dtype and x.stride() == y.stride()
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+# Lanes that share a row: 1, 2, 4, ... 32; quads kept in registers up to 256 columns; vectors of 4 and what remains.
+DIMS = [2, 4, 6, 12, 30, 64, 126, 128, 130, 256, 258]
+
+
+@on_every_device
+@pytest.mark.parametrize("function", [*FUNCTIONS, "project"])
+@pytest.mark.parametrize("dim", DIMS)
+def test_every_number_of_columns(target: Target, function: str, dim: int) -> None:
+    z, books, g, keywords = inputs(function, (35,), 11, dim)
+    for deterministic in (False, True):
+        ours = run(function, target, z, books, g, deterministic=deterministic, **keywords)
+        check(ours, run(function, target._replace(backend="reference"), z, books, g, **keywords), 2e-4)
+
+
+@on_every_device
+@pytest.mark.parametrize("function", ["diveq", "sf_diveq", "product_diveq", "project"])
+@pytest.mark.parametrize("rows", [1, 2, 255, 256, 257])
+def test_every_number_of_rows(target: Target, function: str, rows: int) -> None:
+    """With two columns each thread of a block has a row of its own."""
+    z, books, g, keywords = inputs(function, (rows,), 4, 2)
+    ours = run(function, target, z, books, g, **keywords)
+    check(ours, run(function, target._replace(backend="reference"), z, books, g, **keywords), 2e-4)
+
+
+@on_every_device
+@pytest.mark.parametrize("function", [*FUNCTIONS, "project"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_dtypes(target: Target, function: str, dtype: torch.dtype, layout: str) -> None:
+    z, books, g, keywords = inputs(function, (3, 20), 40, 12)
+    z, g, books = lay_out(z, layout).to(dtype), lay_out(g.to(dtype), layout), lay_out(books, layout)
+    ours = run(function, target, z, books, g, **keywords)
+    check(ours, run(function, target._replace(backend="reference"), z, books, g, **keywords), 16 * eps(dtype) + 2e-4)
+
+
+@on_every_device
+@pytest.mark.parametrize("dim", [3, 4, 64, 131])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_distance_and_its_gradient(target: Target, dim: int, deterministic: bool) -> None:
+    gen = generator()
+    z, codebook = torch.randn(70, dim, generator=gen), torch.randn(9, dim, generator=gen)
+    keywords = {"mask": torch.rand(70, generator=gen) < 0.8, "deterministic": deterministic}
+    g = torch.randn(70, generator=gen)
+    ours = run("nearest", target, z, codebook, g, **keywords)
+    check(ours, run("nearest", target._replace(backend="reference"), z, codebook, g, **keywords), 1e-4)
+
+
+@on_every_device
+@pytest.mark.parametrize("function", [*FUNCTIONS, "project"])
+def test_one_codeword_for_many_rows(target: Target, function: str) -> None:
+    """Its run of rows is longer than a block has groups of lanes, and the sum in a fixed order repeats bit for bit."""
+    z, books, g, keywords = inputs(function, (300,), 2, 24)
+    expected = run(function, target._replace(backend="reference"), z, books, g, **keywords)
+    first, second = (run(function, target, z, books, g, deterministic=True, **keywords) for _ in range(2))
+    check(first, expected, 2e-4)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@on_every_device
+def test_fp64_is_left_to_the_reference(target: Target) -> None:
+    gen = generator()
+    z = torch.randn(30, 5, generator=gen, dtype=torch.float64).to(target.device)
+    codebook = torch.randn(9, 5, generator=gen).to(target.device)
+    for ours, theirs in zip(
+        native_cuda.project(z, codebook, None, "exact"), reference.project(z, codebook, None, "exact"), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+# ---- memory and host -------------------------------------------------------------------------------------------------
+
+
+def allocated(target: Target, function: str, rows: int) -> int:
+    """Bytes of the largest single allocation of a forward and backward pass that is not one of its results."""
+    z, books, g, keywords = inputs(function, (rows,), 9, 64)
+    keywords = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in keywords.items()}
+    z, books = z.to(target.device).requires_grad_(), books.to(target.device).requires_grad_()
+    g = g.to(target.device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        found = getattr(F, function)(z, books, backend="cuda", **keywords)
+        grads = torch.autograd.grad(found[0], (z, books), g)
+    sizes = [e.nbytes() for e in record.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
+    assert sizes, "the profiler saw no allocation: nothing was measured"
+    for result in (found[0], grads[0]):
+        sizes.remove(max(size for size in sizes if size >= result.untyped_storage().nbytes()))
+    return max(sizes)
+
+
+@on_every_device
+@pytest.mark.parametrize("function", [*FUNCTIONS, "project"])
+def test_no_temporary_has_the_size_of_z(target: Target, function: str) -> None:
+    assert allocated(target, function, 2000) < 2000 * 64 * 4 / 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", [*FUNCTIONS, "project"])
+def test_capture_in_a_cuda_graph(function: str) -> None:
+    """Forward and backward on the capturing stream, without waiting for anything; the graph sees new rows and seed."""
+    target = next(target for target in CUDA if target.device == "cuda")
+    z, books, g, keywords = inputs(function, (300,), 40, 24)
+    z, books, g = z.cuda().requires_grad_(), books.cuda().requires_grad_(), g.cuda()
+    keywords = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in keywords.items()}
+    if "seed" in keywords:
+        keywords["seed"] = torch.tensor(3, device="cuda")
+
+    def step() -> list[Tensor]:
+        found = getattr(F, function)(z, books, backend=target.backend, **keywords)
+        return [found[0], found.indices, *torch.autograd.grad(found[0], (z, books), g)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        z.copy_(torch.randn_like(z))
+        if "seed" in keywords:
+            keywords["seed"].fill_(12345)
+    graph.replay()
+    torch.cuda.synchronize()
+    for found, wanted in zip(captured, step(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
