@@ -143,22 +143,23 @@ class BuildNative(build_ext):
             objects.append(made)
             if source.endswith(".cu"):
                 flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_architectures()]
-                command = [str(nvcc), *flags, f"--threads={JOBS}", *include, "-ccbin", compiler[0]]
+                command = [nvcc, *flags, f"--threads={JOBS}", *include, "-ccbin", compiler[0]]
             else:
                 isa = ISA_FLAGS.get(Path(source).stem.removeprefix("kernels_"), [])
                 if platform.machine() not in ("x86_64", "AMD64"):
                     isa = []
-                cuda = [f"-I{Path(nvcc).resolve().parents[1]}/include"] if nvcc else []
-                command = [*compiler, *FLAGS, *isa, *include, *cuda]
+                command = [*compiler, *FLAGS, *isa, *include]
             commands.append([*command, "-c", source, "-o", made])
         self.run_all(commands)
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [f"-L{torch}/lib", "-ltorch_cpu"]
-        if nvcc:
-            libraries += [f"-L{Path(nvcc).resolve().parents[1]}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        self.run_all([[*compiler, "-shared", "-s", *objects, "-o", str(target), *libraries]])
+        libraries = [*objects, "-o", str(target), f"-L{torch}/lib", "-ltorch_cpu"]
+        if nvcc:  # it knows where its runtime is
+            linker = [nvcc, "-shared", "-cudart=static", "-ccbin", compiler[0], "-Xlinker=-s,--no-undefined"]
+        else:
+            linker = [*compiler, "-shared", "-Wl,-s,--no-undefined"]
+        self.run_all([[*linker, *libraries]])
 
     def run_all(self, commands: list[list[str]]) -> None:
         """Run commands side by side, MAX_JOBS at a time."""

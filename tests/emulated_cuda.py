@@ -1,8 +1,7 @@
 """Builds the cuda backend's sources for the CPU, against an emulation of CUDA blocks (``csrc/cuda/emulator``).
 
-As a pytest plugin, ``python -m pytest -p emulated_cuda``, it makes the result this process's ``cuda`` backend, which then
-runs on CPU tensors: the tests of every backend are its tests. Kernels that wait for ever, or differ with the order of
-their threads, fail.
+As a pytest plugin, ``python -m pytest -p emulated_cuda``, it makes the result this process's ``cuda`` backend, which
+then runs on CPU tensors: the tests of every backend are its tests.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ def build(*, sanitize: bool = False) -> Path:
     if any([compilation.wait() for compilation in compilations]):
         raise RuntimeError("the emulated kernels do not compile")
     linked = folder / f"linked.{os.getpid()}.so"
-    command = [*compiler, "-shared", *flags[5:6], *(SANITIZED if sanitize else []), *map(str, objects), "-o", str(linked)]
-    subprocess.run([*command, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"], check=True)
+    command = [*compiler, "-shared", "-Wl,--no-undefined", *(SANITIZED if sanitize else []), *map(str, objects)]
+    subprocess.run([*command, "-o", str(linked), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"], check=True)
     linked.replace(library)  # whoever builds at the same time gets the same
     for made in objects:
         made.unlink()

@@ -27,6 +27,7 @@ SELECTION = {
     "test_nonfinite.py": "nan",
     "test_mask.py": "cuda",
     "test_noise.py": "the_seed_decides",
+    "test_native_cuda.py": "not large",
 }
 
 pytestmark = [

@@ -119,8 +119,11 @@ def test_sizes_about_a_tile(target: Target, rows: int, codewords: int, dim: int,
 
 @on_every_target
 def test_near_ties(target: Target) -> None:
-    """Two candidates for every row, one nearer by 3e-5: far more than fp32's rounding, but less than what products of
-    numbers cut into halves of bf16 lose where all that is lost adds up."""
+    """Two candidates for every row, one nearer by 3e-5.
+
+    That is far more than fp32's rounding, but less than what products of numbers cut in two of bf16 lose where all that
+    is lost adds up.
+    """
     gen = generator()
     rows, dim = 65, 64
 

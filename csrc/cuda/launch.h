@@ -7,9 +7,11 @@
 
 #include "../rows.h"
 
+struct CUstream_st;
+
 namespace diveq {
 
-using Stream = struct CUstream_st*;  // cudaStream_t
+using Stream = CUstream_st*;  // cudaStream_t
 
 // Codebooks of several stages or groups: as one, and where the next begins. A single codebook is a residual of one stage.
 struct Books {

@@ -1,0 +1,51 @@
+"""The CUDA library as users build it: for every architecture, without spills, loadable under any torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = re.search(r'DEFAULT_CUDA_ARCHITECTURES = "(.*)"', (ROOT / "setup.py").read_text())[1]
+LOAD = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.diveq_cuda.nearest)"
+
+pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The library, and what ptxas said about its kernels."""
+    folder = tmp_path_factory.mktemp("cuda")
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    environment |= {"DIVEQ_BUILD_CUDA": "1", "DIVEQ_BUILD_NATIVE": "0", "NVCC_APPEND_FLAGS": "-Xptxas=-v"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", folder / "temp"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    (library,) = folder.glob("diveq_kernels/_cuda*.so")
+    return library, done.stdout + done.stderr
+
+
+@pytest.mark.xdist_group("cuda build")
+def test_no_kernel_spills(built: tuple[Path, str]) -> None:
+    wanted = {name.removesuffix("+PTX").replace(".", "") for name in ARCHITECTURES.split(";")}
+    compiled = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\d+)'", built[1])
+    assert {architecture for _, architecture in compiled} == wanted
+    kernels = {name for name, _ in compiled}
+    assert len(compiled) == len(kernels) * len(wanted)
+    assert sum("search_" in name for name in kernels) >= 5
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built[1])
+    assert len(used) >= len(compiled)
+    assert set(used) == {("0", "0", "0")}
+
+
+@pytest.mark.xdist_group("cuda build")
+def test_it_loads_without_a_gpu(built: tuple[Path, str]) -> None:
+    done = subprocess.run([sys.executable, "-c", LOAD, built[0]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert built[0].stat().st_size < 16 << 20

@@ -1,0 +1,73 @@
+"""The emulator of CUDA blocks itself: right kernels are right in every order of the threads, wrong ones are not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILER = os.environ.get("CXX", "g++").split()
+SCHEDULES = ["0", "1", "2", "3"]
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which(COMPILER[0]), reason=f"needs a C++ compiler ({COMPILER[0]})"),
+    pytest.mark.xdist_group("emulator"),
+]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "sanitized"])
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("emulator") / "emulator"
+    flags = ["-std=c++20", "-O1", "-DDIVEQ_EMULATE", "-Icsrc", *(["-fsanitize=address"] if request.param else [])]
+    sources = ["tests/emulator.cu", "csrc/cuda/emulator/emulator.cpp"]
+    subprocess.run([*COMPILER, *flags, "-x", "c++", *sources, "-o", str(path)], cwd=ROOT, check=True)
+    return path
+
+
+def outcomes(program: Path, kernel: str) -> list[str]:
+    """What each schedule makes of it."""
+    return [
+        subprocess.run(
+            [program, kernel],
+            env={**os.environ, "DIVEQ_EMULATED_SCHEDULE": schedule},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for schedule in SCHEDULES
+    ]
+
+
+@pytest.mark.parametrize("kernel", ["mirror", "warp", "copy", "shuffles", "mma", "unwritten memory"])
+def test_right_in_every_order(program: Path, kernel: str) -> None:
+    assert outcomes(program, kernel) == ["right"] * 4
+
+
+@pytest.mark.parametrize(
+    "kernel", ["unwritten tile", "overwritten tile", "unsynchronised warp", "copy without waiting"]
+)
+def test_what_is_missing_shows(program: Path, kernel: str) -> None:
+    assert outcomes(program, kernel) == ["wrong"] * 4
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("divergent barrier", "block (0, 0, 0): these will wait for ever: thread 0 waits at the barrier"),
+        ("different barriers", "different places: thread 0 waits at the barrier in tests/emulator.cu:"),
+        ("part of a warp", "these will wait for ever: thread 0 waits for its warp"),
+        ("too much shared memory", "no GPU takes a grid of (1, 1, 1) blocks of 128 threads and 102400 bytes"),
+    ],
+)
+def test_what_would_hang_is_an_error(program: Path, kernel: str, message: str) -> None:
+    assert all(message in outcome for outcome in outcomes(program, kernel))
+
+
+@pytest.mark.parametrize("program", [True], indirect=True, ids=["sanitized"])
+def test_an_overrun_of_shared_memory_is_found_by_the_sanitizer(program: Path) -> None:
+    done = subprocess.run([program, "overrun"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
