@@ -39,8 +39,9 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "VectorQuantize, K = 1024, DiVeQ": (VectorQuantize, {"codebook_size": 1024, **DIVEQ_OPTIONS}),
     "ResidualVQ, Q = 8, K = 1024": (ResidualVQ, {"codebook_size": 1024, "num_quantizers": 8}),
 }
-# How closely the loss curves agree: with DiVeQ each side draws noise of its own.
-TOLERANCE = {name: 5e-2 if "DiVeQ" in name else 1e-3 for name in MODELS}
+# How closely the loss curves must agree. With DiVeQ each side draws noise of its own; otherwise rows between two
+# codewords part them, which the package's fp32 distances round to the other one.
+TOLERANCE = {name: 5e-2 if "DiVeQ" in name else 1e-2 for name in MODELS}
 
 
 # ---- residual --------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ def test_loss_curves_agree(name):
     small = {"codebook_size": 64, "num_quantizers": 3} if "num_quantizers" in options else {"codebook_size": 64}
     model = Autoencoder(kind(dim=8, **options | small | noiseless), 16, 8)
     # With DiVeQ rarely used codewords are replaced by random ones, drawn after noise of which each side has its own.
-    tolerance = 0.1 if "DiVeQ" in name else 1e-4
+    # Otherwise a row between two codewords, which the package's fp32 distances round to the other one, moves both.
+    tolerance = 0.1 if "DiVeQ" in name else 1e-2
     curves = loss_curves(model, clusters(256, 16, 25), tolerance)
     assert len(curves["before"]) == 25 and curves["after"][-1] < 0.98 * curves["after"][0]
 
