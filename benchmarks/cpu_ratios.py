@@ -89,7 +89,11 @@ def measure(shape: tuple[int, int, int], repeats: int, peers: bool) -> dict[str,
     rows, codewords, dim = shape
     z, codebook = torch.randn(rows, dim), torch.randn(codewords, dim)
     check(z, codebook)
-    runs = contestants(z, codebook, peers)
+    return take_turns(contestants(z, codebook, peers), repeats)
+
+
+def take_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of processor time of each run."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -112,6 +116,21 @@ def commit() -> str:
     command = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def conditions(repeats: int) -> dict[str, object]:
+    """What a reader must know to judge the numbers."""
+    return {
+        "diveq_kernels": diveq_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "commit": commit(),
+        "instruction_set": native_cpu.instruction_set(),
+        "matmul_instructions": torch.backends.cpu.get_cpu_capability(),
+        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "repeats": repeats,
+    }
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -140,19 +159,7 @@ def main() -> None:
     }
     print("geometric mean of the first six:  " + "  ".join(f"{name} {mean:.2f}" for name, mean in means.items()))
     if options.out:
-        record = {
-            "diveq_kernels": diveq_kernels.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "processor": processor(),
-            "commit": commit(),
-            "instruction_set": native_cpu.instruction_set(),
-            "matmul_instructions": torch.backends.cpu.get_cpu_capability(),
-            "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
-            "repeats": options.repeats,
-            "geometric_mean": means,
-            "shapes": results,
-        }
+        record = {**conditions(options.repeats), "geometric_mean": means, "shapes": results}
         options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

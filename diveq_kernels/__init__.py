@@ -19,6 +19,7 @@ from diveq_kernels.layers import (  # noqa: E402
     SFCodes,
     SFDIVEQDetach,
 )
+from diveq_kernels.sharded import ShardedNearest  # noqa: E402
 
 __all__ = [
     "BackendUnavailableError",
@@ -31,6 +32,7 @@ __all__ = [
     "SFCodes",
     "SFDIVEQ",
     "SFDIVEQDetach",
+    "ShardedNearest",
     "__version__",
     "functional",
     "ops",

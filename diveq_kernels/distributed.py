@@ -6,13 +6,18 @@ must then take the same training steps. ``layer.sync_ranks = False`` makes a lay
 
 Under FSDP a codebook must stay whole, since the layers write to it:
 ``fully_shard(model, ignored_params=replicate(model))``.
+
+A codebook that is split over ranks (`ShardedNearest`) is neither averaged nor sharded again: ``keep_shards(model)``.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_active() -> bool:
@@ -30,16 +35,16 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("diveq::from_first_rank", mutates_args=())
-def from_first_rank(values: Tensor) -> Tensor:
-    """Rank 0's tensor, on every rank."""
+def from_first_rank(values: Tensor, group: str = "") -> Tensor:
+    """The tensor of rank 0 of a group (the default one), on every rank."""
     received = values.clone(memory_format=torch.contiguous_format)
-    dist.broadcast(received, src=0)
+    dist.broadcast(received, group_src=0, group=_named(group))
     return received
 
 
 @sum_over_ranks.register_fake
 @from_first_rank.register_fake
-def _(values: Tensor) -> Tensor:
+def _(values: Tensor, group: str = "") -> Tensor:
     return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
@@ -72,3 +77,102 @@ def _average_gradient(codebook: Tensor) -> None:
     if codebook.grad is not None and is_active():
         dist.all_reduce(codebook.grad)
         codebook.grad /= dist.get_world_size()
+
+
+# ---- groups by name, which operations can take; "" is a process by itself --------------------------------------------
+
+
+def name_of(group: Any) -> str:
+    """The name of a process group, None for the default one; "" without torch.distributed.
+
+    Raises:
+        TypeError: If group is no process group.
+        ValueError: If this process is not in it, or if a group comes without torch.distributed.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if group is not None:
+            raise ValueError("group must be None before torch.distributed.init_process_group")
+        return ""
+    group = dist.group.WORLD if group is None else group
+    if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives to a process that is not in it
+        raise ValueError("group must contain this process")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    return str(group.group_name)
+
+
+def _named(name: str) -> Any:
+    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[attr-defined,arg-type]
+
+
+def rank_in(group: str) -> int:
+    """This process's rank in the group."""
+    return dist.get_rank(_named(group)) if group else 0
+
+
+def ranks_of(group: str) -> int:
+    """The number W of ranks."""
+    return dist.get_world_size(_named(group)) if group else 1
+
+
+def least_of_ranks(values: Tensor, group: str) -> Tensor:
+    """The least over ranks of each element of a contiguous tensor, in place."""
+    if group:
+        dist.all_reduce(values, dist.ReduceOp.MIN, group=_named(group))
+    return values
+
+
+def gather_ranks(values: Tensor, group: str) -> Tensor:
+    """The tensors of all ranks, of one shape and dtype, one after another [W, ...]."""
+    gathered = values.new_empty((ranks_of(group), *values.shape))
+    if group:
+        dist.all_gather(list(gathered.unbind()), values.contiguous(), group=_named(group))
+        return gathered
+    return gathered.copy_(values)
+
+
+def sum_of_ranks(values: Tensor, scatter: bool, group: str) -> Tensor:
+    """The sum over ranks of contiguous tensors; with ``scatter`` of [W, ...] the part [r, ...] of this rank r."""
+    if not group:
+        return values[0] if scatter else values
+    if not scatter:
+        dist.all_reduce(values, group=_named(group))
+        return values
+    part = torch.empty_like(values[0])
+    dist.reduce_scatter(part, list(values.unbind()), group=_named(group))
+    return part
+
+
+# ---- codebooks split over ranks --------------------------------------------------------------------------------------
+
+
+def keep_shards(module: nn.Module) -> set[nn.Parameter]:
+    """Have DistributedDataParallel leave the parts of `ShardedNearest` codebooks alone: call it before wrapping.
+
+    Args:
+        module: The model that will be wrapped; marked in place.
+
+    Returns:
+        The parts: the ``ignored_params`` of ``torch.distributed.fsdp.fully_shard``.
+    """
+    from diveq_kernels.sharded import ShardedNearest
+
+    shards = {layer.codebook for layer in module.modules() if isinstance(layer, ShardedNearest)}
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    ignored |= {name for name, parameter in module.named_parameters() if parameter in shards}
+    set_ignored = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    set_ignored(module, sorted(ignored))  # type: ignore[no-untyped-call]
+    return shards
+
+
+def check_shards_kept(shard: nn.Parameter, group: str) -> None:
+    """Raise if this forward is one of a DistributedDataParallel that makes the parts of a codebook alike."""
+    parallel = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    if parallel is None or getattr(shard, "_ddp_ignored", False) or ranks_of(group) == 1:
+        return
+    alike = set(dist.get_process_group_ranks(parallel.process_group))
+    if len(alike & set(dist.get_process_group_ranks(_named(group)))) > 1:
+        raise RuntimeError(
+            "DistributedDataParallel has overwritten the parts of a ShardedNearest with rank 0's: "
+            "call diveq_kernels.distributed.keep_shards(model) before wrapping the model"
+        )

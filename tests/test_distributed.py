@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import os
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import needs_gloo, spawn, start
 from torch.nn.parallel import DistributedDataParallel
 
 from diveq_kernels import (
@@ -25,7 +24,7 @@ from diveq_kernels import (
 )
 from diveq_kernels.distributed import replicate
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = needs_gloo
 
 STEPS, ROWS = 9, 24
 KINDS = {
@@ -70,31 +69,6 @@ def train(model, quantizer, parts, rank, steps=range(STEPS), optimizer=None, bef
         optimizer.step()
         history.append(quantizer.codebook.detach().clone())
     return history, optimizer
-
-
-def start(rank, world, folder, timeout=60):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
-    )
-
-
-def spawn(target, world, folder, *arguments):
-    """Run target(rank, world, folder, *arguments) in processes of their own; their exit codes."""
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=target, args=(r, world, str(folder), *arguments)) for r in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-        if process.is_alive():
-            process.kill()
-            pytest.fail("a process hangs")
-    return [process.exitcode for process in processes]
 
 
 # ---- data parallel ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,227 @@
+"""`ShardedNearest`: a codebook too large for one device, split over the ranks of a process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diveq_kernels import _checks, backends, distributed
+from diveq_kernels.distributed import gather_ranks, sum_of_ranks
+from diveq_kernels.functional import Nearest, Quantized, noise_seed
+from diveq_kernels.layers._arguments import check_count
+from diveq_kernels.layers.base import select
+from diveq_kernels.sharded_search import MOST_CODEWORDS, sharded
+
+
+class ShardedNearest(nn.Module):
+    """Nearest codeword, and the DiVeQ step, in a codebook that is split over the ranks of a process group.
+
+    The results are those of ``functional.nearest`` and ``functional.diveq`` with the whole codebook: the same indices,
+    ties included, with ``precision="exact"``. Every rank must make the same calls in the same order, forward and
+    backward, with the same shapes and dtypes. On the CPU a call that differs is an error on every rank; elsewhere
+    noticing it would mean waiting for the device. Without a process group the one process has the whole codebook.
+
+    ``rows`` says what the ranks pass:
+        "same": every rank the same rows, as ranks of tensor parallelism have them; every rank gets all results. Each
+            rank must go on with the whole loss, as gradients are not added up: a codeword's gradient is the one that
+            its own rank sees.
+        "own": each rank its own rows, as many as the others, as in data parallelism; they are gathered for the search,
+            and each rank gets the results of its own. A codeword's gradient is the mean over ranks, as
+            DistributedDataParallel's are. A rank with fewer rows pads, and masks the padding. Row n of rank r is row
+            r·N + n of the noise.
+
+    DistributedDataParallel and FSDP must not touch the shards: ``diveq_kernels.distributed.keep_shards(model)``.
+    Unused codewords are not replaced.
+
+    Args:
+        num_embeddings: K <= 2²⁶, the number of codewords on all ranks, of which a rank has at most 2²².
+        embedding_dim: D.
+        noise_std: σ of the noise in ``quantize`` in training; 0 is the detach form.
+        rows: "same" or "own", see above.
+        group: The process group that shares the codebook; None for the default one.
+        uniform_init: Draw the codebook from U(0, 1/K), otherwise from N(0, 1/K²).
+        precision: "exact" or "fast", see ``diveq_kernels.functional``.
+        backend: Name of a backend, or None to choose one.
+        device: Of the codebook.
+        dtype: Of the codebook.
+
+    Attributes:
+        codebook: [K_r, D], this rank's codewords; the first K mod W ranks of the W have one more. It may be empty.
+        first: Index of the first of them in the whole codebook.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or this process is not in the group.
+    """
+
+    codebook: nn.Parameter
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        noise_std: float = 1e-3,
+        rows: str = "same",
+        group: Any = None,
+        uniform_init: bool = True,
+        precision: str = "exact",
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count(num_embeddings, "num_embeddings", 1)
+        check_count(embedding_dim, "embedding_dim", 1)
+        _checks.check_noise_std(noise_std)
+        _checks.check_precision(precision)
+        backends.check_name(backend)
+        if rows not in ("same", "own"):
+            raise ValueError(f"rows must be 'same' or 'own', got {rows!r}")
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.noise_std = noise_std
+        self.rows = rows
+        self.uniform_init = uniform_init
+        self.precision = precision
+        self.backend = backend
+        self._group = distributed.name_of(group)  # a process group cannot be copied or saved, its name can
+        rank, ranks = distributed.rank_in(self._group), distributed.ranks_of(self._group)
+        most = min(MOST_CODEWORDS, ranks * _checks.MAX_CODEWORDS)
+        if num_embeddings > most:
+            raise ValueError(f"num_embeddings must be at most {most} on {ranks} ranks, got {num_embeddings}")
+        self._sizes = [num_embeddings // ranks + (r < num_embeddings % ranks) for r in range(ranks)]
+        self.first = sum(self._sizes[:rank])
+        self.codebook = nn.Parameter(torch.empty(self._sizes[rank], embedding_dim, device=device, dtype=dtype))
+        _checks.check_float_tensor(self.codebook, "codebook (argument dtype)")
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²)."""
+        draw = torch.rand if self.uniform_init else torch.randn
+        # Other ranks' parts are drawn too: with one seed everywhere the parts would otherwise be copies of each other.
+        for rank, size in enumerate(self._sizes):
+            part = draw(size, self.embedding_dim, device=self.codebook.device)
+            if rank == distributed.rank_in(self._group):
+                self.codebook.copy_(part * (1 / self.num_embeddings))
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Nearest:
+        """Nearest codewords, with one all-reduce of 8 bytes per row.
+
+        Args:
+            z: [..., D]; fp16, bf16, fp32 or fp64.
+            mask: bool [...]; rows where it is False are left out: index −1, sqdist 0.
+
+        Returns:
+            (indices, sqdist): indices int64 [...] in the whole codebook; sqdist fp32 [...] (fp64 if an input is), the
+            squared distance, differentiable in z and the codebook.
+
+        Raises:
+            TypeError: If z or mask is no tensor or has a dtype that is not supported.
+            ValueError: If a shape or device does not fit, or the ranks do not call alike (on the CPU only).
+            RuntimeError: If DistributedDataParallel averages the shards.
+        """
+        sqdist, indices, _ = self._run(z, mask, None, 0.0, step=False)
+        return Nearest(indices, sqdist)
+
+    def quantize(self, z: Tensor, mask: Tensor | None = None, *, seed: int | Tensor | None = None) -> Quantized:
+        """The DiVeQ step (docs/math.md, "DiVeQ"), differentiable in z and the codebook; in evaluation without noise.
+
+        Args:
+            z: [..., D]; fp16, bf16, fp32 or fp64.
+            mask: bool [...]; rows where it is False are left out: z_q = z, index −1.
+            seed: Of the noise, as in ``functional.diveq`` and the same on every rank; None takes rank 0's draw.
+
+        Returns:
+            (z_q, indices): z_q like z, indices int64 [...] in the whole codebook.
+
+        Raises:
+            TypeError: As in ``forward``.
+            ValueError: As in ``forward``.
+            RuntimeError: As in ``forward``.
+        """
+        noise_std = float(self.noise_std) if self.training else 0.0
+        drawn = noise_seed(z, noise_std, seed)
+        if seed is None and drawn is not None and self._group:
+            drawn = distributed.from_first_rank(drawn, self._group)
+        z_q, indices, _ = self._run(z, mask, drawn, noise_std, step=True)
+        return Quantized(z_q, indices)
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """The codewords of indices, without gradients.
+
+        Args:
+            indices: int64 or int32 [...], the same on every rank or each its own, as ``rows`` says; −1 gives zeros.
+
+        Returns:
+            Codewords [..., D] in the codebook's dtype.
+
+        Raises:
+            TypeError: If indices is no integer tensor.
+            ValueError: If indices is on another device.
+        """
+        if not isinstance(indices, Tensor) or indices.dtype not in _checks.INTEGERS:
+            got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+            raise TypeError(f"indices must be an int32 or int64 tensor, got {got}")
+        _checks.check_same_device(indices, "indices", self.codebook)
+        own = self.rows == "own"
+        local = (gather_ranks(indices, self._group) if own else indices) - self.first
+        local = torch.where((local >= 0) & (local < len(self.codebook)), local, -1)
+        if not len(self.codebook):
+            return sum_of_ranks(self.codebook.new_zeros(*local.shape, self.embedding_dim), own, self._group)
+        return sum_of_ranks(select(self.codebook, local), own, self._group)
+
+    @torch.no_grad()
+    def gather_codebook(self) -> Tensor:
+        """The whole codebook [K, D], on every rank, which all must call this: for a checkpoint, say."""
+        padded = self.codebook.new_zeros(max(self._sizes), self.embedding_dim)
+        padded[: len(self.codebook)] = self.codebook
+        parts = zip(gather_ranks(padded, self._group), self._sizes, strict=True)
+        return torch.cat([part[:size] for part, size in parts])
+
+    @torch.no_grad()
+    def load_codebook(self, codebook: Tensor) -> None:
+        """Take this rank's part of a whole codebook [K, D], of any float dtype and device.
+
+        Raises:
+            TypeError: If codebook is no float tensor.
+            ValueError: If its shape is not [K, D].
+        """
+        _checks.check_float_tensor(codebook, "codebook")
+        _checks.check_shape(codebook, "codebook", (self.num_embeddings, self.embedding_dim), "[K, D]")
+        self.codebook.copy_(codebook[self.first :][: len(self.codebook)])
+
+    def _run(
+        self, z: Tensor, mask: Tensor | None, seed: Tensor | None, noise_std: float, *, step: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _checks.check_z(z)
+        if z.shape[-1] != self.embedding_dim:
+            raise ValueError(f"z must have shape [..., D] with D = {self.embedding_dim}, got {tuple(z.shape)}")
+        _checks.check_same_device(self.codebook, "the codebook", z)
+        _checks.check_mask(mask, z)
+        if not torch.compiler.is_compiling():
+            distributed.check_shards_kept(self.codebook, self._group)
+        results: tuple[Tensor, Tensor, Tensor] = sharded(
+            z,
+            self.codebook,
+            mask,
+            seed,
+            noise_std,
+            step,
+            self.first,
+            self.num_embeddings,
+            self.rows == "own",
+            self._group,
+            self.precision,
+            backends.check_name(self.backend),
+        )
+        return results
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        names = ["num_embeddings", "embedding_dim", "noise_std", "rows", "uniform_init", "precision", "backend"]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
