@@ -55,6 +55,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", " ", name.lower())).strip("-")
 
 
+def load_average() -> list[float] | None:
+    """Of the last 1, 5 and 15 minutes: whether the machine was idle."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

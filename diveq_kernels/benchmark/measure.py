@@ -11,7 +11,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 25
 _L2_BYTES = 1 << 28
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 class Times(NamedTuple):
@@ -128,14 +129,31 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+@contextlib.contextmanager
+def _large_blocks_of_their_own() -> Iterator[None]:
+    """Have glibc map and unmap every block from 64 kB on, so that freed ones neither serve a run nor pile up in it.
+
+    Afterwards its thresholds are the largest that they grow to by themselves in a process with large tensors.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
+        libc.malloc_trim(0)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(AttributeError, OSError):
+            libc.mallopt(_MMAP_THRESHOLD, 1 << 25)
+            libc.mallopt(_TRIM_THRESHOLD, 1 << 26)
+
+
 def _resident(run: Callable[[], Any]) -> Memory:
     """By the process's resident set, which sees what C++ libraries allocate for themselves too."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # or a run would be served with what an earlier one gave back
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    output = run()
-    return Memory(max(0, _status("VmHWM") - before), _bytes_of(output), "resident set")
+    with _large_blocks_of_their_own():
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _status("VmRSS")
+        output = run()
+        return Memory(max(0, _status("VmHWM") - before), _bytes_of(output), "resident set")
 
 
 def _profiled(run: Callable[[], Any]) -> Memory:

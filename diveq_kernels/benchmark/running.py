@@ -10,7 +10,7 @@ import torch
 from diveq_kernels.benchmark.cases import Case, Inputs, make_inputs
 from diveq_kernels.benchmark.contestants import AbsentError, Contestant, Prepared, UnsupportedError
 from diveq_kernels.benchmark.measure import Memory, Times, clock_for, free_memory, interleaved, peak_memory
-from diveq_kernels.benchmark.verify import verify
+from diveq_kernels.benchmark.verify import Judge
 
 # What a contestant's record says in "status"; only the first comes with a speed.
 MEASURED, WRONG, ABSENT, UNSUPPORTED, NO_MEMORY, FAILED = (
@@ -40,13 +40,13 @@ def run_case(
     Returns:
         The case and one record per contestant, with a "status"; a speed only for "measured".
     """
-    inputs = make_inputs(case, device_type)
+    judge = Judge(case, make_inputs(case, device_type))
     records: dict[str, dict[str, Any]] = {}
     ready: dict[str, Prepared] = {}
     for contestant in contestants:
         if case.operation in contestant.operations and device_type in contestant.device_types:
             progress(f"{case}: checking {contestant.name}")
-            records[contestant.name], prepared = _check(case, inputs, contestant, device_type)
+            records[contestant.name], prepared = check(judge, contestant, device_type)
             if prepared is not None:
                 ready[contestant.name] = prepared
     progress(f"{case}: timing {len(ready)} contestants")
@@ -61,10 +61,15 @@ def run_case(
     }
 
 
-def _check(
-    case: Case, inputs: Inputs, contestant: Contestant, device_type: str
-) -> tuple[dict[str, Any], Prepared | None]:
-    """A contestant's record without its speed; what to time, if there is nothing against it."""
+def check(judge: Judge, contestant: Contestant, device_type: str) -> tuple[dict[str, Any], Prepared | None]:
+    """A contestant's record without its speed; what to time, if there is nothing against it.
+
+    Args:
+        judge: Of the case.
+        contestant: Who is to run it.
+        device_type: Where the inputs are.
+    """
+    case, inputs = judge.case, judge.inputs
     needed, free = contestant.materialises(case), free_memory(device_type)
     record: dict[str, Any] = {"ours": contestant.ours, "materialises": needed}
 
@@ -76,7 +81,7 @@ def _check(
             contestant.prepare(case._replace(rows=1, codewords=2), _one_row(inputs))  # absent comes first
             return refused(NO_MEMORY, f"needs {size(needed)}, {size(free)} are free")
         prepared = contestant.prepare(case, inputs)
-        verdict = verify(case, inputs, contestant, prepared)
+        verdict = judge(contestant, prepared)
         record |= {key: value for key, value in verdict._asdict().items() if key != "wrong"}
         if verdict.wrong:
             return refused(WRONG, verdict.wrong)

@@ -48,9 +48,9 @@ def _squared(rows: Tensor, points: Tensor) -> Tensor:
     return (rows.double() - points.double()).square().sum(-1)
 
 
-def _least(rows: Tensor, points: Tensor, of_chosen: Tensor) -> Tensor:
+def _least(rows: Tensor, points: Tensor) -> Tensor:
     """The least squared distance that was found for each row, float64 [N]."""
-    least = torch.minimum(_squared(rows, points[chunked_search(rows.float(), points.float())]), of_chosen)
+    least = _squared(rows, points[chunked_search(rows.float(), points.float())])
     closely = max(16, min(len(rows), _CLOSE_LOOK // points.numel()))
     sample = torch.randperm(len(rows), device=rows.device)[:closely]
     exact = points.double()
@@ -60,12 +60,11 @@ def _least(rows: Tensor, points: Tensor, of_chosen: Tensor) -> Tensor:
     return least
 
 
-def _excess(rows: Tensor, points: Tensor, chosen: Tensor) -> Tensor:
+def _excess(rows: Tensor, points: Tensor, chosen: Tensor, least: Tensor | None = None) -> Tensor:
     """How much farther than the nearest each row's choice is, over (‖z‖ + ‖c‖)²: [N]."""
     words = points[chosen]
-    of_chosen = _squared(rows, words)
     scale = (rows.double().norm(dim=1) + words.double().norm(dim=1)).square()
-    found: Tensor = (of_chosen - _least(rows, points, of_chosen)) / scale.clamp_min(1e-300)
+    found: Tensor = (_squared(rows, words) - (_least(rows, points) if least is None else least)) / scale
     return found
 
 
@@ -159,23 +158,43 @@ def _poison(case: Case, inputs: Inputs) -> None:
     del indices, values
 
 
-def verify(case: Case, inputs: Inputs, contestant: Contestant, prepared: Prepared) -> Verdict:
-    """Run once, into memory that holds nothing right, and check everything that came out."""
-    draws = Draws()
-    _poison(case, inputs)
-    if prepared.noise is None:  # tracing a compiled module does not go together with recording
-        output = prepared.run()
-    else:
-        with draws:
+class Judge:
+    """Checks the contestants of one case, who all search the same rows.
+
+    Args:
+        case: Passed ``Case.check``.
+        inputs: Made for it.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self.case, self.inputs = case, inputs
+        self._least: Tensor | None = None
+
+    def __call__(self, contestant: Contestant, prepared: Prepared) -> Verdict:
+        """Run once, into memory that holds nothing right, and check everything that came out."""
+        draws = Draws()
+        _poison(self.case, self.inputs)
+        if prepared.noise is None:  # tracing a compiled module does not go together with recording
             output = prepared.run()
-    return judge(case, inputs, contestant, prepared, output, draws)
+        else:
+            with draws:
+                output = prepared.run()
+        if self._least is None and self.case.operation in ("search", "quantize", "train"):
+            self._least = _least(self.inputs.z, self.inputs.codebook)
+        return judge(self.case, self.inputs, contestant, prepared, output, draws, self._least)
 
 
 @torch.no_grad()
 def judge(
-    case: Case, inputs: Inputs, contestant: Contestant, prepared: Prepared, output: Output, draws: Draws
+    case: Case,
+    inputs: Inputs,
+    contestant: Contestant,
+    prepared: Prepared,
+    output: Output,
+    draws: Draws,
+    least: Tensor | None = None,
 ) -> Verdict:
-    """Check a run's output, with what it drew."""
+    """Check a run's output, with what it drew; ``least`` is what ``_least`` found for a single codebook."""
     shape = (*([case.parts] if len(case.books_shape) == 3 else []), case.rows)
     if tuple(output.indices.shape) != shape:
         return Verdict(f"indices must have shape {shape}, got {tuple(output.indices.shape)}")
@@ -189,7 +208,7 @@ def judge(
 
     dither = draws.uniforms[0] if case.operation == "sf_train" else None
     searches = _searches(case, inputs, indices, dither)
-    excess = torch.stack([_excess(*search) for search in searches])
+    excess = torch.stack([_excess(rows, points, chosen, least) for rows, points, chosen in searches])
     inexact = float((excess > _SLACK * torch.finfo(torch.float32).eps).double().mean())
     off = float((excess > _SLACK * rounding).double().mean())
     if not off == 0 or not bool(excess.isfinite().all()):
