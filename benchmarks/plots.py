@@ -74,7 +74,8 @@ def _series(cases: list[Record], key: str) -> dict[str, list[tuple[int, Record]]
 
 def _note(figure: Figure, record: Record) -> None:
     machine = record["machine"]
-    text = f"{machine['device']}; {record['method']}; torch {machine['versions']['torch']}, commit {machine['commit'][:12]}"
+    software = f"torch {machine['versions']['torch']}, commit {machine['commit'][:12]}"
+    text = f"{machine['device']}; {record['method']}; {software}"
     figure.text(0.995, -0.01, text, ha="right", va="top", fontsize=6.5, color="#555555")
 
 

@@ -1,7 +1,7 @@
 """The tables and figures of docs/performance.md and README.md, made from committed results and from nothing else.
 
-A block lies between ``<!-- SOURCE VIEW -->`` and ``<!-- end -->``. SOURCE is a file under benchmarks/results without its
-ending; "cpu/..." and "cuda/..." stand for the folder of the device that ``documented.json`` names, if it names one.
+A block lies between ``<!-- SOURCE VIEW -->`` and ``<!-- end -->``. SOURCE is a file under benchmarks/results without
+its ending; "cpu/..." and "cuda/..." stand for the folder of the device that ``documented.json`` names, if it names one.
 VIEW is a key of ``VIEWS``. Where there is no result yet, the block says so.
 """
 

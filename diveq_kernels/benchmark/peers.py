@@ -208,14 +208,14 @@ def peers(compiled: bool = False) -> list[Contestant]:
         ),
         # ‖z‖² + ‖c‖², 2 z·c and their difference are alive at once.
         Contestant("diveq", _diveq(False), layers, False, rounding_of_inputs, lambda c: _distances(c, 3)),
-        # Distances in fp32, a one-hot in int64 and in fp32, and what it makes of them.
+        # Distances in fp32, a one-hot in int64 and in fp32; in training what it makes of them too.
         Contestant(
             "vector-quantize-pytorch",
             _vector_quantize,
             ("quantize", "train", "residual"),
             False,
             rounding_of_inputs,
-            lambda c: _distances(c, 6, 4),
+            lambda c: _distances(c, 6 if c.is_step else 4, 4),
         ),
         Contestant("faiss", _faiss, ("search",), False, rounding_of_fp32, lambda c: 0, ("cpu",)),
         Contestant("flash-kmeans", _flash_kmeans, ("search",), False, rounding_of_fast, lambda c: 0, ("cuda",)),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diveq_kernels import reference
 from diveq_kernels.benchmark.cases import Case, Inputs
-from diveq_kernels.benchmark.contestants import Contestant, Draws, Output, Prepared
+from diveq_kernels.benchmark.contestants import Contestant, Draws, Output, Prepared, rounding_of_inputs
 from diveq_kernels.benchmark.peers import chunked_search
 from diveq_kernels.reference.search import interpolate
 
@@ -120,26 +120,30 @@ def _relative(found: Tensor | None, gold: Tensor) -> float:
     return float((found.double() - gold).norm() / gold.norm().clamp_min(1e-300))
 
 
-def _curve_points(case: Case, inputs: Inputs, output: Output, rounding: float) -> Verdict:
-    """A projection: z_q lies on its segment, and no point of the curve is nearer to z."""
+def _curve_points(case: Case, inputs: Inputs, contestant: Contestant, output: Output) -> Verdict:
+    """A projection: no point of the curve is nearer to z, and z_q is that point.
+
+    Ours name the segment, on which float64 finds the point that z_q has to be; of others z_q alone is judged.
+    """
+    if output.z_q is None or output.z_q.shape != inputs.z.shape:
+        return Verdict("z_q is missing or has the wrong shape")
     rows = max(16, min(case.rows, _CLOSE_LOOK // (2 * inputs.codebook.numel())))
     some = torch.randperm(case.rows, device=inputs.z.device)[:rows]
     z, books = inputs.z[some].double(), inputs.codebook.double()
-    best = reference.project(z, books, None, "exact")[0]
-    if output.z_q is None or output.z_q.shape != inputs.z.shape:
-        return Verdict("z_q is missing or has the wrong shape")
-    point, j = output.z_q[some].double(), output.indices[some].clamp(0, case.codewords - 2)
-    excess = _squared(z, point) - _squared(z, best)
-    scale = (z.norm(dim=1) + point.norm(dim=1)).square().clamp_min(1e-300)
-    off = float((excess / scale > _SLACK * rounding).double().mean())
-    inexact = float((excess / scale > _SLACK * torch.finfo(torch.float32).eps).double().mean())
-    d = books[j + 1] - books[j]
-    t = (((point - books[j]) * d).sum(1) / d.square().sum(1).clamp_min(1e-300)).clamp(0, 1)
-    error = _relative(interpolate(books[j], books[j + 1], t[:, None]), point)
-    if not off == 0:
+    point, rounding = output.z_q[some].double(), max(contestant.rounding(case), rounding_of_inputs(case))
+    gold = point
+    if contestant.ours:
+        start, end = books[output.indices[some]], books[output.indices[some] + 1]
+        t = ((z - start) * (end - start)).sum(1) / _squared(start, end).clamp_min(1e-300)
+        gold, rounding = interpolate(start, end, t.clamp(0, 1)[:, None]), contestant.rounding(case)
+    excess = _squared(z, gold) - _squared(z, reference.project(z, books, None, "exact")[0])
+    excess /= (z.norm(dim=1) + gold.norm(dim=1)).square().clamp_min(1e-300)
+    inexact = float((excess > _SLACK * torch.finfo(torch.float32).eps).double().mean())
+    off, error = float((excess > _SLACK * rounding).double().mean()), _relative(point, gold)
+    if not off == 0 or not bool(excess.isfinite().all()):
         return Verdict(f"{off:.2%} of the rows do not get the nearest point of the curve", inexact, error)
     if not error <= _tolerance(case):
-        return Verdict(f"points are off their segments by {error:.1e}", inexact, error)
+        return Verdict(f"z_q is off by {error:.1e} (relative to its norm)", inexact, error)
     return Verdict("", inexact, error)
 
 
@@ -202,15 +206,14 @@ def judge(
     if not bool(((indices >= 0) & (indices < choices)).all()):
         return Verdict(f"indices must be from 0 to {choices - 1}, got {int(indices.min())} to {int(indices.max())}")
     output = output._replace(indices=indices)
-    rounding = contestant.rounding(case)
     if case.operation == "project":
-        return _curve_points(case, inputs, output, rounding)
+        return _curve_points(case, inputs, contestant, output)
 
     dither = draws.uniforms[0] if case.operation == "sf_train" else None
     searches = _searches(case, inputs, indices, dither)
     excess = torch.stack([_excess(rows, points, chosen, least) for rows, points, chosen in searches])
     inexact = float((excess > _SLACK * torch.finfo(torch.float32).eps).double().mean())
-    off = float((excess > _SLACK * rounding).double().mean())
+    off = float((excess > _SLACK * contestant.rounding(case)).double().mean())
     if not off == 0 or not bool(excess.isfinite().all()):
         return Verdict(f"{off:.2%} of the rows do not get the nearest codeword", inexact)
     if case.operation == "search":
