@@ -1,51 +1,304 @@
-"""Writes the tables of docs/performance.md from committed results: every number there comes from one of these files.
+"""The tables and figures of docs/performance.md and README.md, made from committed results and from nothing else.
 
-python benchmarks/tables.py rewrites the tables.
+A block lies between ``<!-- SOURCE VIEW -->`` and ``<!-- end -->``. SOURCE is a file under benchmarks/results without
+its ending; "cpu/..." and "cuda/..." stand for the folder of the device that ``documented.json`` names, if it names one.
+VIEW is a key of ``VIEWS``. Where there is no result yet, the block says so.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diveq_kernels.benchmark.running import MEASURED, NO_MEMORY, size
+
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "performance"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+NOT_MEASURED = "Not measured yet."
+_BLOCK = re.compile(r"<!-- ([\w/-]+) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+Record = dict[str, Any]
 
 
-def cpu_ratios(record: dict[str, Any]) -> str:
+def documented() -> dict[str, str | None]:
+    """Folder of the results that the documents show, for each kind of device."""
+    found: dict[str, str | None] = json.loads((RESULTS / "documented.json").read_text(encoding="utf-8"))
+    return found
+
+
+def path_of(source: str) -> Path | None:
+    """The file that a block's SOURCE stands for, or None where nothing is documented."""
+    kind, _, part = source.partition("/")
+    if not part:
+        return RESULTS / f"{source}.json"
+    folder = documented().get(kind, kind)
+    return RESULTS / folder / f"{part}.json" if folder else None
+
+
+def load(source: str) -> Record | None:
+    path = path_of(source)
+    if path is None or not path.is_file():
+        return None
+    record: Record = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+# ---- parts of tables -------------------------------------------------------------------------------------------------
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, *rows]
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    text.insert(1, "|" + "---|" * len(headings))
+    return "\n".join(text)
+
+
+def shape_of(case: Record) -> str:
+    parts = f", {case['parts']} parts" if case["parts"] > 1 else ""
+    return f"{case['rows']}, {case['codewords']}, {case['dim']}{parts}"
+
+
+def names_of(record: Record) -> list[str]:
+    """Everyone who took part, in order."""
+    return list(dict.fromkeys(result["contestant"] for case in record["cases"] for result in case["results"]))
+
+
+def results_of(case: Record) -> dict[str, Record]:
+    return {result["contestant"]: result for result in case["results"]}
+
+
+def ours_in(case: Record) -> Record | None:
+    """The fastest exact result of this package's own backends: what a peer is compared with."""
+    found = [r for r in case["results"] if r["ours"] and r["status"] == MEASURED and not _is_aside(r["contestant"])]
+    return min(found, key=lambda r: float(r["seconds"]), default=None)
+
+
+def _is_aside(name: str) -> bool:
+    return name.endswith((", fast", " reference"))
+
+
+def factor_of(result: Record, own: Record) -> float:
+    """How many times as long as ours."""
+    return float(result["seconds"]) / float(own["seconds"])
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def _refusal(result: Record) -> str:
+    return str(result["reason"]).split(",")[0] if result["status"] == NO_MEMORY else str(result["status"])
+
+
+def _time_cell(result: Record | None, own: Record | None) -> str:
+    if result is None:
+        return ""
+    if result["status"] != MEASURED:
+        return _refusal(result)
+    if result["ours"] or own is None:
+        return milliseconds(result["seconds"])
+    factor = factor_of(result, own)
+    text = f"{milliseconds(result['seconds'])} ({factor:.2g}×)"
+    return f"**{text}**" if factor < 1 else text
+
+
+def footnote(record: Record) -> str:
+    machine = record["machine"]
+    versions = machine["versions"]
+    where = machine["device"]
+    if "instruction_set" in machine:
+        where += f", {machine['instruction_set']} kernels"
+    if machine.get("driver"):
+        where += f", driver {machine['driver']}, CUDA {machine['cuda']}"
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    absent = [name for name, version in versions.items() if not version]
+    text = f"{where}; {record.get('method', '')}. {packages}; commit `{machine['commit'][:12]}`."
+    if absent:
+        text += f" Not installed: {', '.join(absent)}."
+    if record.get("load"):
+        text += f" Load averages at the end {', '.join(f'{value:.1f}' for value in record['load'])}."
+    return text
+
+
+# ---- views -----------------------------------------------------------------------------------------------------------
+
+
+def ratios(record: Record) -> str:
     """Times of the CPU kernels and their peers as multiples of a bare matrix product, by shape."""
     names = list(record["geometric_mean"])
-    lines = [f"| N, K, D | matmul, ms | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    rows = []
     for shape in record["shapes"]:
-        ratios = " | ".join(f"{shape['ratios'][name]:.2f}" for name in names)
-        lines.append(f"| {', '.join(map(str, shape['shape']))} | {shape['milliseconds']['matmul']:.1f} | {ratios} |")
-    means = " | ".join(f"{record['geometric_mean'][name]:.2f}" for name in names)
-    lines.append(f"| geometric mean of the first six | | {means} |")
+        cells = [f"{shape['ratios'][name]:.2f}" for name in names]
+        rows.append([", ".join(map(str, shape["shape"])), f"{shape['milliseconds']['matmul']:.1f}", *cells])
+    means = [f"{record['geometric_mean'][name]:.2f}" for name in names]
+    rows.append(["geometric mean of the first six", "", *means])
     load = ", ".join(f"{value:.1f}" for value in record["load"])
-    lines += [
-        "",
+    note = (
         f"{record['processor']}, {record['instruction_set']} kernels, torch {record['torch']}; medians of"
-        f" {record['repeats']} repetitions; load averages at the end {load}; commit `{record['commit'][:12]}`.",
-    ]
-    return "\n".join(lines)
+        f" {record['repeats']} repetitions; load averages at the end {load}; commit `{record['commit'][:12]}`."
+    )
+    return table(["N, K, D", "matmul, ms", *names], rows) + "\n\n" + note
 
 
-TABLES = {"cpu_ratios": cpu_ratios}
+def speed(record: Record) -> str:
+    """Median milliseconds; in brackets how many times as long as our fastest exact result; bold where less."""
+    names = names_of(record)
+    rows = []
+    for case in record["cases"]:
+        results, own = results_of(case), ours_in(case)
+        cells = [_time_cell(results.get(name), own) for name in names]
+        rows.append([case["case"]["operation"], shape_of(case["case"]), case["case"]["dtype"], *cells])
+    return table(["operation", "N, K, D", "dtype", *names], rows) + "\n\n" + footnote(record)
+
+
+def _memory_cell(result: Record | None) -> str:
+    if result is None:
+        return ""
+    if result["status"] != MEASURED:
+        return _refusal(result)
+    return size(max(0, result["peak_bytes"] - result["output_bytes"]))
+
+
+def memory(record: Record) -> str:
+    """Peak memory beyond the outputs, beside the size of the matrix of distances."""
+    names = names_of(record)
+    rows = []
+    for case in record["cases"]:
+        results, shape = results_of(case), case["case"]
+        matrix = size(4 * shape["rows"] * shape["codewords"])
+        rows.append([shape["operation"], shape_of(shape), matrix, *(_memory_cell(results.get(name)) for name in names)])
+    return table(["operation", "N, K, D", "N×K in fp32", *names], rows)
+
+
+def share(record: Record) -> str:
+    """What our results reach of the measured ceilings."""
+    names = [name for name in names_of(record) if name.startswith("diveq-kernels")]
+    rows = []
+    for case in record["cases"]:
+        results = results_of(case)
+        cells = []
+        for name in names:
+            result = results.get(name)
+            measured = result is not None and result["status"] == MEASURED
+            cells.append(f"{result['share_of_matmul']:.0%}, {result['share_of_copy']:.0%}" if measured else "")  # type: ignore[index]
+        rows.append([case["case"]["operation"], shape_of(case["case"]), case["case"]["dtype"], *cells])
+    return table(["operation", "N, K, D", "dtype", *names], rows)
+
+
+def ceilings(record: Record) -> str:
+    """The measured ceilings."""
+    found = [f"{name} product {rate / 1e12:.3g} TFLOP/s" for name, rate in record["ceilings"]["matmul"].items()]
+    return f"{'; '.join(found)}; copy {record['ceilings']['copy'] / 1e9:.3g} GB/s."
+
+
+def inexact(record: Record) -> str:
+    """Share of the searches whose codeword is not a nearest one within fp32's rounding."""
+    names = names_of(record)
+    rows = []
+    for case in record["cases"]:
+        results = results_of(case)
+        found = [results.get(name) for name in names]
+        cells = [f"{r['inexact']:.2%}" if r is not None and "inexact" in r else "" for r in found]
+        rows.append([case["case"]["operation"], case["case"]["dtype"], *cells])
+    return table(["operation", "dtype", *names], rows)
+
+
+def faster_peers(record: Record) -> str:
+    """Where a peer is faster than we are, case by case."""
+    found = []
+    for case in record["cases"]:
+        own = ours_in(case)
+        for result in case["results"] if own else []:
+            if not result["ours"] and result["status"] == MEASURED and factor_of(result, own) < 1:
+                shape = f"{case['case']['operation']} at {shape_of(case['case'])} in {case['case']['dtype']}"
+                found.append(f"- {shape}: {result['contestant']} takes {factor_of(result, own):.2f} of our time.")
+    return "\n".join(found) or "In this part no peer is faster than our exact result."
+
+
+def refused(record: Record) -> str:
+    """Who got no speed, and why."""
+    found: dict[str, list[str]] = {}
+    for case in record["cases"]:
+        for result in case["results"]:
+            if result["status"] != MEASURED:
+                reason = f"{result['contestant']}, {result['status']}: {result['reason']}"
+                found.setdefault(reason, []).append(f"{case['case']['operation']} {shape_of(case['case'])}")
+    lines = [f"- {reason} ({'; '.join(dict.fromkeys(cases))})" for reason, cases in found.items()]
+    return "\n".join(lines) or "Everyone was measured on every case."
+
+
+def summary(record: Record) -> str:
+    """For the README: training steps beside the packages that do the same."""
+    peers = ("diveq", "vector-quantize-pytorch")
+    rows = []
+    for case in record["cases"]:
+        own, results = ours_in(case), results_of(case)
+        if case["case"]["operation"] == "train" and own:
+            cells = [_time_cell(results.get(name), own) for name in peers]
+            rows.append([shape_of(case["case"]), case["case"]["dtype"], milliseconds(own["seconds"]), *cells])
+    note = f"Training step, median milliseconds. {footnote(record)}"
+    return table(["N, K, D", "dtype", "diveq-kernels", *peers], rows) + "\n\n" + note
+
+
+def checks(record: Record) -> str:
+    """How many checks against float64 passed."""
+    found: dict[str, list[bool]] = {}
+    for result in record["results"]:
+        found.setdefault(result["backend"], []).append(result["passed"])
+    counts = ", ".join(f"{name} {sum(passed)} of {len(passed)}" for name, passed in found.items())
+    return f"Checks against float64 that pass: {counts}; commit `{record['machine']['commit'][:12]}`."
+
+
+VIEWS: dict[str, Callable[[Record], str]] = {
+    view.__name__: view
+    for view in (
+        ratios, speed, memory, share, ceilings, inexact, faster_peers, refused, summary, checks,
+    )
+}  # fmt: skip
+
+
+def figures_of(source: str) -> dict[str, str]:
+    """Name -> caption of the figures that results of a device's kind give."""
+    return {
+        "speedup": "Time of each peer over ours, by shape",
+        "rows": "Time against N",
+        "codewords": "Time against K",
+        "dims": "Time against D",
+        "memory": "Memory against K",
+    }
+
+
+def figures(kind: str) -> str:
+    """Links to a kind of device's figures, those that are there."""
+    captions = figures_of(kind)
+    found = [name for name in captions if documented().get(kind) and (FIGURES / f"{kind}-{name}.png").is_file()]
+    return "\n\n".join(f"![{captions[name]}](performance/{kind}-{name}.png)" for name in found) or NOT_MEASURED
+
+
+def block(source: str, view: str) -> str:
+    """What belongs between a block's two marks."""
+    if view == "figures":
+        return figures(source)
+    record = load(source)
+    return VIEWS[view](record) if record else NOT_MEASURED
 
 
 def with_tables(text: str) -> str:
-    """The document with each block between ``<!-- NAME -->`` and ``<!-- end -->`` made from results/NAME.json."""
-
-    def block(match: re.Match[str]) -> str:
-        name = match[1]
-        record = json.loads((RESULTS / f"{name}.json").read_text())
-        return f"<!-- {name} -->\n{TABLES[name](record)}\n<!-- end -->"
-
-    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    """A document with every block made anew."""
+    return _BLOCK.sub(lambda m: f"<!-- {m[1]} {m[2]} -->\n{block(m[1], m[2])}\n<!-- end -->", text)
 
 
-if __name__ == "__main__":
-    DOCUMENT.write_text(with_tables(DOCUMENT.read_text()))
+def without_tables(text: str) -> str:
+    """A document with every block left out: what people wrote."""
+    return _BLOCK.sub("", text)
+
+
+def write() -> None:
+    """Rewrite the documents."""
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")

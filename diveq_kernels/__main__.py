@@ -1,4 +1,4 @@
-"""Command line: ``python -m diveq_kernels info`` and ``python -m diveq_kernels check``."""
+"""Command line: ``python -m diveq_kernels info``, ``... check`` and ``... bench``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from diveq_kernels import _info, _selfcheck, backends
+from diveq_kernels.benchmark import command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +16,11 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, devices, and each backend: available, or why not and what would help")
     check = commands.add_parser("check", help="run every available backend against the reference on this machine")
     check.add_argument("--backend", choices=list(backends.BACKENDS), help="check this one only")
+    bench = commands.add_parser("bench", help="time a shape of your own, with the peers that are installed beside it")
+    command.add_arguments(bench)
     options = parser.parse_args(arguments)
+    if options.command == "bench":
+        return command.run(options)
     if options.command == "info":
         print(_info.describe())
         return 0

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
+import types
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from diveq_kernels import backends, reference
 
 _SEED = "DIVEQ_TEST_SEED"
 # One seed per run. Set in the environment before xdist starts its workers, so that they inherit it.
@@ -52,3 +57,17 @@ def generator(rng_seed: int) -> torch.Generator:
 @pytest.fixture(autouse=True)
 def _seed_torch(rng_seed: int) -> None:
     torch.manual_seed(rng_seed)
+
+
+@pytest.fixture
+def broken_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
+    """A backend "cpu" that is the reference, for a test to break; the only other one is the reference."""
+    module = types.ModuleType("broken_backend")
+    vars(module).update({name: getattr(reference, name) for name in reference.__all__})
+    monkeypatch.setitem(sys.modules, "broken_backend", module)
+    monkeypatch.setitem(backends.BACKENDS, "cpu", backends.BACKENDS["cpu"]._replace(module="broken_backend"))
+    for cached in (backends._load, backends.select):
+        cached.cache_clear()
+    yield module
+    for cached in (backends._load, backends.select):
+        cached.cache_clear()

@@ -5,27 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from diveq_kernels import _selfcheck, backends, reference
 from diveq_kernels.__main__ import main
-
-
-@pytest.fixture
-def broken_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
-    """A backend "cpu" that is the reference, for a test to break; the only other one is the reference."""
-    module = types.ModuleType("broken_backend")
-    vars(module).update({name: getattr(reference, name) for name in reference.__all__})
-    monkeypatch.setitem(sys.modules, "broken_backend", module)
-    monkeypatch.setitem(backends.BACKENDS, "cpu", backends.BACKENDS["cpu"]._replace(module="broken_backend"))
-    for cached in (backends._load, backends.select):
-        cached.cache_clear()
-    yield module
-    for cached in (backends._load, backends.select):
-        cached.cache_clear()
 
 
 def failures() -> set[str]:
