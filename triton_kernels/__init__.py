@@ -8,6 +8,8 @@ from diveq_kernels.triton_kernels.composite import product, product_backward, re
 from diveq_kernels.triton_kernels.distance import nearest_backward
 from diveq_kernels.triton_kernels.diveq import diveq, diveq_backward
 from diveq_kernels.triton_kernels.launch import INTERPRETED
+from diveq_kernels.triton_kernels.project import project
+from diveq_kernels.triton_kernels.project_backward import project_backward
 from diveq_kernels.triton_kernels.search import nearest
 from diveq_kernels.triton_kernels.sf_diveq import sf_diveq, sf_diveq_backward
 
@@ -18,6 +20,8 @@ __all__ = [
     "nearest_backward",
     "product",
     "product_backward",
+    "project",
+    "project_backward",
     "residual",
     "residual_backward",
     "sf_diveq",
