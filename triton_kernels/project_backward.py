@@ -138,7 +138,7 @@ def project_backward(
     if rows:
         in_order = need_codebook and torch.are_deterministic_algorithms_enabled()
         weights = torch.empty((2, rows), dtype=torch.float32, device=z.device) if in_order else None
-        tile = configuration("backward", dim, z.device)
+        tile = configuration("project_backward", dim, z.device)
         launch(
             project_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(grad_points), grad_t.contiguous(), *rows_of(z), rows, codebook, *codebook.stride(), indices,
@@ -147,7 +147,7 @@ def project_backward(
         )  # fmt: skip
         if in_order:
             order, ends = sorted_rows(indices, codewords - 1)
-            tile = configuration("segments", dim, z.device)
+            tile = configuration("project_segments", dim, z.device)
             launch(
                 project_segment_kernel, (codewords, triton.cdiv(dim, tile["BLOCK_D"])), z.device,
                 *rows_of(grad_points), *rows_of(z), codebook, *codebook.stride(), order, ends, weights, total,
