@@ -44,11 +44,12 @@ def _define(schema: str, fake: Callable) -> Any:
     operation.register_fake(lambda *args: fake(*args[:-1]))
 
     def add_to_graph(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict) -> Any:
-        from torch.export._trace import custom_triton_ops_decomposition_disabled  # takes long to import
+        # torch.export keeps operations whole. Imported here because that takes long.
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
 
         *arguments, backend = args
         context = backends.traced(name, args[0].device.type, backend, arguments)
-        if context is None or custom_triton_ops_decomposition_disabled():  # the latter: torch.export keeps operations
+        if context is None or custom_triton_ops_decomposition_disabled():  # type: ignore[no-untyped-call]
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode, context:
             return run(*args)

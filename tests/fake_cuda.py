@@ -54,7 +54,8 @@ def rows_of_any_number(mode: FakeTensorMode, dim: int, dtype: torch.dtype) -> Te
     with unset_fake_temporarily():
         shape = torch.empty(100, dim, dtype=dtype, device="meta")
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    return torch.empty_like(mode.from_tensor(shape, symbolic_context=context, source=ConstantSource("z")), device="cuda")
+    fake = mode.from_tensor(shape, symbolic_context=context, source=ConstantSource("z"))
+    return torch.empty_like(fake, device="cuda")
 
 
 def traced(function: Callable, *arguments: Tensor) -> tuple[torch.fx.GraphModule, Any]:

@@ -1,4 +1,4 @@
-"""Gradients of the curve projection against float64 autograd of the definition, on the segments that a backend chose."""
+"""Gradients of the curve projection against float64 autograd of the definition, on the segments a backend chose."""
 
 from __future__ import annotations
 

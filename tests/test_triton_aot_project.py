@@ -1,4 +1,4 @@
-"""The projection's kernels in every tuned configuration: compiled for GPUs that need not be there, and what it costs."""
+"""The projection's kernels in every tuned configuration: compiled for GPUs that need not be there, and counted."""
 
 from __future__ import annotations
 

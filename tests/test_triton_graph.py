@@ -1,4 +1,4 @@
-"""``torch.compile`` sees the Triton kernels: on CUDA the operations dissolve into them, and nowhere else. Needs no GPU."""
+"""``torch.compile`` sees the Triton kernels: on CUDA operations dissolve into them, nowhere else. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from triton.runtime.autotuner import Autotuner  # noqa: E402
-
 from fake_cuda import fake_cuda, rows_of_any_number, traced  # noqa: E402
+from triton.runtime.autotuner import Autotuner  # noqa: E402
 
 import diveq_kernels.functional as F  # noqa: E402, F401  (registers the operations)
 from diveq_kernels.triton_kernels import INTERPRETED  # noqa: E402
