@@ -18,9 +18,10 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -158,6 +159,25 @@ def _log_fallback(message: str, level: int) -> None:
 
 
 @functools.cache
+def _choose(op: str, device_type: str, name: str) -> tuple[str, Callable]:
+    """(name of the backend, its function) for ``select``."""
+    if name:
+        found = _find(name, op, device_type)
+        if isinstance(found, str):
+            cure = f" To get it: {BACKENDS[name].cure}." if BACKENDS[name].cure else ""
+            raise BackendUnavailableError(f"backend {name!r} cannot run {op!r} here: {found}.{cure}")
+        return name, found
+    for candidate, backend in BACKENDS.items():
+        if device_type in backend.automatic_on or candidate == "reference":
+            found = _find(candidate, op, device_type)
+            if not isinstance(found, str):
+                return candidate, found
+            # Slow on purpose is only worth a warning where somebody paid for an accelerator.
+            level = logging.INFO if device_type == "cpu" else logging.WARNING
+            _log_fallback(f"backend {candidate!r} not used on {device_type}: {found}. {backend.cure}", level)
+    raise AssertionError("the reference backend runs everything")
+
+
 def select(op: str, device_type: str, name: str) -> Callable:
     """The function that runs an operation.
 
@@ -169,21 +189,22 @@ def select(op: str, device_type: str, name: str) -> Callable:
     Raises:
         BackendUnavailableError: If the named backend cannot run here, saying why and what would change that.
     """
-    if name:
-        found = _find(name, op, device_type)
-        if isinstance(found, str):
-            cure = f" To get it: {BACKENDS[name].cure}." if BACKENDS[name].cure else ""
-            raise BackendUnavailableError(f"backend {name!r} cannot run {op!r} here: {found}.{cure}")
-        return found
-    for candidate, backend in BACKENDS.items():
-        if device_type in backend.automatic_on or candidate == "reference":
-            found = _find(candidate, op, device_type)
-            if not isinstance(found, str):
-                return found
-            # Slow on purpose is only worth a warning where somebody paid for an accelerator.
-            level = logging.INFO if device_type == "cpu" else logging.WARNING
-            _log_fallback(f"backend {candidate!r} not used on {device_type}: {found}. {backend.cure}", level)
-    raise AssertionError("the reference backend runs everything")
+    return _choose(op, device_type, name)[1]
+
+
+def traced(op: str, device_type: str, name: str, arguments: Sequence[Any]) -> AbstractContextManager[None] | None:
+    """A context in which the selected backend adds its kernels to the graph that is being traced.
+
+    None where it should stay one opaque node instead: it cannot be traced, or not with these arguments.
+
+    Args:
+        op: Name of a ``torch.ops.diveq`` operation.
+        device_type: Device type of its tensors.
+        name: A backend, or "" to choose one.
+        arguments: The operation's, less the backend.
+    """
+    context = getattr(_load(_choose(op, device_type, name)[0]), "traced", None)
+    return context(op, arguments) if context else None
 
 
 def device_types() -> list[str]:

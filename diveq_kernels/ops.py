@@ -5,6 +5,10 @@ that ``diveq_kernels.backends`` selects from the tensors' device and the ``backe
 here; ``diveq_kernels.functional`` checks them.
 
 Saved for backward: z, the codebook, indices (int32), the seed and the dither λ. Noise is made again from the seed.
+
+To ``torch.compile`` an operation is one opaque node, unless its backend is made of kernels that Inductor understands
+(Triton's): while AOTAutograd makes a graph functional, such an operation is replaced by what it launches. That is what
+``torch.library.triton_op`` does, without its demand that every backend be traced.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from diveq_kernels import backends
 from diveq_kernels._dtypes import compute_dtype
@@ -37,6 +42,19 @@ def _define(schema: str, fake: Callable) -> Any:
 
     operation = torch.library.custom_op(f"diveq::{name}", run, mutates_args=(), schema=schema[len(name) :])
     operation.register_fake(lambda *args: fake(*args[:-1]))
+
+    def add_to_graph(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+        # torch.export keeps operations whole. Imported here because that takes long.
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        *arguments, backend = args
+        context = backends.traced(name, args[0].device.type, backend, arguments)
+        if context is None or custom_triton_ops_decomposition_disabled():  # type: ignore[no-untyped-call]
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode, context:
+            return run(*args)
+
+    operation.register_torch_dispatch(FunctionalTensorMode, add_to_graph)
     return operation
 
 

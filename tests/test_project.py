@@ -171,8 +171,68 @@ def test_masked_rows_are_left_out(target: Target) -> None:
     expected = [x.cpu() for x in expected]
     z[~mask] = float("nan")
     found = F.project(z.to(device), codebook.to(device), mask=mask.to(device), backend=target.backend)
+    # Not the index alone: a codeword is the end of one segment and the beginning of the next.
+    place = (found.indices.double() + found.t).cpu()[mask]
+    torch.testing.assert_close(place, (expected.indices.double() + expected.t)[mask], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.points.cpu()[mask], expected.points[mask], rtol=1e-5, atol=1e-6)
     for got, wanted, outside in zip(found, expected, (float("nan"), -1, 0), strict=True):
-        torch.testing.assert_close(got.cpu()[mask], wanted[mask], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
             got.cpu()[~mask], torch.full_like(wanted[~mask], outside), equal_nan=True, rtol=0, atol=0
         )
+
+
+@on_every_target
+@pytest.mark.parametrize("codewords", [2, 32, 33, 34, 65, 66])
+def test_every_segment_is_found(target: Target, codewords: int) -> None:
+    """Also the first and last of a tile, and those that end where the next tile begins."""
+    gen = generator()
+    codebook = 100 * torch.randn(codewords, 24, generator=gen)
+    t = 0.1 + 0.8 * torch.rand(codewords - 1, 1, generator=gen)
+    z = (1 - t) * codebook[:-1] + t * codebook[1:] + torch.randn(codewords - 1, 24, generator=gen)
+    found = check(target, z, codebook)
+    assert torch.equal(found.indices.cpu(), torch.arange(codewords - 1))
+    bad = 1 + codewords // 2
+    if 2 < bad < codewords - 2:  # the curve breaks there: the segment before ends, and has no next one to leave rows to
+        z[bad - 2] = codebook[bad - 1] + 0.3 * (codebook[bad - 1] - codebook[bad - 2])
+        codebook[bad] = float("nan")
+        found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+        assert found.indices[bad - 2] == bad - 2 and found.t[bad - 2] == 1
+        torch.testing.assert_close(found.points[bad - 2].cpu(), codebook[bad - 1])
+
+
+@on_every_target
+@pytest.mark.parametrize("case", ["far from 0", "outliers", "far and outliers", "one far row", "clusters"])
+def test_no_digits_are_lost_far_away(target: Target, case: str) -> None:
+    """The rounding of differences, not of coordinates: relative to how far a row is from an end of its segment."""
+    gen = generator()
+    z, codebook = torch.randn(150, 8, generator=gen), torch.randn(70, 8, generator=gen)
+    if "far" in case and case != "one far row":
+        z, codebook = z + 1e4, codebook + 1e4
+    if "outliers" in case:
+        codebook[torch.tensor([0, 31, 32, 50])] = 1e7 * torch.randn(4, 8, generator=gen)
+    if case == "one far row":
+        z[5] = 1e6
+    if case == "clusters":
+        offset = torch.tensor([0.0, 1e4])[torch.randint(2, (70, 1), generator=gen)]
+        z, codebook = z + offset[torch.randint(70, (150,), generator=gen)], codebook + offset
+    found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    rows, words, distances = f64(z), f64(codebook), polyline_sqdist(z, codebook)
+    to_words = (rows[:, None] - words).norm(dim=-1)
+    to_ends = torch.minimum(to_words[:, :-1], to_words[:, 1:])
+    chosen, best = found.indices.cpu(), distances.argmin(1)
+    reach = torch.maximum(to_ends.gather(1, chosen[:, None]), to_ends.gather(1, best[:, None]))[:, 0]
+    least, picked = (distances.gather(1, i[:, None])[:, 0] for i in (best, chosen))
+    rounding = eps(torch.float32)
+    assert (picked - least <= 16 * rounding * reach * (least.sqrt() + rounding * reach)).all()
+
+
+@on_every_target
+def test_crowds_of_equally_near_segments(target: Target) -> None:
+    gen = generator()
+    back_and_forth = torch.tensor([0.0, 1.0, -1.0, 2.0, -2.0, 1.5]).repeat(12)[:, None] * torch.tensor([1.0, 2.0, -1.0])
+    check(target, torch.randn(60, 3, generator=gen), back_and_forth)
+    pair = torch.randn(2, 40, generator=gen)
+    z = torch.randn(60, 40, generator=gen)
+    found = check(target, z, pair.repeat(25, 1))
+    expected = on_segment(f64(z), f64(pair), torch.zeros(60, dtype=torch.int64))[0]
+    torch.testing.assert_close(f64(found.points), expected, rtol=1e-5, atol=1e-5)

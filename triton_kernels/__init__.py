@@ -4,10 +4,18 @@ Each function takes the arguments of the dispatcher op of its name without ``bac
 core serves, go to the reference. On CPU the kernels run only in Triton's interpreter, for tests.
 """
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
 from diveq_kernels.triton_kernels.composite import product, product_backward, residual, residual_backward
 from diveq_kernels.triton_kernels.distance import nearest_backward
 from diveq_kernels.triton_kernels.diveq import diveq, diveq_backward
-from diveq_kernels.triton_kernels.launch import INTERPRETED
+from diveq_kernels.triton_kernels.launch import INTERPRETED, in_graph
+from diveq_kernels.triton_kernels.project import project
+from diveq_kernels.triton_kernels.project_backward import project_backward
 from diveq_kernels.triton_kernels.search import nearest
 from diveq_kernels.triton_kernels.sf_diveq import sf_diveq, sf_diveq_backward
 
@@ -18,10 +26,13 @@ __all__ = [
     "nearest_backward",
     "product",
     "product_backward",
+    "project",
+    "project_backward",
     "residual",
     "residual_backward",
     "sf_diveq",
     "sf_diveq_backward",
+    "traced",
     "why_unusable",
 ]
 
@@ -31,3 +42,13 @@ def why_unusable(device_type: str) -> str | None:
     if device_type == "cpu" and not INTERPRETED:
         return "on cpu tensors Triton runs only in its interpreter (TRITON_INTERPRET=1), which is for tests"
     return None
+
+
+def traced(op: str, arguments: Sequence[Any]) -> AbstractContextManager[None] | None:
+    """Where to run an operation so that a graph being traced receives its kernels; None where it has none to show.
+
+    Those are the cases that a launcher leaves to the reference, whose loops over rows no graph should unroll.
+    """
+    wide = any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in arguments)
+    unordered = op in ("residual_backward", "product_backward") and torch.are_deterministic_algorithms_enabled()
+    return None if INTERPRETED or wide or unordered else in_graph()

@@ -7,6 +7,8 @@ columns, ẑ their concatenation. p is the nearest codeword, or in the SF forms 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,15 @@ from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
-from diveq_kernels.triton_kernels.rows import deliver, load_rows, output_like, row_starts, rows_of, store_rows
+from diveq_kernels.triton_kernels.rows import (
+    count_uses,
+    deliver,
+    load_rows,
+    output_like,
+    row_starts,
+    rows_of,
+    store_rows,
+)
 from diveq_kernels.triton_kernels.search import Search, nearest_codeword
 
 _PROGRAMS = 2048  # more than any GPU runs at once; each has a tile of residuals
@@ -110,7 +120,7 @@ def composite_kernel(
                 )  # fmt: skip
             chosen = tl.where(live, j, -1)
             tl.store(indices + s * rows + n, chosen, mask=inside)
-            tl.atomic_add(counts + s * codewords + j, 1, mask=live, sem="relaxed")
+            count_uses(counts + s * codewords, indices + s * rows + n, live)
             if GROUP == 0:
                 tl.debug_barrier()  # all have read the residual before it changes
                 for first in range(0, PADDED_D, BLOCK_D):
@@ -235,7 +245,7 @@ def _forward(
     z_q, written = output_like(z)
     indices = torch.empty((stages, *z.shape[:-1]), dtype=torch.int32, device=z.device)
     counts = torch.zeros((stages, codewords), dtype=torch.int32, device=z.device)
-    rows = z.shape[:-1].numel()
+    rows = math.prod(z.shape[:-1])
     if rows:
         dither = None if dither is None else dither.contiguous()
         # The residual is fp32 whatever z is.
@@ -269,7 +279,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
     total = torch.zeros(codebooks.shape if need_codebook else (0,), dtype=torch.float32, device=z.device)
-    rows, dim = z.shape[:-1].numel(), z.shape[-1]
+    rows, dim = math.prod(z.shape[:-1]), z.shape[-1]
     if rows:
         tile = configuration("backward", dim, z.device)
         dither = None if dither is None else dither.contiguous()

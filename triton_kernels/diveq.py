@@ -16,6 +16,7 @@ from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, e
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.rows import (
+    count_uses,
     deliver,
     load_rows,
     load_targets,
@@ -47,7 +48,7 @@ def diveq_kernel(
         PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     tl.store(indices + n, tl.where(kept, index, -1), mask=inside)
-    tl.atomic_add(counts + index, 1, mask=kept, sem="relaxed")
+    count_uses(counts, indices + n, kept)
 
     of_d = tl.zeros((BLOCK_N,), tl.float32)
     of_sum = tl.zeros((BLOCK_N,), tl.float32)

@@ -47,6 +47,19 @@ def add_pull(grad_codebook, index, a, pull, first, D: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
+def run_of(ends, segment, segments, rows):
+    """Where in the sorted rows those that chose a segment begin and end; an empty run where there is no such segment.
+
+    ``ends`` counts rows with an index, which the sort puts behind those without.
+    """
+    real = (segment >= 0) & (segment < segments)
+    skipped = rows - tl.load(ends + segments - 1)
+    start = tl.load(ends + segment - 1, mask=real & (segment > 0), other=0)
+    stop = tl.load(ends + segment, mask=real, other=0)
+    return tl.where(real, start, stop) + skipped, stop + skipped
+
+
+@triton.jit
 def segment_kernel(
     z, inner, outer_stride, inner_stride, step, codebook, code_stride, code_step,
     order, ends, weights, grad_codebook, segments, rows,
@@ -60,21 +73,23 @@ def segment_kernel(
     total = tl.zeros((BLOCK_D,), tl.float32)
     for end in tl.static_range(ENDS):
         segment = j - end  # codeword j begins segment j and ends segment j − 1
-        real = (segment >= 0) & (segment < segments)
-        start = tl.load(ends + segment - 1, mask=real & (segment > 0), other=0)
-        # `ends` counts rows with an index, which the sort puts behind those without: begin past these.
-        skipped = rows - tl.load(ends + segments - 1)
-        stop = tl.load(ends + segment, mask=real, other=0)
-        start = tl.where(real, start, stop)
-        for position in tl.range(start + skipped, stop + skipped, BLOCK_N):
+        start, stop = run_of(ends, segment, segments, rows)
+        for position in tl.range(start, stop, BLOCK_N):
             at = position + tl.arange(0, BLOCK_N)
-            live = at < stop + skipped
+            live = at < stop
             n = tl.load(order + at, mask=live, other=0)
             a = tl.load(weights + end * rows + n, mask=live, other=0.0)
             x = load_rows(z, row_starts(n, inner, outer_stride, inner_stride), step, live, first, D, BLOCK_D)
             pull = a[:, None] * (c.to(tl.float32)[None, :] - x)
             total += tl.sum(tl.where((a == 0.0)[:, None], 0.0, pull), axis=0)
     tl.store(grad_codebook + j.to(tl.int64) * D + k, total, mask=k < D)
+
+
+def sorted_rows(indices: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+    """(row numbers in the order of their indices, how many rows with an index chose a segment up to each)."""
+    found, order = indices.reshape(-1).sort(stable=True)
+    bounds = torch.arange(segments, device=indices.device, dtype=found.dtype)
+    return order, torch.searchsorted(found, bounds, right=True) - torch.searchsorted(found, bounds[:1])
 
 
 class CodebookGradient:
@@ -107,10 +122,7 @@ class CodebookGradient:
         if indices.numel():
             codewords, dim = codebook.shape
             segments = codewords - (self._ends - 1)
-            found, order = indices.reshape(-1).sort(stable=True)
-            # How many rows chose a segment up to each: the place where each segment's run of sorted rows ends.
-            bounds = torch.arange(segments, device=codebook.device, dtype=found.dtype)
-            ends = torch.searchsorted(found, bounds, right=True) - torch.searchsorted(found, bounds[:1])
+            order, ends = sorted_rows(indices, segments)
             tile = configuration("segments", dim, codebook.device)
             launch(
                 segment_kernel, (codewords, triton.cdiv(dim, tile["BLOCK_D"])), codebook.device,

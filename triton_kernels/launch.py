@@ -6,6 +6,8 @@ import contextlib
 import functools
 import json
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 _CONFIGS = Path(__file__).parent / "configs"
+_in_graph = ContextVar("in_graph", default=False)
 
 
 @functools.cache
@@ -37,7 +40,20 @@ def configuration(kind: str, dim: int, device: torch.device) -> dict[str, int]:
     raise AssertionError(f"the last entry of {kind!r} must hold every dim")
 
 
+@contextlib.contextmanager
+def in_graph() -> Iterator[None]:
+    """Within it, launches become nodes of the graph that is being traced, which Inductor compiles with the rest."""
+    token = _in_graph.set(True)
+    try:
+        yield
+    finally:
+        _in_graph.reset(token)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the current stream of the device that holds its tensors."""
+    if _in_graph.get():  # what runs the graph sees to device and stream
+        torch.library.wrap_triton(kernel)[grid](*arguments, **options)
+        return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*arguments, **options)

@@ -84,7 +84,7 @@ def pack_kernel(
         tl.store(points + at[:, None] * PADDED_D + k[None, :], value)
 
 
-def _centre_of(codebooks: Tensor, padded_dim: int) -> Tensor:
+def centre_of(codebooks: Tensor, padded_dim: int) -> Tensor:
     """Median of some codewords, which a single diverged one cannot drag away: [S, D'], 0 past D.
 
     Sorted, because ``median`` refuses to run on CUDA under deterministic algorithms. Any value is right; a good one
@@ -117,7 +117,7 @@ def pack(codebooks: Tensor, dither: Tensor | None, product: str, slack: float, t
         torch.empty((stages, padded_count, padded_dim), dtype=dtype, device=device),
         torch.empty((stages, padded_count), dtype=torch.float32, device=device),
         torch.empty((stages, padded_count), dtype=torch.float32, device=device),
-        _centre_of(codebooks, padded_dim),
+        centre_of(codebooks, padded_dim),
         padded_count,
     )
     tile = configuration("pack", dim, device)

@@ -90,3 +90,14 @@ def load_targets(codebook, code_stride, code_step, dither, j, first, D: tl.const
         end = load_rows(codebook, starts + code_stride, code_step, everywhere, first, D, BLOCK)
         point = (1.0 - weight) * point + weight * end
     return point
+
+
+@triton.jit
+def count_uses(counts, indices, kept):
+    """Add rows' indices, just stored at the pointers ``indices`` [BN], to the histogram, where ``kept``.
+
+    They are read back because of ``torch.compile``: it follows a pointer's offset to the tensors that it was computed
+    from, up to the last load, and takes all of these for written, to be copied.
+    """
+    tl.debug_barrier()
+    tl.atomic_add(counts + tl.load(indices, mask=kept, other=0), 1, mask=kept, sem="relaxed")

@@ -6,6 +6,8 @@ Backward in one pass over the rows, as for DiVeQ, weighted (1−λ_i) and λ_i.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, e
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.rows import (
+    count_uses,
     deliver,
     load_rows,
     load_targets,
@@ -66,7 +69,7 @@ def sf_diveq_kernel(
         PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     tl.store(indices + n, tl.where(kept, i, -1), mask=inside)
-    tl.atomic_add(counts + i, 1, mask=kept, sem="relaxed")
+    count_uses(counts, indices + n, kept)
 
     m1, scale1 = _lengths(
         z, starts, step, inside, codebook, code_stride, code_step, i, seed, noise_std, n, 0,
@@ -94,7 +97,7 @@ def sf_diveq_kernel(
 
 def _second_offset(z: Tensor) -> int:
     """Noise offset of the second direction: past all counters of the first."""
-    return z.shape[:-1].numel() * -(-z.shape[-1] // 4)
+    return math.prod(z.shape[:-1]) * -(-z.shape[-1] // 4)
 
 
 def sf_diveq(

@@ -1,0 +1,71 @@
+"""Gradients of the curve projection against float64 autograd of the definition, on the segments a backend chose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ALL_DTYPES, Target, eps, generator, on_every_target
+from oracle import f64, on_segment
+from torch import Tensor
+
+import diveq_kernels.functional as F
+
+
+def gradients(target: Target, z: Tensor, codebook: Tensor, g: Tensor, h: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """[segment indices, dz, dC] on a backend, with g arriving at the points and h at t."""
+    leaves = [x.to(target.device).requires_grad_() for x in (z, codebook)]
+    where = None if mask is None else mask.to(target.device)
+    found = F.project(*leaves, mask=where, backend=target.backend)
+    incoming = [g.to(target.device), h.to(found.t)]
+    return [found.indices.cpu(), *torch.autograd.grad((found.points, found.t), leaves, incoming)]
+
+
+def by_definition(z: Tensor, codebook: Tensor, g: Tensor, h: Tensor, indices: Tensor) -> list[Tensor]:
+    """[dz, dC, scale of dz, scale of dC]: in float64, and what rounding may be relative to."""
+    z, codebook = f64(z).requires_grad_(), f64(codebook).requires_grad_()
+    kept = indices >= 0
+    points, t = on_segment(z, codebook, indices.clamp_min(0))
+    out = [torch.where(kept[:, None], points, z), torch.where(kept, t, 0.0)]
+    exact = torch.autograd.grad(out, (z, codebook), [f64(g), f64(h)])
+    ends = codebook.detach()[indices.clamp_min(0)], codebook.detach()[indices.clamp_min(0) + 1]
+    length = (ends[1] - ends[0]).norm(dim=-1).clamp_min(1e-300)
+    arriving = f64(g).norm(dim=-1) + f64(h).abs() / length
+    reach = 1 + (z.detach().norm(dim=-1) + ends[0].norm(dim=-1) + ends[1].norm(dim=-1)) / length
+    of_rows = (arriving * reach)[:, None].expand_as(z)
+    of_books = torch.zeros_like(codebook.detach())
+    for shift in (0, 1):
+        of_books.index_add_(0, indices.clamp_min(0) + shift, of_rows * kept[:, None])
+    return [*exact, of_rows, of_books]
+
+
+@on_every_target
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "codewords", "dim"), [(300, 9, 10), (70, 40, 3), (33, 2, 33), (9, 40, 130)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_values(
+    target: Target, rows: int, codewords: int, dim: int, dtype: torch.dtype, deterministic: bool
+) -> None:
+    gen = generator()
+    codebook = torch.randn(codewords, dim, generator=gen)
+    codebook[:, 0] += 2 * torch.arange(codewords)  # so that rows lie before, on and after the curve's segments
+    z = codebook[torch.randint(codewords, (rows,), generator=gen)] + torch.randn(rows, dim, generator=gen)
+    g, h = torch.randn(rows, dim, generator=gen).to(dtype), torch.randn(rows, generator=gen)
+    z, codebook = z.to(dtype), codebook.to(dtype)
+    mask = torch.rand(rows, generator=gen) < 0.8 if rows > 9 else None
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        indices, *found = gradients(target, z, codebook, g, h, mask)
+        again = gradients(target, z, codebook, g, h, mask)[1:]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    dz, dc, of_rows, of_books = by_definition(z, codebook, g, h, indices)
+    _, t = on_segment(f64(z), f64(codebook), indices.clamp_min(0))
+    assert ((t > 0) & (t < 1)).any() and (rows < 10 or ((t == 0) | (t == 1)).any())
+    for name, ours, exact, scale in (("dz", found[0], dz, of_rows), ("dC", found[1], dc, of_books)):
+        error = (f64(ours) - exact).abs()
+        bound = 1.01 * eps(dtype) * exact.abs() + 32 * eps(wide) * scale + 1e-30
+        assert (error <= bound).all(), (name, float((error / bound).max()))
+    if deterministic or target.device == "cpu":
+        for first, second in zip(found, again, strict=True):
+            assert torch.equal(first, second)

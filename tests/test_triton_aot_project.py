@@ -1,0 +1,84 @@
+"""The projection's kernels in every tuned configuration: compiled for GPUs that need not be there, and counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from triton_aot import SHARED_LIMIT, Launch, compile_for, launches_of  # noqa: E402
+from triton_sass import instructions_per_pair  # noqa: E402
+
+from diveq_kernels import triton_kernels  # noqa: E402
+
+ROWS, CODEWORDS = 65536, 8193
+ARCHITECTURES = (80, 90, 100)
+HOW = {"tf32x3": ("exact", torch.float32), "tf32": ("fast", torch.float32), "bf16": ("fast", torch.bfloat16)}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def configurations() -> Iterator[tuple[int, str, int]]:
+    """(architecture, product, D) for each entry of the tables, D the largest it is for, within reason."""
+    for architecture in ARCHITECTURES:
+        path = Path(triton_kernels.__file__).parent / "configs" / f"sm_{architecture}.json"
+        for kind, entries in json.loads(path.read_text(encoding="utf-8")).items():
+            if kind.removeprefix("project_") in HOW:
+                for entry in entries:
+                    yield architecture, kind.removeprefix("project_"), min(entry["max_dim"], 200)
+
+
+def forward(dim: int, precision: str, dtype: torch.dtype, architecture: int) -> list[Launch]:
+    z, codebook = meta(ROWS, dim, dtype=dtype), meta(CODEWORDS, dim)
+    return launches_of(lambda: triton_kernels.project(z, codebook, None, precision), architecture)
+
+
+def check_fits(launches: list[Launch], architecture: int) -> None:
+    for launch in launches:
+        kernel = compile_for(launch, architecture)
+        assert kernel.spilled == 0, (kernel.name, kernel.registers, kernel.spilled)
+        assert kernel.shared <= SHARED_LIMIT[architecture], (kernel.name, kernel.shared)
+        multiplies = any(name in kernel.ptx for name in ("mma.sync", "wgmma.", "tcgen05."))
+        assert multiplies == (kernel.name == "project_kernel"), kernel.name
+
+
+@pytest.mark.parametrize(("architecture", "product", "dim"), configurations())
+def test_forward_compiles_without_spills(architecture: int, product: str, dim: int) -> None:
+    launches = forward(dim, *HOW[product], architecture)
+    assert [launch.kernel.__name__ for launch in launches] == ["curve_kernel", "project_kernel"]
+    check_fits(launches, architecture)
+
+
+def test_rows_shorter_than_a_step_compile_without_spills() -> None:
+    for precision, dtype in HOW.values():
+        check_fits(forward(5, precision, dtype, 90), 90)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_backward_compiles_without_spills(architecture: int, deterministic: bool) -> None:
+    for dim in (16, 100):  # one for each of its tiles
+        z, codebook, indices = meta(ROWS, dim), meta(CODEWORDS, dim), meta(ROWS, dtype=torch.int32)
+        arguments = (z, meta(ROWS), z, codebook, indices, True, True)
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            launches = launches_of(lambda a=arguments: triton_kernels.project_backward(*a), architecture)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert len(launches) == 1 + deterministic
+        check_fits(launches, architecture)
+
+
+def test_instructions_per_segment() -> None:
+    """The epilogue bounds small D, not the products: 11 instructions a segment on sm_90 at most."""
+    for precision, dtype in (HOW["bf16"],):
+        (count,) = filter(None, (instructions_per_pair(launch, 90) for launch in forward(64, precision, dtype, 90)))
+        assert count.per_pair <= 11.0, count

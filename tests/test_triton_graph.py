@@ -1,0 +1,133 @@
+"""``torch.compile`` sees the Triton kernels: on CUDA operations dissolve into them, nowhere else. Needs no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from fake_cuda import fake_cuda, rows_of_any_number, traced  # noqa: E402
+from triton.runtime.autotuner import Autotuner  # noqa: E402
+
+import diveq_kernels.functional as F  # noqa: E402, F401  (registers the operations)
+from diveq_kernels.triton_kernels import INTERPRETED  # noqa: E402
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton interprets: nothing is compiled")
+
+CODEWORDS, DIM = 48, 8
+KERNELS = {
+    "nearest": (["pack_kernel", "nearest_kernel"], ["nearest_backward_kernel"]),
+    "project": (["curve_kernel", "project_kernel"], ["project_backward_kernel"]),
+    "diveq": (["pack_kernel", "diveq_kernel"], ["diveq_backward_kernel"]),
+    "sf_diveq": (["pack_kernel", "sf_diveq_kernel"], ["sf_diveq_backward_kernel"]),
+    "residual": (["pack_kernel", "composite_kernel"], ["composite_backward_kernel"]),
+    "product": (["pack_kernel", "composite_kernel"], ["composite_backward_kernel"]),
+}
+WRITTEN = {"z_q", "points", "sqdist", "indices", "counts", "position", "bias", "length", "segments", "table"}
+WRITTEN |= {"residuals", "grad_z", "grad_codebook", "grad_codebooks", "weights"}
+
+
+def calls(name: str, mode: Any, dtype: torch.dtype, backend: str) -> list[tuple[Any, list[Tensor]]]:
+    """(function, tensors) forward and backward, for rows of any number."""
+    z = rows_of_any_number(mode, DIM, dtype)
+    mask = z.new_empty(z.shape[:-1], dtype=torch.bool)
+    shape = {"residual": (3, CODEWORDS, DIM), "product": (2, CODEWORDS, DIM // 2)}.get(name, (CODEWORDS, DIM))
+    books, seed = torch.empty(shape, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    of_rows = z.new_empty(z.shape[:-1], dtype=torch.float32)
+    indices = z.new_empty((*shape[:-2], *z.shape[:-1]), dtype=torch.int32)
+    dither = torch.empty((*shape[:-2], CODEWORDS - 1), device="cuda")
+    forward, backward = getattr(torch.ops.diveq, name), getattr(torch.ops.diveq, f"{name}_backward")
+    end = ("exact", backend)
+    gradients = (True, True, backend)
+    if name == "nearest":
+        return [
+            (lambda z, c, mask: forward(z, c, mask, *end), [z, books, mask]),
+            (lambda g, z, c, i: backward(g, z, c, i, *gradients), [of_rows, z, books, indices]),
+        ]
+    if name == "project":
+        return [
+            (lambda z, c, mask: forward(z, c, mask, *end), [z, books, mask]),
+            (lambda g, h, z, c, i: backward(g, h, z, c, i, *gradients), [z, of_rows, z, books, indices]),
+        ]
+    if name == "diveq":
+        return [
+            (lambda z, c, mask, seed: forward(z, c, mask, seed, 0.1, *end), [z, books, mask, seed]),
+            (lambda g, z, c, i, seed: backward(g, z, c, i, seed, 0.1, *gradients), [z, z, books, indices, seed]),
+        ]
+    active = (None,) if name == "residual" else ()
+    return [
+        (
+            lambda z, c, dither, mask, seed: forward(z, c, dither, *active, mask, seed, 0.1, *end),
+            [z, books, dither, mask, seed],
+        ),
+        (
+            lambda g, z, c, dither, i, seed: backward(g, z, c, dither, i, seed, 0.1, *gradients),
+            [z, z, books, dither, indices, seed],
+        ),
+    ]
+
+
+def launched(graph: torch.fx.GraphModule) -> tuple[list[str], set[str]]:
+    """(names of the kernels that a graph launches, what it believes that they write)."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    names, written = [], set()
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional:
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            names.append((kernel.fn if isinstance(kernel, Autotuner) else kernel).__name__)
+            written |= set(node.kwargs["tensors_to_clone"])
+    return names, written
+
+
+def opaque(graph: torch.fx.GraphModule) -> list[str]:
+    """The operations of this package that are left in a graph."""
+    targets = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return [target._schema.name for target in targets if target.namespace == "diveq"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["", "triton"])
+def test_kernels_are_in_the_graph(name: str, dtype: torch.dtype, backend: str) -> None:
+    with fake_cuda() as mode:
+        for (function, tensors), expected in zip(calls(name, mode, dtype, backend), KERNELS[name], strict=True):
+            graph, results = traced(function, *tensors)
+            names, written = launched(graph)
+            assert names == expected and not opaque(graph)
+            # A tensor that Inductor believes written is copied first: of inputs, that would be N x D.
+            assert written and written <= WRITTEN, written - WRITTEN
+            for found, fake in zip(results, function(*tensors), strict=True):
+                assert (found.dtype, found.device, found.stride()) == (fake.dtype, fake.device, fake.stride())
+        # One graph for all N: the symbol has not become a number.
+        assert not mode.shape_env.replacements, mode.shape_env.replacements
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("why", ["fp64", "reference", "cpu"])
+def test_other_cases_stay_one_operation(name: str, why: str) -> None:
+    """The reference's loops over rows are not for graphs."""
+    dtype = torch.float64 if why == "fp64" else torch.float32
+    with fake_cuda() as mode:
+        for function, tensors in calls(name, mode, dtype, "reference" if why == "reference" else ""):
+            if why == "cpu":
+                tensors = [torch.empty_like(x, device="cpu") for x in tensors]
+            graph, _ = traced(function, *tensors)
+            assert len(opaque(graph)) == 1 and not launched(graph)[0]
+
+
+def test_deterministic_gradients_of_composites_stay_one_operation() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with fake_cuda() as mode:
+            for name in ("residual", "product"):
+                graph, _ = traced(*(lambda call: (call[0], *call[1]))(calls(name, mode, torch.float32, "")[1]))
+                assert opaque(graph) == [f"diveq::{name}_backward"]
+            graph, _ = traced(*(lambda call: (call[0], *call[1]))(calls("project", mode, torch.float32, "")[1]))
+            assert launched(graph)[0] == ["project_backward_kernel", "project_segment_kernel"]
+    finally:
+        torch.use_deterministic_algorithms(False)

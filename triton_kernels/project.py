@@ -1,0 +1,297 @@
+"""Curve projection: the nearest point of c_0 → c_1 → … → c_{K−1}, over tiles of segments, running minima in registers.
+
+With a the end of a segment near the centre, d̂ its direction and E = (z − a)·d̂, two products give the squared distance
+
+    ‖z − a‖² + τ(τ − 2E),    τ = E clamped to the segment,
+
+less ‖z‖². N×K is never stored, and each thread keeps the least of each of its columns until the last tile.
+
+``exact`` is exact by a bound. With r = ‖a‖ + min(‖d‖, ‖z‖ + ‖a‖), which bounds ‖a‖ + |τ|, the error of a score is at
+most κ·r(2‖z‖ + r): the product with a moves it by 2κ‖z‖‖a‖, one with d̂ moves E by κ(‖z‖ + ‖a‖) and the score by at
+most 2|τ| times that, ‖d‖, where it ends the clamp, by as much again. So a score less that is a lower bound. Segments
+that may lie below the winner's upper bound are measured again, from z, c_j and c_{j+1} as they are, by differences from
+the end that is nearer to z: if they are two, those; if more, all in a second pass over the curve. A row beyond the end
+of a segment is as near to the next, so such segments are passed over: codewords do not count twice.
+
+κ = (3D + 64)·2⁻²⁴: 2D for D accumulations in fp32, truncated rather than rounded on tensor cores; D for the sums in
+‖d‖, ‖v‖ and a·v; the rest for the three TF32 products, the centring and the last steps. It is derived; no GPU has
+confirmed it yet. ``fast`` takes the least of the scores as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diveq_kernels import reference
+from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels.triton_kernels.curve import HIGH, LEAVE, LOW, SCALE, SHIFT, SQUARE, pack_curve
+from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
+from diveq_kernels.triton_kernels.pack import round_for_product
+from diveq_kernels.triton_kernels.rows import (
+    deliver,
+    load_rows,
+    load_targets,
+    output_like,
+    row_starts,
+    rows_of,
+    store_rows,
+)
+from diveq_kernels.triton_kernels.search import product_for
+
+_STEP = tl.constexpr(16)  # columns at a time where rows are measured: more would need registers that the search holds
+
+
+@triton.jit
+def _centred_rows(z, starts, step, live, centre, first, PRODUCT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    x = load_rows(z, starts, step, live, first, D, BLOCK_D)
+    return round_for_product(x - tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :], PRODUCT)
+
+
+@triton.jit
+def _reach(square, length, longest):
+    """r of the bound, from ‖a‖² and ‖d‖ of segments and the length of the longest row."""
+    of_a = tl.where(square < float("inf"), tl.sqrt(square), 0.0)
+    return of_a + tl.minimum(length, longest + of_a)
+
+
+@triton.jit
+def _scores(
+    x, z, starts, step, live, norm, longest, centre, segments, table, count, slack, first,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Lower bounds on ‖z − p_j‖² − ‖z‖² (``fast``: the values) for BLOCK_K segments: [BLOCK_N, BLOCK_K]."""
+    row = tl.arange(0, 2 * BLOCK_K)  # near ends, then directions
+    both = tl.zeros((BLOCK_N, 2 * BLOCK_K), tl.float32)
+    tile = segments + tl.full((), first, tl.int64) * (2 * PADDED_D)
+    for begin in range(0, PADDED_D, BLOCK_D):
+        if PADDED_D > BLOCK_D:
+            x = _centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, BLOCK_D)
+        c = tl.load(tile + row[:, None] * PADDED_D + (begin + tl.arange(0, BLOCK_D))[None, :])
+        if PRODUCT == "bf16":
+            left = x if UPCAST else x.to(tl.bfloat16)
+            both = tl.dot(left, tl.trans(c), both)
+        else:
+            both = tl.dot(x, tl.trans(c), both, input_precision=PRODUCT)
+    to_near, along = tl.split(tl.permute(tl.reshape(both, (BLOCK_N, 2, BLOCK_K)), (0, 2, 1)))
+    column = tl.arange(0, BLOCK_K)
+    numbers = table + first
+    low = tl.load(numbers + LOW * count + column)
+    high = tl.load(numbers + HIGH * count + column)
+    square = tl.load(numbers + SQUARE * count + column)
+    along = along * tl.load(numbers + SCALE * count + column)[None, :]
+    along += tl.load(numbers + SHIFT * count + column)[None, :]  # E
+    tau = tl.minimum(tl.maximum(along, low[None, :]), high[None, :])
+    if EXACT:
+        reach = _reach(square, high - low, longest)
+        square -= slack * reach * reach
+    score = (square[None, :] - 2.0 * to_near) + tau * (tau - 2.0 * along)
+    if EXACT:
+        score -= (2.0 * slack * norm)[:, None] * reach[None, :]
+        leave = tl.load(numbers + LEAVE * count + column) + 2.0 * slack * (longest + reach)
+        score = tl.where(along > leave[None, :], float("inf"), score)
+    return score
+
+
+@triton.jit
+def position_on(
+    z, starts, step, live, codebook, code_stride, code_step, j,
+    D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where on segments j rows project: (share of d from one end, which end: 0 start or 1 end), and ‖d‖².
+
+    The end is the one nearer to z: from one far away, the digits of the other would be lost.
+    """
+    from_start = tl.zeros((BLOCK_N,), tl.float32)
+    from_end = tl.zeros((BLOCK_N,), tl.float32)
+    along_start = tl.zeros((BLOCK_N,), tl.float32)
+    along_end = tl.zeros((BLOCK_N,), tl.float32)
+    square = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, D, _STEP):
+        x = load_rows(z, starts, step, live, first, D, _STEP)
+        s = load_targets(codebook, code_stride, code_step, None, j, first, D, _STEP)
+        e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, _STEP)
+        from_start += tl.sum((x - s) * (x - s), axis=1)
+        from_end += tl.sum((x - e) * (x - e), axis=1)
+        along_start += tl.sum((x - s) * (e - s), axis=1)
+        along_end += tl.sum((x - e) * (e - s), axis=1)
+        square += tl.sum((e - s) * (e - s), axis=1)
+    base = tl.where(from_start <= from_end, 0.0, 1.0)
+    share = tl.where(from_start <= from_end, along_start, along_end) / tl.where(square > 0.0, square, 1.0)
+    return tl.minimum(tl.maximum(share, -base), 1.0 - base), base, square
+
+
+@triton.jit
+def _distance(
+    z, starts, step, live, codebook, code_stride, code_step, j,
+    D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Squared distance of rows to segments j, by differences."""
+    share, base, _ = position_on(
+        z, starts, step, live, codebook, code_stride, code_step, j, D, BLOCK_N
+    )  # fmt: skip
+    distance = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, D, _STEP):
+        s = load_targets(codebook, code_stride, code_step, None, j, first, D, _STEP)
+        e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, _STEP)
+        end = tl.where(base[:, None] == 0.0, s, e)
+        rest = (load_rows(z, starts, step, live, first, D, _STEP) - end) - share[:, None] * (e - s)
+        distance += tl.sum(rest * rest, axis=1)
+    return distance
+
+
+@triton.jit
+def _nearer(
+    nearest, index, z, starts, step, wanted, codebook, code_stride, code_step, table, count, j,
+    D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(distance, index) after segments j have been measured in the rows that want it; ties to the lower index."""
+    real = wanted & (tl.load(table + SQUARE * count + j, mask=wanted, other=float("inf")) < float("inf"))
+    distance = _distance(
+        z, starts, step, real, codebook, code_stride, code_step, tl.where(real, j, 0), D, BLOCK_N
+    )  # fmt: skip
+    closer = real & ((distance < nearest) | ((distance == nearest) & (j < index)))
+    return tl.where(closer, distance, nearest), tl.where(closer, j, index)
+
+
+@triton.jit
+def _nearest_segment(
+    z, starts, step, live, codebook, code_stride, code_step, centre, segments, table, count, slack,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(index of the nearest segment, whether there is one) for rows [BLOCK_N]; 0 for rows that are not finite."""
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    x = _centred_rows(z, starts, step, live, centre, 0, PRODUCT, D, BLOCK_D)
+    for begin in range(0, PADDED_D, BLOCK_D):
+        if PADDED_D > BLOCK_D:
+            x = _centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, BLOCK_D)
+        squares += tl.sum(x * x, axis=1)
+    live = live & (squares < float("inf"))  # false for NaN as well
+    if PADDED_D == BLOCK_D:
+        x = tl.where(live[:, None], x, 0.0)
+    norm = tl.where(live, tl.sqrt(squares), 0.0)
+    longest = tl.max(norm, axis=0)
+
+    # By pairs of segments: the least score of each place in a tile, the tile that it is from, the least of the rest.
+    PAIRS: tl.constexpr = BLOCK_K // 2
+    least = tl.full((BLOCK_N, PAIRS), float("inf"), tl.float32)
+    others = tl.full((BLOCK_N, PAIRS), float("inf"), tl.float32)
+    tile = tl.zeros((BLOCK_N, PAIRS), tl.int32)
+    for first in tl.range(0, count, BLOCK_K):
+        score = _scores(
+            x, z, starts, step, live, norm, longest, centre, segments, table, count, slack, first,
+            PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        score = tl.min(tl.reshape(score, (BLOCK_N, PAIRS, 2)), axis=2)
+        if EXACT:
+            others = tl.minimum(others, tl.maximum(score, least))
+        tile = tl.where(score < least, first, tile)
+        least = tl.minimum(least, score)
+
+    pair = tile + 2 * tl.arange(0, PAIRS)[None, :]  # its first segment
+    best = tl.min(least, axis=1)
+    winner = tl.min(tl.where(least == best[:, None], pair, count - 2), axis=1)
+    index = tl.full((BLOCK_N,), 0, tl.int32)
+    nearest = tl.full((BLOCK_N,), float("inf"), tl.float32)
+    for member in tl.static_range(2):
+        nearest, index = _nearer(
+            nearest, index, z, starts, step, live, codebook, code_stride, code_step, table, count, winner + member,
+            D, BLOCK_N,
+        )  # fmt: skip
+    if EXACT:
+        reach = tl.zeros((BLOCK_N,), tl.float32)
+        for member in tl.static_range(2):
+            at = table + winner + member
+            length = tl.load(at + HIGH * count) - tl.load(at + LOW * count)
+            reach = tl.maximum(reach, _reach(tl.load(at + SQUARE * count), length, longest))
+        upper = best + 2.0 * slack * reach * (2.0 * norm + reach)
+        least = tl.where(pair == winner[:, None], float("inf"), least)
+        second = tl.min(least, axis=1)
+        rival = tl.min(tl.where(least == second[:, None], pair, count - 2), axis=1)
+        third = tl.min(tl.minimum(tl.where(pair == rival[:, None], float("inf"), least), others), axis=1)
+        close = live & (second <= upper) & (second < float("inf"))
+        crowded = live & (third <= upper) & (third < float("inf"))
+        if tl.max(close.to(tl.int32), axis=0) > 0:
+            for member in tl.static_range(2):
+                nearest, index = _nearer(
+                    nearest, index, z, starts, step, close, codebook, code_stride, code_step, table, count,
+                    rival + member, D, BLOCK_N,
+                )  # fmt: skip
+        if tl.max(crowded.to(tl.int32), axis=0) > 0:
+            limit = tl.where(crowded, upper, float("-inf"))
+            for first in tl.range(0, count, BLOCK_K):
+                score = _scores(
+                    x, z, starts, step, live, norm, longest, centre, segments, table, count, slack, first,
+                    PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+                )  # fmt: skip
+                candidate = tl.where(score <= limit[:, None], first + tl.arange(0, BLOCK_K)[None, :], count)
+                j = tl.min(candidate, axis=1)
+                while tl.min(j, axis=0) < count:
+                    nearest, index = _nearer(
+                        nearest, index, z, starts, step, j < count, codebook, code_stride, code_step, table, count, j,
+                        D, BLOCK_N,
+                    )  # fmt: skip
+                    candidate = tl.where(candidate == j[:, None], count, candidate)
+                    j = tl.min(candidate, axis=1)
+    return index, nearest < float("inf")
+
+
+@triton.jit
+def project_kernel(
+    z, inner, outer_stride, inner_stride, step, rows, mask, codebook, code_stride, code_step,
+    centre, segments, table, count, slack,
+    points, p_inner, p_outer_stride, p_inner_stride, p_step, indices, position,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Points, segment indices and t for BLOCK_N rows."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < rows
+    kept = inside
+    if mask is not None:
+        kept = kept & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
+    starts = row_starts(n, inner, outer_stride, inner_stride)
+    j, found = _nearest_segment(
+        z, starts, step, kept, codebook, code_stride, code_step, centre, segments, table, count, slack,
+        PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+    share, base, _ = position_on(
+        z, starts, step, found, codebook, code_stride, code_step, j, D, BLOCK_N
+    )  # fmt: skip
+    t = tl.where(found, base + share, float("nan"))
+    tl.store(indices + n, tl.where(kept, j, -1), mask=inside)
+    tl.store(position + n, tl.where(kept, t, 0.0), mask=inside)
+    p_starts = row_starts(n, p_inner, p_outer_stride, p_inner_stride)
+    for first in range(0, D, _STEP):
+        s = load_targets(codebook, code_stride, code_step, None, j, first, D, _STEP)
+        e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, _STEP)
+        point = (1.0 - t)[:, None] * s + t[:, None] * e
+        x = load_rows(z, starts, step, inside & (kept == 0), first, D, _STEP)
+        store_rows(points, p_starts, p_step, inside, first, tl.where(kept[:, None], point, x), D, _STEP)
+
+
+def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(points, segment indices, t): points = (1−t)c_j + t c_{j+1}; in rows left out z, −1 and 0."""
+    if compute_dtype(z, codebook) == torch.float64:
+        return reference.project(z, codebook, mask, precision)
+    points, written = output_like(z)
+    indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
+    position = torch.empty(z.shape[:-1], dtype=torch.float32, device=z.device)
+    rows, dim = indices.numel(), z.shape[-1]
+    if rows:
+        product = product_for(z, precision)
+        tiles = configuration(f"project_{product}", dim, z.device)
+        curve = pack_curve(codebook, product, tiles)
+        launch(
+            project_kernel, (triton.cdiv(rows, tiles["BLOCK_N"]),), z.device,
+            *rows_of(z), rows, None if mask is None else mask.contiguous(), codebook, *codebook.stride(),
+            curve.centre, curve.segments, curve.table, curve.table.shape[1], (3 * dim + 64) * 2.0**-24,
+            *written, indices, position,
+            PRODUCT=product, EXACT=precision == "exact", UPCAST=INTERPRETED, D=dim,
+            PADDED_D=curve.segments.shape[-1], **tiles,
+        )  # fmt: skip
+    return deliver(points, written), indices, position

@@ -1,0 +1,156 @@
+"""Gradient of the curve projection in one pass over the rows, the segment held fixed.
+
+With w = z − c_j, d = c_{j+1} − c_j and θ = (∂L/∂t + g·d)/‖d‖², which is 0 where t does not move (at the ends, and on
+segments without length):
+
+    ∂L/∂z = θ·d,     ∂L/∂c_j += (1−t)g − θ(w + (1−2t)d),     ∂L/∂c_{j+1} += t·g + θ(w − 2t·d)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diveq_kernels import reference
+from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels.triton_kernels.gradients import run_of, sorted_rows
+from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.project import position_on
+from diveq_kernels.triton_kernels.rows import (
+    deliver,
+    load_rows,
+    load_targets,
+    output_like,
+    row_starts,
+    rows_of,
+    store_rows,
+)
+
+
+@triton.jit
+def _add(grad_codebook, j, adds, pull, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Add rows' contributions to codewords j, with atomics."""
+    k = first + tl.arange(0, BLOCK_D)
+    at = j.to(tl.int64)[:, None] * D + k[None, :]
+    tl.atomic_add(grad_codebook + at, pull, mask=adds[:, None] & (k < D)[None, :], sem="relaxed")
+
+
+@triton.jit
+def project_backward_kernel(
+    grad, g_inner, g_outer_stride, g_inner_stride, g_step, grad_t, z, inner, outer_stride, inner_stride, step, rows,
+    codebook, code_stride, code_step, indices,
+    grad_z, d_inner, d_outer_stride, d_inner_stride, d_step, grad_codebook, weights,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂z for BLOCK_N rows, and (t, θ) (``weights``; t is NaN in rows that add nothing) or both pulls to ∂L/∂C."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < rows
+    j = tl.load(indices + n, mask=inside, other=-1)
+    kept = j >= 0
+    j = tl.maximum(j, 0)
+    starts = row_starts(n, inner, outer_stride, inner_stride)
+    g_starts = row_starts(n, g_inner, g_outer_stride, g_inner_stride)
+    share, base, square = position_on(z, starts, step, kept, codebook, code_stride, code_step, j, D, BLOCK_N)
+    moves = (share > -base) & (share < 1.0 - base) & (square > 0.0)
+    t = base + share
+    through_t = tl.load(grad_t + n, mask=kept, other=0.0).to(tl.float32)
+    check = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        s = load_targets(codebook, code_stride, code_step, None, j, first, D, BLOCK_D)
+        e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, BLOCK_D)
+        x = load_rows(z, starts, step, kept, first, D, BLOCK_D)
+        check += tl.sum((x - s) * 0.0 + (e - s) * 0.0, axis=1)  # 0, or NaN where a value is not finite
+        through_t += tl.sum(load_rows(grad, g_starts, g_step, kept, first, D, BLOCK_D) * (e - s), axis=1)
+    finite = check == 0.0
+    adds = kept & finite
+    theta = tl.where(moves & finite, through_t / tl.where(moves, square, 1.0), 0.0)
+    if weights is not None:
+        tl.store(weights + n, tl.where(adds, t, float("nan")), mask=inside)
+        tl.store(weights + rows + n, theta, mask=inside)
+    d_starts = row_starts(n, d_inner, d_outer_stride, d_inner_stride)
+    for first in range(0, D, BLOCK_D):
+        s = load_targets(codebook, code_stride, code_step, None, j, first, D, BLOCK_D)
+        d = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, BLOCK_D) - s
+        g = load_rows(grad, g_starts, g_step, inside, first, D, BLOCK_D)
+        if grad_z is not None:
+            value = tl.where(finite[:, None], theta[:, None] * d, float("nan"))
+            store_rows(grad_z, d_starts, d_step, inside, first, tl.where(kept[:, None], value, g), D, BLOCK_D)
+        if grad_codebook is not None:
+            w = load_rows(z, starts, step, kept, first, D, BLOCK_D) - s
+            to_start = ((1.0 - base) - share)[:, None] * g - theta[:, None] * (w + (1.0 - 2.0 * t)[:, None] * d)
+            to_end = t[:, None] * g + theta[:, None] * (w - (2.0 * t)[:, None] * d)
+            _add(grad_codebook, j, adds, to_start, first, D, BLOCK_D)
+            _add(grad_codebook, j + 1, adds, to_end, first, D, BLOCK_D)
+
+
+@triton.jit
+def project_segment_kernel(
+    grad, g_inner, g_outer_stride, g_inner_stride, g_step, z, inner, outer_stride, inner_stride, step,
+    codebook, code_stride, code_step, order, ends, weights, grad_codebook, segments, rows,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂c_j for one codeword: in order, over the rows of the segment that it begins, then of the one that it ends."""
+    j = tl.program_id(0)
+    first = tl.program_id(1) * BLOCK_D
+    k = first + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for end in tl.static_range(2):
+        segment = j - end
+        start, stop = run_of(ends, segment, segments, rows)
+        at = codebook + segment.to(tl.int64) * code_stride + k.to(tl.int64) * code_step
+        has_rows = (k < D) & (start < stop)
+        s = tl.load(at, mask=has_rows, other=0.0).to(tl.float32)
+        d = tl.load(at + code_stride, mask=has_rows, other=0.0).to(tl.float32) - s
+        for position in tl.range(start, stop, BLOCK_N):
+            at_row = position + tl.arange(0, BLOCK_N)
+            live = at_row < stop
+            n = tl.load(order + at_row, mask=live, other=0)
+            t = tl.load(weights + n, mask=live, other=float("nan"))
+            theta = tl.load(weights + rows + n, mask=live, other=0.0)[:, None]
+            g = load_rows(grad, row_starts(n, g_inner, g_outer_stride, g_inner_stride), g_step, live, first, D, BLOCK_D)
+            x = load_rows(z, row_starts(n, inner, outer_stride, inner_stride), step, live, first, D, BLOCK_D)
+            w = x - s[None, :]
+            if end == 0:
+                pull = (1.0 - t)[:, None] * g - theta * (w + (1.0 - 2.0 * t)[:, None] * d[None, :])
+            else:
+                pull = t[:, None] * g + theta * (w - (2.0 * t)[:, None] * d[None, :])
+            total += tl.sum(tl.where((t == t)[:, None], pull, 0.0), axis=0)
+    tl.store(grad_codebook + j.to(tl.int64) * D + k, total, mask=k < D)
+
+
+def project_backward(
+    grad_points: Tensor,
+    grad_t: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    need_z: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of points and t, to the row and both ends of its segment; sums in order as ``gradients`` has it."""
+    if compute_dtype(z, codebook) == torch.float64:
+        return reference.project_backward(grad_points, grad_t, z, codebook, indices, need_z, need_codebook)
+    grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
+    total = torch.zeros(codebook.shape if need_codebook else (0,), dtype=torch.float32, device=codebook.device)
+    rows, dim, codewords = indices.numel(), z.shape[-1], codebook.shape[0]
+    if rows:
+        in_order = need_codebook and torch.are_deterministic_algorithms_enabled()
+        weights = torch.empty((2, rows), dtype=torch.float32, device=z.device) if in_order else None
+        tile = configuration("project_backward", dim, z.device)
+        launch(
+            project_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            *rows_of(grad_points), grad_t.contiguous(), *rows_of(z), rows, codebook, *codebook.stride(), indices,
+            *(written or (None, 1, 0, 0, 1)), total if need_codebook and not in_order else None, weights,
+            D=dim, **tile,
+        )  # fmt: skip
+        if in_order:
+            order, ends = sorted_rows(indices, codewords - 1)
+            tile = configuration("project_segments", dim, z.device)
+            launch(
+                project_segment_kernel, (codewords, triton.cdiv(dim, tile["BLOCK_D"])), z.device,
+                *rows_of(grad_points), *rows_of(z), codebook, *codebook.stride(), order, ends, weights, total,
+                codewords - 1, rows, D=dim, **tile,
+            )  # fmt: skip
+    return (deliver(grad_z, written) if written else grad_z), total.to(codebook.dtype)
