@@ -29,6 +29,7 @@ class Result:
     log_spectral_distance: float  # dB
     perplexity: float
     used: float
+    relative_mse: float  # of the quantized latents, over the variance of the latents
     counts: list[int]
 
     def as_dict(self) -> dict[str, Any]:
@@ -36,10 +37,17 @@ class Result:
 
 
 @torch.no_grad()
+def latents(model: Autoencoder, samples: Tensor) -> Tensor:
+    """int16 [T] -> [1, D, ceil(T/32)]."""
+    device = next(model.parameters()).device
+    z: Tensor = model.encoder(pad_to_stride(to_float(samples.to(device))[None, None]))
+    return z
+
+
+@torch.no_grad()
 def encode(model: Autoencoder, quantizer: Quantizer, samples: Tensor, t_bits: int) -> Tensor:
     """int16 [T] -> codes of every stage, [Q, 1, ceil(T/32)]."""
-    device = next(model.parameters()).device
-    return quantizer.encode(model.encoder(pad_to_stride(to_float(samples.to(device))[None, None])), t_bits)
+    return quantizer.encode(latents(model, samples), t_bits)
 
 
 @torch.no_grad()
@@ -57,6 +65,7 @@ def mean_si_sdr(model: Autoencoder, quantizer: Quantizer, files: Iterable[Tensor
     return sum(values) / len(values)
 
 
+@torch.no_grad()
 def evaluate(
     model: Autoencoder, quantizer: Quantizer, files: dict[str, Tensor], t_bits: int, rate: int, frame_rate: float
 ) -> list[Result]:
@@ -66,11 +75,15 @@ def evaluate(
     count = quantizer.num_symbols(t_bits)
     counts = torch.zeros(quantizer.stages, count, dtype=torch.int64)
     measures = torch.zeros(quantizer.stages, 3, dtype=torch.float64)
+    everything, squared_error = [], torch.zeros(quantizer.stages, dtype=torch.float64)
     for samples in files.values():
-        codes = encode(model, quantizer, samples, t_bits)
+        z = latents(model, samples)
+        everything.append(z[0].T.double().cpu())  # [frames, D]
+        codes = quantizer.encode(z, t_bits)
         wave = to_float(samples)
         for stage in range(quantizer.stages):
             counts[stage] += torch.bincount(codes[stage].flatten().cpu(), minlength=count)
+            squared_error[stage] += (quantizer.decode(codes[: stage + 1], t_bits) - z).double().square().sum().cpu()
             output = to_float(decode(model, quantizer, codes[: stage + 1], t_bits, len(samples)))
             measures[stage] += torch.tensor(
                 [
@@ -80,6 +93,7 @@ def evaluate(
                 ]
             )
     measures /= len(files)
+    relative = squared_error / torch.cat(everything).var(dim=0, correction=0).sum() / sum(map(len, everything))
     return [
         Result(
             stages=stage + 1,
@@ -89,6 +103,7 @@ def evaluate(
             log_spectral_distance=float(measures[stage, 2]),
             perplexity=perplexity(counts[stage]),
             used=float((counts[stage] > 0).double().mean()),
+            relative_mse=float(relative[stage]),
             counts=counts[stage].tolist(),
         )
         for stage in range(quantizer.stages)

@@ -18,6 +18,7 @@ from .data import Corpus, to_float, write_wav
 from .evaluate import decode, encode
 from .report import NAMES, Outcome, codings, label
 
+SPECTROGRAM = 3  # seconds
 EXAMPLES = 3  # held-out files that are shown and written, the longest of at most 6 seconds
 
 
@@ -141,7 +142,7 @@ def _codeword_use(outcomes: list[Outcome]) -> Figure:
 
 @torch.no_grad()
 def _spectrograms(first: dict[str, Outcome], corpus: Corpus) -> Figure:
-    """The first of the shown files: original, and decoded from one stage and from all of them."""
+    """The beginning of the first of the shown files: original, and decoded from all stages."""
     name, samples = next(iter(shown(corpus).items()))
     rows: list[tuple[str, Tensor]] = [(f"original: {name}, {16 * corpus.rate / 1000:.0f} kbit/s", samples)]
     for method, outcome in first.items():
@@ -150,9 +151,10 @@ def _spectrograms(first: dict[str, Outcome], corpus: Corpus) -> Figure:
         output = _decoded(outcome, samples, t_bits)
         quality = spectra.si_sdr(to_float(output), to_float(samples))
         rows.append((f"{label(method, t_bits)}, {last.kbit_s:.1f} kbit/s, SI-SDR {quality:.1f} dB", output))
-    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 1.75 * len(rows) + 0.4), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(len(rows), 1, figsize=(8, 1.6 * len(rows) + 0.4), sharex=True, squeeze=False)
     for axis, (title, wave) in zip(axes[:, 0], rows, strict=True):
-        levels = 20 * (spectra.magnitudes(to_float(wave)[None], 256)[0] + 1e-5).log10()
+        start = to_float(wave[: SPECTROGRAM * corpus.rate])
+        levels = 20 * (spectra.magnitudes(start[None], 256)[0] + 1e-5).log10()
         picture = axis.imshow(
             levels.numpy(),
             origin="lower",
@@ -160,7 +162,7 @@ def _spectrograms(first: dict[str, Outcome], corpus: Corpus) -> Figure:
             cmap="magma",
             vmin=-80,
             vmax=-10,
-            extent=(0, len(wave) / corpus.rate, 0, corpus.rate / 2000),
+            extent=(0, len(start) / corpus.rate, 0, corpus.rate / 2000),
         )
         axis.set(title=title, ylabel="kHz")
         axis.grid(False)

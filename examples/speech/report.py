@@ -22,6 +22,7 @@ COLUMNS = (  # heading, field, format
     ("log-spectral dist. dB", "log_spectral_distance", ".2f"),
     ("perplexity", "perplexity", ".1f"),
     ("used", "used", ".1%"),
+    ("rel. MSE", "relative_mse", ".3f"),
     ("ms/step", "ms_per_step", ".1f"),
 )
 
