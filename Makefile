@@ -15,7 +15,8 @@ CHECK_PYTHON = 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10
 .PHONY: help setup demo test lint clean
 
 help:
-	@echo "make demo    train the example VQ-VAEs on photographs (a few minutes on two cores)"
+	@echo "make demo    train the example VQ-VAEs on photographs (a few minutes on two cores);"
+	@echo "             speech coding and image generation: see examples/README.md"
 	@echo "make test    ruff, mypy and the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make setup   only create the virtual environment, which the commands above do when needed"

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-for _package in ("matplotlib", "PIL", "skimage", "sklearn", "tqdm", "vector_quantize_pytorch"):
-    pytest.importorskip(_package, reason="the example needs the `demo` extra: pip install diveq-kernels[demo]")
+from example_tools import check_resumption, module, script
 
 TINY = "--steps 6 --batch 2 --crop 32 --width 8 --dim 4 --num-codewords 16 --log-every 1 --eval-every 3".split()
 pytestmark = pytest.mark.xdist_group("example")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _example_on_path() -> Iterator[None]:
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
-
-
 def vqvae(name: str) -> ModuleType:
-    return importlib.import_module(f"vqvae.{name}")
-
-
-def script(name: str) -> ModuleType:
-    """A script of the folder; by path, since `codec` is a common name."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module(f"vqvae.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +75,7 @@ def test_bytes_and_floats_are_inverse() -> None:
 
 
 def test_perplexity() -> None:
-    perplexity = vqvae("evaluate").perplexity
+    perplexity = module("common.measures").perplexity
     assert perplexity(torch.tensor([5, 5, 5, 5, 0])) == pytest.approx(4)
     assert perplexity(torch.tensor([7, 0])) == pytest.approx(1)
 
@@ -131,7 +110,7 @@ def test_same_start_and_crops_for_every_method() -> None:
     config, train = vqvae("config"), vqvae("train")
     runs = [train.Run(config.Config(method, width=8, dim=4, num_codewords=16)) for method in config.METHODS]
     for run in runs[1:]:
-        assert torch.equal(run.crops.get_state(), runs[0].crops.get_state())
+        assert torch.equal(run.draws.get_state(), runs[0].draws.get_state())
         for mine, first in zip(run.model.parameters(), runs[0].model.parameters(), strict=True):
             assert torch.equal(mine, first)
 
@@ -146,28 +125,7 @@ def test_resumed_run_is_identical(method: str, stop: int, small_split: None, tmp
         method, steps=40, batch=2, crop=32, width=8, dim=4, num_codewords=16, log_every=1, eval_every=1
     )
     photos, held_out = list(data.load(data.TRAIN).values()), list(data.load(data.HELD_OUT).values())
-
-    def train_until(run, step: int, path: Path) -> None:
-        def interrupt(run) -> None:
-            if run.step == step:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            train.train(run, photos, held_out, path, interrupt)
-
-    straight = train.Run(settings)
-    train_until(straight, stop + 4, tmp_path / "straight.pt")
-    train_until(train.Run(settings), stop, tmp_path / "resumed.pt")
-    torch.rand(3)  # whatever else a program draws in between
-    resumed = train.Run.load(tmp_path / "resumed.pt", config=settings)
-    assert resumed.step == stop
-    train_until(resumed, stop + 4, tmp_path / "resumed.pt")
-
-    for name in ("model", "quantizer"):
-        expected, actual = getattr(straight, name).state_dict(), getattr(resumed, name).state_dict()
-        assert all(torch.equal(expected[key], actual[key]) for key in expected), name
-    for key in ("step", "loss", "psnr", "used", "eval_step", "eval_psnr"):
-        assert straight.history[key] == resumed.history[key], key
+    check_resumption(lambda: train.Run(settings), photos, held_out, stop, tmp_path)
 
 
 def test_resume_refuses_other_settings(demo: Path) -> None:
@@ -184,16 +142,6 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
 
 
 # ---- codec -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [2, 3, 16, 17, 241, 4081])
-def test_packing_round_trip(count: int) -> None:
-    codec = vqvae("codec")
-    symbols, bits = torch.randint(count, (57,)), codec.symbol_bits(count)
-    symbols[0] = count - 1
-    packed = codec.pack(symbols, bits)
-    assert packed.size == -(-57 * bits // 8)
-    assert torch.equal(codec.unpack(packed, 57, bits), symbols)
 
 
 @pytest.mark.parametrize("method", ["diveq", "sf_diveq", "ema"])

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common.settings import InputError
 from PIL import Image
 from torch import Tensor
-
-from .config import InputError
 
 # package -> folder inside it; files are opened by path, so no fetcher of either package ever runs.
 _FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
@@ -92,8 +91,8 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def random_crops(photos: list[Tensor], count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Square crops from photographs drawn at random, flipped at random either way -> uint8 [count, 3, size, size].
+def random_crops(photos: list[Tensor], count: int, size: int, generator: torch.Generator, flip: bool = True) -> Tensor:
+    """Square crops from photographs [C, H, W] drawn at random, flipped at random -> uint8 [count, C, size, size].
 
     Raises:
         InputError: a photograph is smaller than the crop.
@@ -106,6 +105,6 @@ def random_crops(photos: list[Tensor], count: int, size: int, generator: torch.G
         photo = photos[int(which * len(photos))]
         top, left = int(y * (photo.shape[1] - size + 1)), int(x * (photo.shape[2] - size + 1))
         crop = photo[:, top : top + size, left : left + size]
-        axes = [axis for bit, axis in enumerate((1, 2)) if int(flips * 4) >> bit & 1]
+        axes = [axis for bit, axis in enumerate((1, 2)) if flip and int(flips * 4) >> bit & 1]
         crops.append(crop.flip(axes) if axes else crop)
     return torch.stack(crops)

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from common.measures import perplexity
 from torch import Tensor
 
 from .data import to_bytes, to_float
-from .model import STRIDE, Autoencoder, pad_to_stride
+from .model import Autoencoder, pad_to_stride
 from .quantizers import Quantizer, bits_per_position
 
 
@@ -55,22 +56,16 @@ def ssim(image: Tensor, other: Tensor) -> float:
     )
 
 
-def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of the symbols: how many equally used ones would carry as much."""
-    p = counts.double() / counts.sum().clamp_min(1)
-    return float(torch.exp(-torch.special.xlogy(p, p).sum()))
-
-
 @torch.no_grad()
 def latents(model: Autoencoder, image: Tensor, device: torch.device | str) -> Tensor:
-    """uint8 [3, H, W] -> [1, D, ceil(H/4), ceil(W/4)]."""
-    z: Tensor = model.encoder(pad_to_stride(to_float(image.to(device)[None])))
+    """uint8 [C, H, W] -> [1, D, ceil(H/stride), ceil(W/stride)]."""
+    z: Tensor = model.encoder(pad_to_stride(to_float(image.to(device)[None]), model.stride))
     return z
 
 
 @torch.no_grad()
 def picture(model: Autoencoder, z_q: Tensor, height: int, width: int) -> Tensor:
-    """Quantized latents of one image -> uint8 [3, height, width] on the CPU."""
+    """Quantized latents of one image -> uint8 [C, height, width] on the CPU."""
     return to_bytes(model.decoder(z_q)[0, :, :height, :width]).cpu()
 
 
@@ -83,12 +78,8 @@ def reconstruct(model: Autoencoder, quantizer: Quantizer, image: Tensor, t_bits:
 
 @torch.no_grad()
 def mean_psnr(model: Autoencoder, quantizer: Quantizer, images: Iterable[Tensor]) -> float:
-    """The learning curve's measure: mean PSNR over images, modules put into evaluation mode meanwhile."""
-    model.eval()
-    quantizer.eval()
+    """The learning curve's measure: mean PSNR over images, by modules in evaluation mode."""
     values = [psnr(image, reconstruct(model, quantizer, image)) for image in images]
-    model.train()
-    quantizer.train()
     return sum(values) / len(values)
 
 
@@ -112,7 +103,7 @@ def evaluate(model: Autoencoder, quantizer: Quantizer, images: dict[str, Tensor]
     everything = torch.cat(rows)
     mse = squared_error / everything.numel()
     return Result(
-        bits_per_pixel=bits_per_position(quantizer, t_bits) / STRIDE**2,
+        bits_per_pixel=bits_per_position(quantizer, t_bits) / model.stride**2,
         psnr=sum(psnrs.values()) / len(psnrs),
         ssim=sum(ssims) / len(ssims),
         perplexity=perplexity(counts),

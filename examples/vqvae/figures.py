@@ -2,63 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from common import drawing
+from common.drawing import COLOURS
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
-from .config import METHODS
 from .evaluate import latents, psnr, reconstruct
 from .report import NAMES, Outcome, label
 
-# Okabe and Ito's palette, told apart by colour-blind readers; a method keeps its colour in every figure.
-COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#7F7F7F", "#009E73", "#CC79A7"), strict=True))
 _DETAIL = 80  # side of the enlarged squares, in pixels
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
 
 
 def draw(folder: Path, outcomes: list[Outcome], held_out: dict[str, Tensor], dpi: int = 110) -> list[Path]:
     """Writes every figure -> their paths. Pictures show the first seed, curves and histograms all of them."""
-    folder.mkdir(parents=True, exist_ok=True)
     first: dict[str, Outcome] = {}
     for outcome in outcomes:
         first.setdefault(outcome.method, outcome)
-    with plt.rc_context(_STYLE):
-        drawn = {
-            "reconstructions": _reconstructions(first, held_out, detail=False),
-            "details": _reconstructions(first, held_out, detail=True),
-            "learning_curves": _learning_curves(outcomes),
-            "codeword_use": _codeword_use(outcomes),
-        }
-        if "sf_diveq" in first:
-            drawn["sf_curve"] = _sf_curve(first["sf_diveq"], held_out)
-    paths = []
-    for name, figure in drawn.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=dpi, pil_kwargs={"optimize": True})
-        plt.close(figure)
-        if name not in ("reconstructions", "details"):  # drawings do with 256 colours, and their files with a third
-            Image.open(paths[-1]).convert("RGB").quantize(256).save(paths[-1], optimize=True)
-    return paths
+    figures: dict[str, Callable[[], Figure]] = {
+        "reconstructions": partial(_reconstructions, first, held_out, detail=False),
+        "details": partial(_reconstructions, first, held_out, detail=True),
+        "learning_curves": partial(_learning_curves, outcomes),
+        "codeword_use": partial(_codeword_use, outcomes),
+    }
+    if "sf_diveq" in first:
+        figures["sf_curve"] = partial(_sf_curve, first["sf_diveq"], held_out)
+    return drawing.save(folder, figures, dpi, pictures=("reconstructions", "details"))
 
 
 def _detail(image: Tensor) -> Tensor:
@@ -111,27 +87,13 @@ def _reconstructions(first: dict[str, Outcome], held_out: dict[str, Tensor], *, 
     return figure
 
 
-def _by_seed(outcomes: list[Outcome], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """One history against another: steps [T], values [seeds, T]."""
-    return np.array(outcomes[0].run.history[x]), np.array([o.run.history[y] for o in outcomes])
-
-
 def _learning_curves(outcomes: list[Outcome]) -> Figure:
     """Training loss, training PSNR and held-out PSNR against the step; bands span the seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8))
     for method in dict.fromkeys(outcome.method for outcome in outcomes):
-        members = [outcome for outcome in outcomes if outcome.method == method]
+        histories = [outcome.run.history for outcome in outcomes if outcome.method == method]
         for axis, x, y in zip(axes, ("step", "step", "eval_step"), ("loss", "psnr", "eval_psnr"), strict=True):
-            steps, values = _by_seed(members, x, y)
-            mean = values.mean(axis=0)
-            before = np.zeros(len(steps), bool)
-            if x == "step":
-                before = np.array(members[0].run.history["quantizing"]) == 0
-                shown = before | np.roll(before, 1) if before.any() else before
-                axis.plot(steps[shown], mean[shown], ":", color=COLOURS[method], linewidth=1.5)
-            axis.plot(steps[~before], mean[~before], color=COLOURS[method], linewidth=1.5, label=NAMES[method])
-            axis.fill_between(steps[~before], *(f(axis=0)[~before] for f in (values.min, values.max)),
-                              color=COLOURS[method], alpha=0.15, linewidth=0)  # fmt: skip
+            drawing.curve(axis, method, NAMES[method], histories, x, y)
     axes[0].set(title="Training loss (MSE + the method's own)", ylabel="loss", yscale="log")
     axes[1].set(title="PSNR of the training crops", ylabel="dB")
     axes[2].set(title="PSNR of the held-out photographs", ylabel="dB")
@@ -150,21 +112,12 @@ def _codeword_use(outcomes: list[Outcome]) -> Figure:
     figure, axes = plt.subplots(1, len(methods), figsize=(2.5 * len(methods), 3.1), sharey=True, squeeze=False)
     for axis, method in zip(axes[0], methods, strict=True):
         members = [outcome for outcome in outcomes if outcome.method == method]
-        for outcome in reversed(members):
-            counts = np.sort(np.array(outcome.fixed_rate.counts, float))[::-1]
-            share = 100 * counts / counts.sum()
-            if outcome is members[0]:
-                floor = 50 / counts.sum()  # half a latent: below what the logarithmic axis has to show
-                axis.fill_between(range(len(share)), share, floor, where=share > 0, step="mid",
-                                  color=COLOURS[method], alpha=0.85, linewidth=0)  # fmt: skip
-            else:
-                axis.step(range(len(share)), share, where="mid", color="black", linewidth=0.6, alpha=0.6)
-        axis.axhline(100 / len(share), color="black", linestyle="--", linewidth=0.8)
+        drawing.use(axis, method, [outcome.fixed_rate.counts for outcome in members])
         result = members[0].fixed_rate
         axis.set_title(label(method, 0).replace(", ", ",\n"))
         axis.text(0.97, 0.95, f"perplexity {result.perplexity:.0f}\n{result.used:.0%} used",
                   transform=axis.transAxes, ha="right", va="top")  # fmt: skip
-        axis.set(xlabel="codewords, most used first", yscale="log", ylim=(floor, 100), xlim=(0, len(share)))
+        axis.set_xlabel("codewords, most used first")
     axes[0, 0].set_ylabel("share of the latents, %")
     figure.suptitle("Codeword use on the held-out photographs (dashed: all used equally)", fontsize=11)
     return figure

@@ -1,11 +1,9 @@
-"""The autoencoder around the quantizer: small, convolutional, one latent for each 4 x 4 pixels."""
+"""The autoencoder around the quantizer: small, convolutional, one latent for each 4 x 4 (or 2 x 2) pixels."""
 
 from __future__ import annotations
 
 import torch.nn.functional as nnf
 from torch import Tensor, nn
-
-STRIDE = 4
 
 
 class _Residual(nn.Module):
@@ -23,15 +21,20 @@ class _Residual(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """``encoder``: [B, 3, H, W] -> [B, dim, H/4, W/4]; ``decoder``: the way back. H and W are multiples of 4."""
+    """``encoder``: [B, channels, H, W] -> [B, dim, H/stride, W/stride]; ``decoder``: the way back.
 
-    def __init__(self, width: int, dim: int) -> None:
+    H and W are multiples of ``stride``, which is 4, or 2 for pictures too small for that.
+    """
+
+    def __init__(self, width: int, dim: int, channels: int = 3, stride: int = 4) -> None:
         super().__init__()
+        self.stride = stride
         wide = 2 * width
+        kernel, second = (4, 2) if stride == 4 else (3, 1)
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, width, 4, stride=2, padding=1),
+            nn.Conv2d(channels, width, 4, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(width, wide, 4, stride=2, padding=1),
+            nn.Conv2d(width, wide, kernel, stride=second, padding=1),
             _Residual(wide),
             _Residual(wide),
             nn.ReLU(),
@@ -42,13 +45,13 @@ class Autoencoder(nn.Module):
             _Residual(wide),
             _Residual(wide),
             nn.ReLU(),
-            nn.ConvTranspose2d(wide, width, 4, stride=2, padding=1),
+            nn.ConvTranspose2d(wide, width, kernel, stride=second, padding=1),
             nn.ReLU(),
-            nn.ConvTranspose2d(width, 3, 4, stride=2, padding=1),
+            nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1),
         )
 
 
-def pad_to_stride(images: Tensor) -> Tensor:
-    """Repeats the last row and column of [B, 3, H, W] until H and W are multiples of the stride."""
-    bottom, right = -images.shape[-2] % STRIDE, -images.shape[-1] % STRIDE
+def pad_to_stride(images: Tensor, stride: int) -> Tensor:
+    """Repeats the last row and column of [B, C, H, W] until H and W are multiples of the stride."""
+    bottom, right = -images.shape[-2] % stride, -images.shape[-1] % stride
     return nnf.pad(images, (0, right, 0, bottom), mode="replicate")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
+from common.curve import curve_points, num_points
 from torch import Tensor, nn
 
 import diveq_kernels.functional as F
@@ -100,30 +100,22 @@ class SFDiVeQ(Quantizer):
         if t_bits is None:
             codes = self.layer.encode(z)
             return self.layer.decode(codes), codes.indices
-        points = self._points(t_bits)
+        points = curve_points(self.codebook, t_bits)
         symbols = F.nearest(z.movedim(1, -1), points).indices
         return points[symbols].movedim(-1, 1), symbols
 
     def lookup(self, symbols: Tensor, t_bits: int | None = None) -> Tensor:
         if t_bits is None:
             raise ValueError("t_bits must be an integer to decode symbols alone: without it a code has a float t too")
-        return self._points(t_bits)[symbols].movedim(-1, 1)
+        return curve_points(self.codebook, t_bits)[symbols].movedim(-1, 1)
 
     def num_symbols(self, t_bits: int | None = None) -> int:
-        segments = self.codebook.shape[0] - 1
-        return segments if t_bits is None else segments * 2**t_bits + 1
+        count = self.codebook.shape[0]
+        return count - 1 if t_bits is None else num_points(count, t_bits)
 
     @property
     def quantizing(self) -> bool:
         return bool(self.layer.iter_counter >= self.layer.skip_iters)
-
-    def _points(self, t_bits: int) -> Tensor:
-        """The curve cut in 2^t_bits equal steps per segment -> [(K-1) 2^t_bits + 1, D]; t_bits=0 gives the codebook."""
-        steps = 2**t_bits
-        t = torch.arange(steps, device=self.codebook.device)[:, None] / steps
-        first, last = self.codebook[:-1, None], self.codebook[1:, None]  # [K-1, 1, D]
-        inner = (first + t * (last - first)).flatten(0, 1)
-        return torch.cat([inner, self.codebook[-1:]])
 
 
 class Baseline(Quantizer):

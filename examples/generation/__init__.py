@@ -1,0 +1,1 @@
+"""Image generation: a VQ-VAE as tokenizer, and a transformer that learns the distribution of its tokens."""

@@ -1,0 +1,1 @@
+"""A small neural speech codec with residual vector quantization; see examples/README.md."""
