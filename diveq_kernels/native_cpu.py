@@ -1,8 +1,10 @@
 """The ``cpu`` backend: fused C++ kernels for AVX-512, AVX2 with FMA, or any processor (``csrc/``).
 
 Functions have the arguments and results of ``diveq_kernels.reference``, which also runs what is fp64. The instruction
-set is the best that the processor has; the environment variable ``DIVEQ_CPU_ISA`` (amx, avx512, avx2, portable) forces
-one. ``amx`` is avx512 with a first pass of the search in bf16, and the same results.
+set is the best that the processor has; the environment variable ``DIVEQ_CPU_ISA`` (amx, avx512vnni, avx512,
+avx2, portable) forces
+one. ``amx`` and ``avx512vnni`` are avx512 with a first pass of the search in bf16 or in 8-bit integers,
+and the same results.
 Results do not depend on the number of threads, nor on how rows are laid out in memory.
 """
 
@@ -41,7 +43,7 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: If DIVEQ_CPU_ISA names a set that this processor does not have.
     """
-    return ("portable", "avx2", "avx512", "amx")[_ops.instruction_set()]
+    return ("portable", "avx2", "avx512", "amx", "avx512vnni")[_ops.instruction_set()]
 
 
 def _is_wide(*tensors: Tensor) -> bool:

@@ -13,23 +13,34 @@ class PackedBook {
  public:
   PackedBook(const Kernels& k, const Codes& codes) {
     const int64_t dim = codes.dim, panels = (codes.count + k.panel - 1) / k.panel;
-    values_ = buffer(panels * k.panel * dim);
-    halves_ = buffer(panels * k.panel);
-    centre_ = buffer(dim);
-    if (k.screens && dim >= kLeastScreenedDim) halved_ = buffer(panels * ((dim + 31) / 32) * 512);
-    ratios_ = buffer(panels);
-    packed = {values_.get(), halves_.get(), centre_.get(), reinterpret_cast<uint16_t*>(halved_.get()), ratios_.get()};
+    const Screen screen = dim >= k.least_screened ? k.screen : Screen::none;
+    packed.centre = keep(dim);
+    packed.halves = keep(panels * k.panel);
+    if (screen != Screen::bytes) packed.values = keep(panels * k.panel * dim);
+    if (screen == Screen::bf16) {
+      packed.halved = reinterpret_cast<uint16_t*>(keep(panels * ((dim + 31) / 32) * 512));
+      packed.ratios = keep(panels);
+    }
+    if (screen == Screen::bytes) {
+      packed.bytes = reinterpret_cast<uint8_t*>(keep(panels * k.panel * ((dim + 3) / 4)));
+      for (float** array : {&packed.scales, &packed.reaches, &packed.losses}) *array = keep(panels + k.lanes);
+    }
     find_centre(k, codes);
     const int64_t grain = std::max<int64_t>(1, (1 << 15) / (k.panel * dim));
     torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-      const Buffer scratch = buffer(2 * dim);
+      const Buffer scratch = buffer((k.panel + 2) * dim);
       k.pack(codes, packed, begin, end, scratch.get());
     });
   }
 
-  Packed packed;
+  Packed packed{};
 
  private:
+  float* keep(int64_t floats) {
+    kept_.push_back(buffer(floats));
+    return kept_.back().get();
+  }
+
   // The median of some codewords: far from the origin most of the cancellation goes, and no diverged codeword moves it.
   void find_centre(const Kernels& k, const Codes& codes) {
     constexpr int64_t kSample = 15;
@@ -51,7 +62,7 @@ class PackedBook {
     }
   }
 
-  Buffer values_, halves_, centre_, halved_, ratios_;
+  std::vector<Buffer> kept_;
 };
 
 inline std::vector<PackedBook> pack_all(const Kernels& k, const std::vector<Codes>& codes) {
