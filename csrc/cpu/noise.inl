@@ -3,8 +3,13 @@
 inline void multiply(U a, uint32_t constant, U& high, U& low) {
   const U b = constant - U{};
   const U2 even = multiply_even(a, b), odd = multiply_even((U)((U2)a >> 32), b);
+#if DIVEQ_LANES == 16
+  high = (U)_mm512_mask_shuffle_epi32((__m512i)odd, 0x5555, (__m512i)even, _MM_PERM_DDBB);
+  low = (U)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
+#else
   high = (U)((even >> 32) | (odd & 0xFFFFFFFF00000000u));
   low = (U)((even & 0xFFFFFFFFu) | (odd << 32));
+#endif
 }
 
 struct Words {
@@ -13,11 +18,8 @@ struct Words {
 
 // Philox4x32-10 of W consecutive counters.
 inline Words philox(uint64_t seed, uint64_t start) {
-  U c0, c1, c2 = {}, c3 = {};
-  for (int i = 0; i < W; ++i) {
-    c0[i] = (uint32_t)(start + i);
-    c1[i] = (uint32_t)((start + i) >> 32);
-  }
+  const U c = iota<U>() + (uint32_t)start;
+  U c0 = c, c1 = (uint32_t)(start >> 32) - (U)(c < (uint32_t)start), c2 = {}, c3 = {};  // with the carry
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
@@ -55,17 +57,27 @@ inline V logarithm(V x) {
   return (m * s * p - 2.12194440e-4f * e - 0.5f * s + m) + 0.693359375f * e;
 }
 
+// p[0] + x·(p[1] + x·(…)).
+template <int N>
+inline __attribute__((always_inline)) V polynomial(const float (&p)[N], V x) {
+  V value = all(p[N - 1]);
+#pragma GCC unroll 8
+  for (int i = N - 2; i >= 0; --i) value = value * x + p[i];
+  return value;
+}
+
 inline void box_muller(U first, U second, float sigma, V& cosine, V& sine) {
-  const V a = maximum(uniform(first), all(1.0e-7f)), b = uniform(second);
+  const V a = maximum(uniform(first), all(1.0e-7f));
   const V radius = sigma * root(-2.0f * logarithm(a));
-  // The angle 2πb, from the nearest quarter turn.
-  const I quarter = __builtin_convertvector(b * 4.0f + 0.5f, I);
-  const V x = (b - 0.25f * __builtin_convertvector(quarter, V)) * 6.283185307179586f, s = x * x;
-  const V sin_x = x + x * s * (-1.6666654611e-1f + s * (8.3321608736e-3f - s * 1.9515295891e-4f));
-  const V cos_x = 1.0f - 0.5f * s + s * s * (4.166664568298827e-2f + s * (-1.388731625493765e-3f + s * 2.443315711809948e-5f));
-  const I odd = -(quarter & 1), sign_sine = (quarter & 2) << 30, sign_cosine = ((quarter + 1) & 2) << 30;
-  sine = radius * (V)((I)select(odd, cos_x, sin_x) ^ sign_sine);
-  cosine = radius * (V)((I)select(odd, sin_x, cos_x) ^ sign_cosine);
+  // The angle 2πb from the turn's other side: for |b - 1/2| ≤ 1/2 these are -sin(2πx)/x and -cos(2πx) to 3e-7, fitted in x²
+  // at Chebyshev points.
+  static const float of_sine[] = {-6.283185303e+00f, 4.134170041e+01f,  -8.160513139e+01f, 7.670301535e+01f,
+                                  -4.202592699e+01f, 1.489984667e+01f, -3.238137509e+00f};
+  static const float of_cosine[] = {-9.999999891e-01f, 1.973920450e+01f, -6.493911746e+01f, 8.545013953e+01f,
+                                    -6.016763095e+01f, 2.596759925e+01f, -6.528658162e+00f};
+  const V x = uniform(second) - 0.5f, s = x * x;
+  sine = radius * x * polynomial(of_sine, s);
+  cosine = radius * polynomial(of_cosine, s);
 }
 
 #define INTERLEAVE_LOW(a, b) __builtin_shufflevector(a, b, LOW)

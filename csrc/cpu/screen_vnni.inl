@@ -115,6 +115,12 @@ void pack_rows_bytes(const float* z, int64_t ld, int64_t count, const float* cen
   }
 }
 
+// Adds the products of four bytes of every codeword with the same four of a row. The intrinsic makes GCC 12 keep the sums
+// in memory, at half the speed.
+inline void add_products(__m512i& sums, __m512i codewords, const int32_t* row) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codewords), "m"(*row));
+}
+
 // The least score of codewords l and l + W of a panel, for MR rows.
 inline void screen_panel(const int32_t* rows, const uint8_t* codewords, const float* halves, int64_t depth,
                          const float* scales, float scale, const int32_t* offsets, float* minima, int64_t stride) {
@@ -125,9 +131,8 @@ inline void screen_panel(const int32_t* rows, const uint8_t* codewords, const fl
     const __m512i c0 = _mm512_loadu_si512(codewords), c1 = _mm512_loadu_si512(codewords + 4 * W);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
-      const __m512i z = _mm512_set1_epi32(rows[r]);
-      acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], c0, z);
-      acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], c1, z);
+      add_products(acc[r][0], c0, rows + r);
+      add_products(acc[r][1], c1, rows + r);
     }
   }
   const V h0 = load(halves), h1 = load(halves + W);

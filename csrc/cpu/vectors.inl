@@ -17,14 +17,32 @@ inline V load(const float* p) {
 
 inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
 
+// The first n lanes, 0 in the others. A vector at a time: a copy of n floats would cost a short row more than its arithmetic.
+#if DIVEQ_LANES == 16
 inline V load(const float* p, int n) {
-  if (n == W) return load(p);
+  return n == W ? load(p) : (V)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+
+inline void store(float* p, V v, int n) {
+  n == W ? store(p, v) : _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+}
+#elif DIVEQ_LANES == 8
+inline __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline V load(const float* p, int n) { return n == W ? load(p) : (V)_mm256_maskload_ps(p, first_lanes(n)); }
+
+inline void store(float* p, V v, int n) { n == W ? store(p, v) : _mm256_maskstore_ps(p, first_lanes(n), (__m256)v); }
+#else
+inline V load(const float* p, int n) {
   V v = {};
   memcpy(&v, p, n * sizeof(float));
   return v;
 }
 
 inline void store(float* p, V v, int n) { memcpy(p, &v, n * sizeof(float)); }
+#endif
 
 inline V all(float x) { return x - V{}; }
 
@@ -90,7 +108,5 @@ inline float sum(V v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
 }
-
-inline V select(I m, V yes, V no) { return (V)(((I)yes & m) | ((I)no & ~m)); }
 
 inline float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
