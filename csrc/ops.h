@@ -18,6 +18,9 @@ void sf_diveq(Tensor z, Tensor codebook, Tensor dither, Maybe mask, Maybe seed, 
               Tensor z_q, Tensor indices, Tensor counts);
 void sf_diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Maybe seed,
                        double noise_std, Maybe grad_z, Maybe grad_codebook);
+void project(Tensor z, Tensor codebook, Maybe mask, Tensor points, Tensor indices, Tensor t);
+void project_backward(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices, Maybe grad_z,
+                      Maybe grad_codebook);
 
 // Their schemas, for any backend's library.
 template <class Library>
@@ -38,6 +41,11 @@ void define_operations(Library& m) {
   m.def(
       "sf_diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Tensor? seed,"
       " float noise_std, Tensor(a!)? grad_z, Tensor(b!)? grad_codebook) -> ()");
+  m.def(
+      "project(Tensor z, Tensor codebook, Tensor? mask, Tensor(a!) points, Tensor(b!) indices, Tensor(c!) t) -> ()");
+  m.def(
+      "project_backward(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices,"
+      " Tensor(a!)? grad_z, Tensor(b!)? grad_codebook) -> ()");
 }
 
 // The library's own functions of these names as the implementations.
@@ -49,6 +57,8 @@ void implement_operations(Library& m) {
   m.impl("composite_backward", TORCH_BOX(&diveq::composite_backward));
   m.impl("sf_diveq", TORCH_BOX(&diveq::sf_diveq));
   m.impl("sf_diveq_backward", TORCH_BOX(&diveq::sf_diveq_backward));
+  m.impl("project", TORCH_BOX(&diveq::project));
+  m.impl("project_backward", TORCH_BOX(&diveq::project_backward));
 }
 
 }  // namespace diveq

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diveq_kernels import _native, reference
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.reference import project, project_backward
 
 __all__ = [
     "diveq",
@@ -165,6 +164,36 @@ def sf_diveq_backward(
     gradients = _gradients(z, codebook, need_z, need_codebook)
     weights = _plain(dither, torch.float32)
     _ops.sf_diveq_backward(_narrow(grad), z, codebook, weights, indices.contiguous(), seed, noise_std, *gradients)
+    return _finished(z, codebook, *gradients)
+
+
+# ---- projection ------------------------------------------------------------------------------------------------------
+
+
+def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(points, segment indices, t); "fast" is no faster, and as exact."""
+    if _is_wide(z, codebook):
+        return reference.project(z, codebook, mask, precision)
+    points, indices, t = torch.empty_like(z), _indices(z), torch.empty(z.shape[:-1])
+    _ops.project(z, codebook, _plain(mask, torch.bool), points, indices, t)
+    return points, indices, t
+
+
+def project_backward(
+    grad_points: Tensor,
+    grad_t: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    need_z: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    """The derivative with the segment held fixed; t moves only strictly inside (0, 1)."""
+    if _is_wide(z, codebook):
+        return reference.project_backward(grad_points, grad_t, z, codebook, indices, need_z, need_codebook)
+    gradients = _gradients(z, codebook, need_z, need_codebook)
+    of_t = _plain(grad_t, torch.float32)
+    _ops.project_backward(_narrow(grad_points), of_t, z, codebook, indices.contiguous(), *gradients)
     return _finished(z, codebook, *gradients)
 
 

@@ -9,26 +9,34 @@ float sqdist(const float* z, const float* c, int64_t dim) {
   return sum(total);
 }
 
+constexpr int H = W / 2;
+
+inline DH wide(const float* p) {
+  VH half;
+  memcpy(&half, p, sizeof half);
+  return __builtin_convertvector(half, DH);
+}
+
+inline double sum(DH v) {
+  double total = 0;
+  for (int i = 0; i < H; ++i) total += v[i];
+  return total;
+}
+
 // ‖z - c_j‖² in fp64, as the reference defines it.
 double exact_distance(const Codes& c, const float* z, int64_t j, float* scratch) {
   const float* first = codeword(c, j, scratch);
   const float* second = c.dither ? codeword(c, j + 1, scratch + c.dim) : first;
   const double weight = c.dither ? c.dither[j] : 0.0, rest = 1 - weight;
   DH total = {};
-  constexpr int H = W / 2;
   int64_t k = 0;
   for (; k + H <= c.dim; k += H) {
-    VH a, b, x;
-    memcpy(&a, first + k, sizeof a);
-    memcpy(&b, second + k, sizeof b);
-    memcpy(&x, z + k, sizeof x);
-    DH at = __builtin_convertvector(a, DH);
-    if (c.dither) at = rest * at + weight * __builtin_convertvector(b, DH);
-    const DH d = __builtin_convertvector(x, DH) - at;
+    DH at = wide(first + k);
+    if (c.dither) at = rest * at + weight * wide(second + k);
+    const DH d = wide(z + k) - at;
     total += d * d;
   }
-  double result = 0;
-  for (int i = 0; i < H; ++i) result += total[i];
+  double result = sum(total);
   for (; k < c.dim; ++k) {
     const double at = c.dither ? rest * first[k] + weight * second[k] : (double)first[k];
     const double d = z[k] - at;

@@ -29,6 +29,18 @@ struct Packed {
   float* losses;  // [panels] the greatest length of what 8 bits take from one
 };
 
+// A codebook as the projection reads it (project.inl): panels as above, in another order, and of the segment that ends at
+// each codeword
+struct PackedCurve {
+  float* centre;  // [dim]
+  float* halves;  // [panels][panel], 0 where there is no finite codeword
+  float* values;  // [panels][dim][panel]
+  float* lengths;  // [panels][panel] half its squared length,
+  float* inverses;  // [panels][panel] one over its squared length, 0 if it has none,
+  float* floors;  // [panels][panel] and a bound of its score: infinite where there is no finite segment
+  float* reaches;  // [panels] the greatest length of a codeword at a segment's end
+};
+
 struct Kernels {
   const char* name;
   int group;  // rows that the microkernel takes at once
@@ -66,6 +78,21 @@ struct Kernels {
   // out += a·(target - z), and out = a·(target - z).
   void (*add_pull)(float a, const float* target, const float* z, int64_t dim, float* out);
   void (*pull)(float a, const float* target, const float* z, int64_t dim, float* out);
+
+  // scratch holds 4·dim floats.
+  void (*pack_curve)(const Codes&, const PackedCurve&, int64_t first_panel, int64_t last_panel, float* scratch);
+  int64_t (*project_scratch)(int64_t dim, int64_t rows);  // floats
+  // Segment and position of the nearest point for `rows` rows z [rows][dim]; t is NaN where there is none.
+  void (*project)(const Codes&, const PackedCurve&, const float* z, int64_t rows, int32_t* indices, float* t,
+                  float* scratch);
+  // out = (1 - t)·start + t·end.
+  void (*between)(const float* start, const float* end, float t, int64_t dim, float* out);
+  // grad_z = through·d, with t and `through` = (h + g·d)/‖d‖² inside a segment, 0 at its ends; false if not finite.
+  bool (*project_gradient)(const float* g, float grad_t, const float* z, const float* start, const float* end,
+                           int64_t dim, float* grad_z, float* t, float* through);
+  // out += the gradient of one end of the segment.
+  void (*add_bend)(bool to_end, const float* g, const float* z, const float* start, const float* end, float t,
+                   float through, int64_t dim, float* out);
 };
 
 extern const Kernels kernels_portable;

@@ -36,6 +36,8 @@ constexpr int64_t kLeastScreened = kMaxDim + 1;
 
 #include "step.inl"
 
+#include "project.inl"
+
 #define DIVEQ_TEXT_OF(x) #x
 #define DIVEQ_TEXT(x) DIVEQ_TEXT_OF(x)
 #define DIVEQ_JOIN_OF(a, b) a##b
@@ -44,8 +46,10 @@ constexpr int64_t kLeastScreened = kMaxDim + 1;
 }  // namespace
 
 const Kernels DIVEQ_JOIN(kernels_, DIVEQ_ISA) = {
-    DIVEQ_TEXT(DIVEQ_ISA), MR,   NR,             W,      kScreen, kLeastScreened, read,     write, codeword, part,
-    pack,                  search_scratch, search, noise, words,   sqdist,         step,     gradient, add_pull, pull,
+    DIVEQ_TEXT(DIVEQ_ISA), MR,      NR,   W,    kScreen,  kLeastScreened, read,
+    write,                 codeword, part, pack, search_scratch, search,   noise,
+    words,                 sqdist,  step, gradient, add_pull, pull, pack_curve,
+    project_scratch,       project, between, project_gradient, add_bend,
 };
 
 }  // namespace diveq

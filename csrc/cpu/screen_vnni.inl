@@ -203,7 +203,7 @@ void examine(Row& row, const Codes& c, const Packed& packed, bool exact, int64_t
   }
   V highest_of_least = all(limit_of(row, exact, c.dim));
   for (int64_t p = 0; p < panels; ++p) highest_of_least = minimum(highest_of_least, load(minima + p * W) + errors[p]);
-  float limit = -highest(-highest_of_least);
+  float limit = lowest(highest_of_least);
   if (!(fabsf(limit) <= FLT_MAX)) {  // beyond the range of fp32, or no codeword
     row.left = true;
     return;
@@ -213,7 +213,7 @@ void examine(Row& row, const Codes& c, const Packed& packed, bool exact, int64_t
   int32_t index[kListed];
   for (int64_t p = 0; p < panels; ++p) {
     const V values = load(minima + p * W);
-    unsigned may = _mm512_cmp_ps_mask((__m512)(values - errors[p]), _mm512_set1_ps(limit), _CMP_LE_OQ);
+    unsigned may = at_most(values - errors[p], limit);
     for (; may; may &= may - 1) {
       if (listed == kListed) {
         row.left = true;

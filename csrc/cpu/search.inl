@@ -15,9 +15,10 @@ inline void update(State& s, V value, I j) {
   s.best = minimum(value, s.best);
 }
 
-// ‖c‖²/2 - z·c for MR rows (centred, [dim][MR]) and one panel.
-inline void microkernel(const float* zt, const float* values, const float* halves, int64_t dim, int32_t first,
-                        State* states) {
+// ‖c‖²/2 - z·c for MR rows (centred, [dim][MR]) and one panel; f(r, scores, scores) gets those of each row.
+template <class F>
+inline __attribute__((always_inline)) void score(const float* zt, const float* values, const float* halves, int64_t dim,
+                                                 F f) {
   V acc[MR][2];
   const V h0 = load(halves), h1 = load(halves + W);
 #pragma GCC unroll 16
@@ -34,13 +35,27 @@ inline void microkernel(const float* zt, const float* values, const float* halve
       acc[r][1] -= z * c1;
     }
   }
-  const I j0 = iota<I>() + first, j1 = j0 + W;
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) {
+  for (int r = 0; r < MR; ++r) f(r, acc[r][0], acc[r][1]);
+}
+
+inline void nearest_in_panel(const float* zt, const float* values, const float* halves, int64_t dim, int32_t first,
+                             State* states) {
+  const I j0 = iota<I>() + first, j1 = j0 + W;
+  score(zt, values, halves, dim, [&](int r, V scores0, V scores1) __attribute__((always_inline)) {
     State s = states[r];
-    update(s, acc[r][0], j0);
-    update(s, acc[r][1], j1);
+    update(s, scores0, j0);
+    update(s, scores1, j1);
     states[r] = s;
+  });
+}
+
+// MR rows less the centre, [dim][MR], and their squares; of fewer rows the last is repeated.
+inline void transpose_rows(const float* const* row, const float* centre, int64_t dim, float* to, float* squares) {
+  for (int r = 0; r < MR; ++r) squares[r] = sqdist(row[r], centre, dim);
+  for (int64_t k = 0; k < dim; ++k, to += MR) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) to[r] = row[r][k] - centre[k];
   }
 }
 
@@ -104,18 +119,11 @@ void search_fp32(const Codes& c, const Packed& packed, bool exact, const float* 
   for (int64_t g = 0; g < groups; ++g) {
     const float* row[MR];
     for (int r = 0; r < MR; ++r) {
-      const int64_t n = g * MR + r;
-      const int64_t last = n < rows ? n : rows - 1;
+      const int64_t n = g * MR + r, last = n < rows ? n : rows - 1;
       row[r] = z + (list ? list[last] : last) * ld;
       states[n] = {all(INFINITY), all(INFINITY), I{}};
-      squares[n] = sqdist(row[r], packed.centre, dim);
     }
-    float* to = zt + g * dim * MR;
-    for (int64_t k = 0; k < dim; ++k, to += MR) {
-      const float centre = packed.centre[k];
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) to[r] = row[r][k] - centre;
-    }
+    transpose_rows(row, packed.centre, dim, zt + g * dim * MR, squares + g * MR);
   }
 
   // Panels that fit the second-level cache, reused by every group of rows.
@@ -131,8 +139,8 @@ void search_fp32(const Codes& c, const Packed& packed, bool exact, const float* 
     }
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t p = 0; p < last - first; ++p)
-        microkernel(zt + g * dim * MR, values + p * dim * NR, halves + p * NR, dim, (int32_t)((first + p) * NR),
-                    states + g * MR);
+        nearest_in_panel(zt + g * dim * MR, values + p * dim * NR, halves + p * NR, dim, (int32_t)((first + p) * NR),
+                         states + g * MR);
   }
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t at = list ? list[n] : n;

@@ -109,4 +109,27 @@ inline float sum(V v) {
 #endif
 }
 
+// A bit for every lane that is at most the limit.
+inline unsigned at_most(V v, float limit) {
+#if DIVEQ_LANES == 16
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(limit), _CMP_LE_OQ);
+#elif DIVEQ_LANES == 8
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(limit), _CMP_LE_OQ));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < W; ++i) bits |= (unsigned)(v[i] <= limit) << i;
+  return bits;
+#endif
+}
+
+inline float lowest(V v) {
+#if DIVEQ_LANES == 16
+  return _mm512_reduce_min_ps((__m512)v);
+#else
+  float least = v[0];
+  for (int i = 1; i < W; ++i) least = v[i] < least ? v[i] : least;
+  return least;
+#endif
+}
+
 inline float* aligned(float* p) { return (float*)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
