@@ -1,4 +1,4 @@
-// The operations of a native backend. Outputs are allocated by the caller (diveq_kernels/native_cpu.py), which has also
+// The operations of a native backend. Outputs are allocated by the caller (diveq_kernels/_native_ops.py), which has also
 // checked shapes and dtypes. Formulas: docs/math.md.
 #pragma once
 
@@ -41,10 +41,6 @@ void define_operations(Library& m) {
   m.def(
       "sf_diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Tensor? seed,"
       " float noise_std, Tensor(a!)? grad_z, Tensor(b!)? grad_codebook) -> ()");
-}
-
-template <class Library>
-void define_projection(Library& m) {
   m.def(
       "project(Tensor z, Tensor codebook, Tensor? mask, bool exact, Tensor(a!) points, Tensor(b!) indices,"
       " Tensor(c!) t) -> ()");
@@ -62,10 +58,6 @@ void implement_operations(Library& m) {
   m.impl("composite_backward", TORCH_BOX(&diveq::composite_backward));
   m.impl("sf_diveq", TORCH_BOX(&diveq::sf_diveq));
   m.impl("sf_diveq_backward", TORCH_BOX(&diveq::sf_diveq_backward));
-}
-
-template <class Library>
-void implement_projection(Library& m) {
   m.impl("project", TORCH_BOX(&diveq::project));
   m.impl("project_backward", TORCH_BOX(&diveq::project_backward));
 }

@@ -37,7 +37,7 @@ def _runs(isa: str) -> bool:
             return False
 
 
-@pytest.fixture(params=[isa for isa in ("amx", "avx512", "avx2", "portable") if _runs(isa)])
+@pytest.fixture(params=[isa for isa in ("amx", "avx512vnni", "avx512", "avx2", "portable") if _runs(isa)])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("DIVEQ_CPU_ISA", request.param)
     return request.param
@@ -60,7 +60,7 @@ def check_nearest(z: Tensor, codebook: Tensor) -> None:
 def test_the_best_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIVEQ_CPU_ISA", raising=False)
     best = native_cpu.instruction_set()
-    assert best == next(isa for isa in ("amx", "avx512", "avx2", "portable") if _runs(isa))
+    assert best == next(isa for isa in ("amx", "avx512vnni", "avx512", "avx2", "portable") if _runs(isa))
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

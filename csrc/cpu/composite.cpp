@@ -51,7 +51,7 @@ void composite(Tensor z, Tensor books, Maybe dither, Maybe num_active, Maybe mas
   const bool one = codes.size() == 1, keep_rest = !product && !one;
 
   const int64_t floats = 2 * tile * dim + (keep_rest ? tile * dim : 0) + dim + whole.scratch() +
-                         Noise::scratch(k, dim) + search_scratch(k, dim, tile);
+                         Noise::scratch(k, dim) + k.search_scratch(dim, tile);
   each_tile(total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
     float *made = scratch + tile * dim, *remainder = made + tile * dim;
     float *target = remainder + (keep_rest ? tile * dim : 0), *room = target + dim;

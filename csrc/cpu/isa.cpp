@@ -34,6 +34,7 @@ bool runs_here(const Kernels& kernels) {
 #if defined(__linux__)
   if (&kernels == &kernels_amx) return runs_here(kernels_avx512) && may_use_amx();
 #endif
+  if (&kernels == &kernels_avx512vnni) return runs_here(kernels_avx512) && __builtin_cpu_supports("avx512vnni");
   if (&kernels == &kernels_avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
@@ -50,7 +51,7 @@ const Kernels& kernels() {
 #if defined(__linux__)
       &kernels_amx,
 #endif
-      &kernels_avx512, &kernels_avx2,
+      &kernels_avx512vnni, &kernels_avx512, &kernels_avx2,
 #endif
       &kernels_portable};
   const char* asked = std::getenv("DIVEQ_CPU_ISA");
@@ -65,8 +66,8 @@ const Kernels& kernels() {
 }
 
 int64_t instruction_set() {
-  const char* const names[] = {"portable", "avx2", "avx512", "amx"};
-  return std::find_if(names, names + 4, [](const char* name) { return !std::strcmp(name, kernels().name); }) - names;
+  const char* const names[] = {"portable", "avx2", "avx512", "amx", "avx512vnni"};
+  return std::find_if(names, names + 5, [](const char* name) { return !std::strcmp(name, kernels().name); }) - names;
 }
 
 }  // namespace diveq

@@ -1,4 +1,5 @@
-// What the operations (nearest.cpp, composite.cpp, sf_diveq.cpp) ask of the kernels, which are compiled once per instruction set (kernels.inl).
+// What the operations (nearest.cpp, composite.cpp, sf_diveq.cpp, project.cpp) ask of the kernels, which are compiled once
+// per instruction set (kernels.inl).
 //
 // Plain structs and pointers only. A function template or a std:: container instantiated in a file compiled for AVX-512
 // could be the copy that the linker keeps for everybody, and then stop an older processor.
@@ -10,15 +11,34 @@
 
 namespace diveq {
 
-constexpr int64_t kLeastScreenedDim = 17;  // below, there is little for a matrix unit to multiply
+constexpr int64_t kMaxDim = 4096;
 
-// Codewords less a centre, in panels of `panel` codewords: values [panels][dim][panel], half squares [panels][panel].
+// What the search's first pass, if there is one, multiplies: products in bf16 on a matrix unit, or in 8-bit integers.
+enum class Screen { none, bf16, bytes };
+
+// Codewords less a centre, in panels of `panel` codewords; which of the forms there are is for PackedBook to say.
 struct Packed {
-  float* values;
-  float* halves;
   float* centre;  // [dim]
-  uint16_t* halved;  // the values in bf16 for the matrix unit, [panels][⌈dim/32⌉][1024]; only where it screens
+  float* halves;  // [panels][panel] half their squares, infinite where there is no finite codeword
+  float* values;  // [panels][dim][panel] in fp32
+  uint16_t* halved;  // [panels][⌈dim/32⌉][1024] in bf16 for a matrix unit
   float* ratios;  // [panels] how much of a codeword's length bf16 loses at most
+  uint8_t* bytes;  // [panels][⌈dim/4⌉][panel][4] in 8 bits, 128 for 0, times the panel's scale
+  float* scales;  // [panels]
+  float* reaches;  // [panels] the greatest length of a codeword
+  float* losses;  // [panels] the greatest length of what 8 bits take from one
+};
+
+// A codebook as the projection reads it (project.inl): panels as above, in another order, and of the segment that ends at
+// each codeword
+struct PackedCurve {
+  float* centre;  // [dim]
+  float* halves;  // [panels][panel], 0 where there is no finite codeword
+  float* values;  // [panels][dim][panel]
+  float* lengths;  // [panels][panel] half its squared length,
+  float* inverses;  // [panels][panel] one over its squared length, 0 if it has none,
+  float* floors;  // [panels][panel] and a bound of its score: infinite where there is no finite segment
+  float* reaches;  // [panels] the greatest length of a codeword at a segment's end
 };
 
 struct Kernels {
@@ -26,7 +46,8 @@ struct Kernels {
   int group;  // rows that the microkernel takes at once
   int panel;  // codewords that it takes at once
   int lanes;
-  bool screens;  // with a first pass in bf16
+  Screen screen;
+  int64_t least_screened;  // least dim that has a first pass; with fewer there is little to multiply
 
   void (*read)(const Rows&, int64_t row, int64_t rows, float* out);
   void (*write)(const Rows&, int64_t row, int64_t rows, const float* in);
@@ -35,8 +56,10 @@ struct Kernels {
   // c_j, or the dithered point, into out [dim].
   void (*part)(const Codes&, int64_t j, float* out, float* scratch);
 
+  // scratch holds (panel + 2)·dim floats.
   void (*pack)(const Codes&, const Packed&, int64_t first_panel, int64_t last_panel, float* scratch);
-  // Index of the nearest for `rows` rows z [rows][ld]. scratch holds search_scratch(dim, rows) floats.
+  int64_t (*search_scratch)(int64_t dim, int64_t rows);  // floats
+  // Index of the nearest for `rows` rows z [rows][ld]; scratch as search_scratch says.
   void (*search)(const Codes&, const Packed&, bool exact, const float* z, int64_t ld, int64_t rows, int32_t* indices,
                  float* scratch);
 
@@ -55,20 +78,26 @@ struct Kernels {
   // out += a·(target - z), and out = a·(target - z).
   void (*add_pull)(float a, const float* target, const float* z, int64_t dim, float* out);
   void (*pull)(float a, const float* target, const float* z, int64_t dim, float* out);
-};
 
-inline int64_t search_scratch(const Kernels& k, int64_t dim, int64_t rows) {
-  const int64_t padded = (rows + k.group - 1) / k.group * k.group;
-  const int64_t fp32 = padded * (3 * k.lanes + 1 + dim) + 4 * dim + 64;
-  if (!k.screens || dim < kLeastScreenedDim) return fp32;
-  const int64_t groups = (rows + 31) / 32, depth = (dim + 31) / 32;
-  const int64_t bf16 = groups * (64 * 3 * k.lanes + 512 * depth) + 32 * groups + 1024 + 4 * dim + 64;
-  return rows + (fp32 > bf16 ? fp32 : bf16);
-}
+  // scratch holds 4·dim floats.
+  void (*pack_curve)(const Codes&, const PackedCurve&, int64_t first_panel, int64_t last_panel, float* scratch);
+  int64_t (*project_scratch)(int64_t dim, int64_t rows);  // floats
+  // Segment and position of the nearest point for `rows` rows z [rows][dim]; t is NaN where there is none.
+  void (*project)(const Codes&, const PackedCurve&, const float* z, int64_t rows, int32_t* indices, float* t,
+                  float* scratch);
+  // out = (1 - t)·start + t·end.
+  void (*between)(const float* start, const float* end, float t, int64_t dim, float* out);
+  // grad_z = through·d, with t and `through` = (h + g·d)/‖d‖² inside a segment, 0 at its ends; false if not finite.
+  bool (*project_gradient)(const float* g, float grad_t, const float* z, const float* start, const float* end,
+                           int64_t dim, float* grad_z, float* t, float* through);
+  // out += the gradient of one end of the segment.
+  void (*add_bend)(bool to_end, const float* g, const float* z, const float* start, const float* end, float t,
+                   float through, int64_t dim, float* out);
+};
 
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512vnni;
 #if defined(__linux__)
 extern const Kernels kernels_amx;
 #endif

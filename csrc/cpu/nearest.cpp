@@ -16,7 +16,7 @@ void nearest(Tensor z, Tensor codebook, Maybe mask, bool exact, Tensor indices, 
   const bool* kept = data<bool>(mask);
   auto* const chosen = data<int32_t>(indices);
   auto* const distances = data<float>(sqdist);
-  each_tile(count, tile, tile * dim + dim + search_scratch(k, dim, tile), [&](int64_t first, int64_t n, float* scratch) {
+  each_tile(count, tile, tile * dim + dim + k.search_scratch(dim, tile), [&](int64_t first, int64_t n, float* scratch) {
     float *one = scratch + tile * dim, *rest = one + dim;
     const float* x = read_tile(k, rows, first, n, scratch);
     k.search(codes, book.packed, exact, x, dim, n, chosen + first, rest);

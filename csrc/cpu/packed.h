@@ -9,49 +9,90 @@
 
 namespace diveq {
 
-class PackedBook {
+// The median of some codewords: far from the origin most of the cancellation goes, and no diverged codeword moves it.
+inline void find_centre(const Kernels& k, const Codes& codes, float* centre) {
+  constexpr int64_t kSample = 15;
+  const int64_t dim = codes.dim, sample = std::min(kSample, codes.count);
+  const Buffer rows = buffer(sample * dim);
+  for (int64_t s = 0; s < sample; ++s) {
+    float* row = rows.get() + s * dim;
+    const float* c = k.codeword(codes, s * codes.count / sample, row);
+    if (c != row) std::copy_n(c, dim, row);
+  }
+  for (int64_t d = 0; d < dim; ++d) {
+    float column[kSample];
+    for (int64_t s = 0; s < sample; ++s) {
+      const float x = rows.get()[s * dim + d];
+      column[s] = std::isfinite(x) ? x : 0.0f;
+    }
+    std::nth_element(column, column + sample / 2, column + sample);
+    centre[d] = column[sample / 2];
+  }
+}
+
+// Arrays that live as long as what they belong to.
+class Kept {
+ protected:
+  float* keep(int64_t floats) {
+    kept_.push_back(buffer(floats));
+    return kept_.back().get();
+  }
+
+ private:
+  std::vector<Buffer> kept_;
+};
+
+// f(first panel, last panel, scratch) for all panels, on torch's threads.
+template <class F>
+void pack_panels(const Kernels& k, int64_t panels, int64_t dim, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (k.panel * dim));
+  torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = buffer((k.panel + 2) * dim);
+    f(begin, end, scratch.get());
+  });
+}
+
+class PackedBook : Kept {
  public:
   PackedBook(const Kernels& k, const Codes& codes) {
     const int64_t dim = codes.dim, panels = (codes.count + k.panel - 1) / k.panel;
-    values_ = buffer(panels * k.panel * dim);
-    halves_ = buffer(panels * k.panel);
-    centre_ = buffer(dim);
-    if (k.screens && dim >= kLeastScreenedDim) halved_ = buffer(panels * ((dim + 31) / 32) * 512);
-    ratios_ = buffer(panels);
-    packed = {values_.get(), halves_.get(), centre_.get(), reinterpret_cast<uint16_t*>(halved_.get()), ratios_.get()};
-    find_centre(k, codes);
-    const int64_t grain = std::max<int64_t>(1, (1 << 15) / (k.panel * dim));
-    torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-      const Buffer scratch = buffer(2 * dim);
-      k.pack(codes, packed, begin, end, scratch.get());
+    const Screen screen = dim >= k.least_screened ? k.screen : Screen::none;
+    packed.centre = keep(dim);
+    packed.halves = keep(panels * k.panel);
+    if (screen != Screen::bytes) packed.values = keep(panels * k.panel * dim);
+    if (screen == Screen::bf16) {
+      packed.halved = reinterpret_cast<uint16_t*>(keep(panels * ((dim + 31) / 32) * 512));
+      packed.ratios = keep(panels);
+    }
+    if (screen == Screen::bytes) {
+      packed.bytes = reinterpret_cast<uint8_t*>(keep(panels * k.panel * ((dim + 3) / 4)));
+      for (float** array : {&packed.scales, &packed.reaches, &packed.losses}) *array = keep(panels + k.lanes);
+    }
+    find_centre(k, codes, packed.centre);
+    pack_panels(k, panels, dim, [&](int64_t begin, int64_t end, float* scratch) {
+      k.pack(codes, packed, begin, end, scratch);
     });
   }
 
-  Packed packed;
+  Packed packed{};
+};
 
- private:
-  // The median of some codewords: far from the origin most of the cancellation goes, and no diverged codeword moves it.
-  void find_centre(const Kernels& k, const Codes& codes) {
-    constexpr int64_t kSample = 15;
-    const int64_t dim = codes.dim, sample = std::min(kSample, codes.count);
-    const Buffer rows = buffer(sample * dim);
-    for (int64_t s = 0; s < sample; ++s) {
-      float* row = rows.get() + s * dim;
-      const float* c = k.codeword(codes, s * codes.count / sample, row);
-      if (c != row) std::copy_n(c, dim, row);
-    }
-    for (int64_t d = 0; d < dim; ++d) {
-      float column[kSample];
-      for (int64_t s = 0; s < sample; ++s) {
-        const float x = rows.get()[s * dim + d];
-        column[s] = std::isfinite(x) ? x : 0.0f;
-      }
-      std::nth_element(column, column + sample / 2, column + sample);
-      packed.centre[d] = column[sample / 2];
-    }
+class PackedPath : Kept {
+ public:
+  PackedPath(const Kernels& k, const Codes& codes) {
+    const int64_t stretch = (codes.count - 1 + k.lanes - 1) / k.lanes, panels = stretch / 2 + 1;
+    packed.centre = keep(codes.dim);
+    packed.values = keep(panels * k.panel * codes.dim);
+    for (float** array : {&packed.halves, &packed.lengths, &packed.inverses, &packed.floors})
+      *array = keep(panels * k.panel);
+    packed.reaches = keep(panels);
+    find_centre(k, codes, packed.centre);
+    pack_panels(k, panels, codes.dim, [&](int64_t begin, int64_t end, float* scratch) {
+      k.pack_curve(codes, packed, begin, end, scratch);
+    });
   }
 
-  Buffer values_, halves_, centre_, halved_, ratios_;
+  PackedCurve packed{};
 };
 
 inline std::vector<PackedBook> pack_all(const Kernels& k, const std::vector<Codes>& codes) {

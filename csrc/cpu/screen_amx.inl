@@ -3,6 +3,8 @@
 // Its rounding is bounded like that of the fp32 pass (`resolve`), so a row whose bound leaves one codeword has the right
 // one; a few are compared in fp64; and a row with more of them is searched in fp32.
 
+constexpr Screen kScreen = Screen::bf16;
+constexpr int64_t kLeastScreened = 17;
 constexpr int kRows = 32, kDepth = 32;  // a step multiplies 32 rows by 32 codewords, 32 dimensions at a time
 
 inline int64_t depth(int64_t dim) { return (dim + kDepth - 1) / kDepth; }
@@ -134,6 +136,11 @@ int32_t resolve_bf16(const Codes& c, bool exact, const float* z, float squares, 
 }
 
 inline int64_t screen_groups(int64_t rows) { return (rows + kRows - 1) / kRows; }
+
+int64_t screen_scratch(int64_t dim, int64_t rows) {
+  const int64_t groups = screen_groups(rows);
+  return groups * (64 * 3 * W + 512 * depth(dim)) + 32 * groups + 1024 + 4 * dim + 64;
+}
 
 // Indices of the rows that bf16 can tell; the numbers of the others go to `left`, and their count is returned.
 int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,

@@ -19,7 +19,7 @@ void sf_diveq(Tensor z, Tensor codebook, Tensor dither, Maybe mask, Maybe seed, 
   auto* const chosen = data<int32_t>(indices);
 
   const int64_t noise_floats = Noise::scratch(k, dim);
-  const int64_t floats = 2 * tile * dim + 2 * dim + 2 * noise_floats + search_scratch(k, dim, tile);
+  const int64_t floats = 2 * tile * dim + 2 * dim + 2 * noise_floats + k.search_scratch(dim, tile);
   each_tile(total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
     float *made = scratch + tile * dim, *ends = made + tile * dim, *noises = ends + 2 * dim;
     float* work = noises + 2 * noise_floats;

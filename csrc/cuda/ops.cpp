@@ -204,7 +204,6 @@ void philox(Tensor seed, int64_t start, Tensor words, Tensor normals) {
 
 STABLE_TORCH_LIBRARY(diveq_cuda, m) {
   diveq::define_operations(m);
-  diveq::define_projection(m);
   m.def(
       "nearest_backward_sorted(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Tensor(a!)? grad_z,"
       " Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
@@ -223,7 +222,6 @@ STABLE_TORCH_LIBRARY(diveq_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(diveq_cuda, CompositeExplicitAutograd, m) {
   diveq::implement_operations(m);
-  diveq::implement_projection(m);
   m.impl("nearest_backward_sorted", TORCH_BOX(&diveq::nearest_backward_sorted));
   m.impl("composite_backward_sorted", TORCH_BOX(&diveq::composite_backward_sorted));
   m.impl("sf_diveq_backward_sorted", TORCH_BOX(&diveq::sf_diveq_backward_sorted));

@@ -1,0 +1,57 @@
+// Squared distances from a row to a codeword: in fp32, and in fp64 where a search has to tell close ones apart.
+
+float sqdist(const float* z, const float* c, int64_t dim) {
+  V total = {};
+  each(dim, [&](int64_t k, int n) {
+    const V d = load(c + k, n) - load(z + k, n);
+    total += d * d;
+  });
+  return sum(total);
+}
+
+constexpr int H = W / 2;
+
+inline DH wide(const float* p) {
+  VH half;
+  memcpy(&half, p, sizeof half);
+  return __builtin_convertvector(half, DH);
+}
+
+inline double sum(DH v) {
+  double total = 0;
+  for (int i = 0; i < H; ++i) total += v[i];
+  return total;
+}
+
+// ‖z - c_j‖² in fp64, as the reference defines it.
+double exact_distance(const Codes& c, const float* z, int64_t j, float* scratch) {
+  const float* first = codeword(c, j, scratch);
+  const float* second = c.dither ? codeword(c, j + 1, scratch + c.dim) : first;
+  const double weight = c.dither ? c.dither[j] : 0.0, rest = 1 - weight;
+  DH total = {};
+  int64_t k = 0;
+  for (; k + H <= c.dim; k += H) {
+    DH at = wide(first + k);
+    if (c.dither) at = rest * at + weight * wide(second + k);
+    const DH d = wide(z + k) - at;
+    total += d * d;
+  }
+  double result = sum(total);
+  for (; k < c.dim; ++k) {
+    const double at = c.dither ? rest * first[k] + weight * second[k] : (double)first[k];
+    const double d = z[k] - at;
+    result += d * d;
+  }
+  return result;
+}
+
+struct Choice {
+  double distance;
+  int32_t index;
+};
+
+inline void consider(Choice& choice, const Codes& c, const float* z, int64_t j, float* scratch) {
+  const double distance = exact_distance(c, z, j, scratch);
+  if (distance < choice.distance || (distance == choice.distance && j < choice.index))
+    choice = {distance, (int32_t)j};
+}

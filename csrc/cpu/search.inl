@@ -1,0 +1,149 @@
+// The nearest codeword in fp32 (docs/math.md, "Nearest codeword"): a register-tiled product with the minimum in its
+// epilogue, and fp64 for the rows whose minimum rounding could have moved.
+
+constexpr int64_t kPanelFloats = 1 << 17;
+
+// A row's running minimum per lane, the runner-up of each lane, and where the minimum was found.
+struct State {
+  V best, second;
+  I index;
+};
+
+inline void update(State& s, V value, I j) {
+  s.second = minimum(maximum(value, s.best), s.second);
+  s.index = where_less(value, s.best, j, s.index);
+  s.best = minimum(value, s.best);
+}
+
+// ‖c‖²/2 - z·c for MR rows (centred, [dim][MR]) and one panel; f(r, scores, scores) gets those of each row.
+template <class F>
+inline __attribute__((always_inline)) void score(const float* zt, const float* values, const float* halves, int64_t dim,
+                                                 F f) {
+  V acc[MR][2];
+  const V h0 = load(halves), h1 = load(halves + W);
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+    acc[r][0] = h0;
+    acc[r][1] = h1;
+  }
+  for (int64_t k = 0; k < dim; ++k) {
+    const V c0 = load(values + k * NR), c1 = load(values + k * NR + W);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const V z = all(zt[k * MR + r]);
+      acc[r][0] -= z * c0;
+      acc[r][1] -= z * c1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) f(r, acc[r][0], acc[r][1]);
+}
+
+inline void nearest_in_panel(const float* zt, const float* values, const float* halves, int64_t dim, int32_t first,
+                             State* states) {
+  const I j0 = iota<I>() + first, j1 = j0 + W;
+  score(zt, values, halves, dim, [&](int r, V scores0, V scores1) __attribute__((always_inline)) {
+    State s = states[r];
+    update(s, scores0, j0);
+    update(s, scores1, j1);
+    states[r] = s;
+  });
+}
+
+// MR rows less the centre, [dim][MR], and their squares; of fewer rows the last is repeated.
+inline void transpose_rows(const float* const* row, const float* centre, int64_t dim, float* to, float* squares) {
+  for (int r = 0; r < MR; ++r) squares[r] = sqdist(row[r], centre, dim);
+  for (int64_t k = 0; k < dim; ++k, to += MR) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) to[r] = row[r][k] - centre[k];
+  }
+}
+
+// The row's nearest codeword, from the minima of its lanes.
+//
+// A computed score differs from the true one by at most `error` for every codeword that can be the nearest: one at
+// distance δ' ≤ δ of the row has ‖c‖ ≤ R = ‖z‖ + δ (both less the centre), and the sum of dim + 1 terms and the
+// rounding of the inputs cost (1.25 dim + 12)·u·(R²/2 + ‖z‖R), ‖c‖² being a sum in W parts. Codewords within twice that
+// of the least are compared in fp64.
+int32_t resolve(const Codes& c, bool exact, const float* z, float squares, const State& s, float* scratch) {
+  float least = s.best[0];
+  for (int l = 1; l < W; ++l) least = s.best[l] < least ? s.best[l] : least;
+  const float length = sqrtf(squares), apart = 2 * least + squares;
+  const float R = 1.05f * (length + sqrtf(apart > 0 ? apart : 0.0f));
+  const float steps = 1.25f * c.dim + 12.0f;
+  const float error = 1.05f * steps * (0x1p-24f * R * (0.5f * R + length) + FLT_MIN);
+  const float limit = least + 2 * error;
+  Choice choice{INFINITY, INT32_MAX};
+  if (!(fabsf(limit) < FLT_MAX)) {  // beyond the range of fp32, or no codeword, or not a finite row
+    bool finite = true;
+    for (int64_t k = 0; k < c.dim; ++k) finite &= fabsf(z[k]) <= FLT_MAX;
+    if (!finite) return 0;
+    for (int64_t j = 0; j < c.count; ++j) consider(choice, c, z, j, scratch);
+    return choice.distance < INFINITY ? choice.index : 0;
+  }
+  int32_t index = INT32_MAX, candidates = 0;
+  for (int l = 0; l < W; ++l) {
+    if (s.best[l] == least && s.index[l] < index) index = s.index[l];
+    candidates += (s.best[l] <= limit) + (s.second[l] <= limit);
+  }
+  if (!exact || candidates == 1) return index;
+  for (int l = 0; l < W; ++l) {
+    if (s.second[l] <= limit) {
+      for (int64_t j = l; j < c.count; j += W) consider(choice, c, z, j, scratch);
+    } else if (s.best[l] <= limit) {
+      consider(choice, c, z, s.index[l], scratch);
+    }
+  }
+  return choice.index;
+}
+
+inline int64_t block_of_panels(int64_t dim) {
+  const int64_t fit = kPanelFloats / (dim * NR);
+  return fit > 1 ? fit : 1;
+}
+
+// Floats that search_fp32 works in; with room for panels where they are not packed.
+int64_t scratch_fp32(int64_t dim, int64_t rows, bool packs) {
+  const int64_t padded = (rows + MR - 1) / MR * MR;
+  return padded * (3 * W + 1 + dim) + (NR + 2) * dim + (packs ? block_of_panels(dim) * NR * (dim + 1) : 0) + 64;
+}
+
+// The rows `list` of z, or all in turn where it is null.
+void search_fp32(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, const int32_t* list,
+                 int64_t rows, int32_t* indices, float* scratch) {
+  const int64_t dim = c.dim, groups = (rows + MR - 1) / MR, panels = (c.count + NR - 1) / NR;
+  State* states = (State*)aligned(scratch);
+  float* squares = (float*)(states + groups * MR);
+  float* zt = squares + groups * MR;  // [groups][dim][MR], less the centre
+  float* codewords = zt + groups * dim * MR;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float* row[MR];
+    for (int r = 0; r < MR; ++r) {
+      const int64_t n = g * MR + r, last = n < rows ? n : rows - 1;
+      row[r] = z + (list ? list[last] : last) * ld;
+      states[n] = {all(INFINITY), all(INFINITY), I{}};
+    }
+    transpose_rows(row, packed.centre, dim, zt + g * dim * MR, squares + g * MR);
+  }
+
+  // Panels that fit the second-level cache, reused by every group of rows.
+  const int64_t step = block_of_panels(dim);
+  for (int64_t first = 0; first < panels; first += step) {
+    const int64_t last = first + step < panels ? first + step : panels;
+    const float *values = packed.values + first * dim * NR, *halves = packed.halves + first * NR;
+    if (!packed.values) {
+      float* made = aligned(codewords + (NR + 2) * dim);
+      pack_fp32(c, packed.centre, first, last, made, made + step * dim * NR, codewords);
+      values = made;
+      halves = made + step * dim * NR;
+    }
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t p = 0; p < last - first; ++p)
+        nearest_in_panel(zt + g * dim * MR, values + p * dim * NR, halves + p * NR, dim, (int32_t)((first + p) * NR),
+                         states + g * MR);
+  }
+  for (int64_t n = 0; n < rows; ++n) {
+    const int64_t at = list ? list[n] : n;
+    indices[at] = resolve(c, exact, z + at * ld, squares[n], states[n], codewords);
+  }
+}
