@@ -66,8 +66,8 @@ def broken_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType
     vars(module).update({name: getattr(reference, name) for name in reference.__all__})
     monkeypatch.setitem(sys.modules, "broken_backend", module)
     monkeypatch.setitem(backends.BACKENDS, "cpu", backends.BACKENDS["cpu"]._replace(module="broken_backend"))
-    for cached in (backends._load, backends.select):
+    for cached in (backends._load, backends._choose):
         cached.cache_clear()
     yield module
-    for cached in (backends._load, backends.select):
+    for cached in (backends._load, backends._choose):
         cached.cache_clear()

@@ -168,7 +168,7 @@ def test_output_that_is_never_written_is_not_right_by_luck(broken_backend: types
     broken_backend.diveq = unwritten  # type: ignore[attr-defined]
     from diveq_kernels import backends
 
-    backends.select.cache_clear()
+    backends._choose.cache_clear()
     assert judge(who, who.prepare(case, judge.inputs)).wrong
 
 

@@ -39,7 +39,7 @@ def test_check_of_a_missing_backend_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(backends.BACKENDS, "cpu", backends.BACKENDS["cpu"]._replace(runs_on=("xpu",)))
-    backends.select.cache_clear()
+    backends._choose.cache_clear()
     assert main(["check", "--backend", "cpu"]) == 2
     assert "it runs on xpu tensors" in capsys.readouterr().err
 

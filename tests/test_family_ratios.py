@@ -44,6 +44,7 @@ def test_curves_that_part_have_no_ratios(monkeypatch):
 def test_residual(monkeypatch):
     found = residual(1, rows=100, codewords=20, dim=6, stages=3)
     assert found["of the products"] > 0 and found["times faster than diveq"] > 0
-    monkeypatch.setattr(family_ratios, "nearest", lambda rows, book: torch.zeros(len(rows), dtype=torch.int64))
+    constant = torch.zeros(3, 100, dtype=torch.int64)
+    monkeypatch.setattr(family_ratios.ResidualDIVEQ, "encode", lambda self, z: constant)
     with pytest.raises(SystemExit, match="wrong indices"):
         residual(1, rows=100, codewords=20, dim=6, stages=3)

@@ -1,17 +1,14 @@
-"""Every number of docs/performance.md comes from a committed result."""
+"""Every table of README.md and docs/performance.md comes from a committed result."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from tables import DOCUMENT, with_tables  # noqa: E402
+from benchmarks.tables import DOCUMENTS, with_tables
 
 
-def test_tables_are_those_of_the_results() -> None:
-    text = DOCUMENT.read_text()
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_those_of_the_results(document) -> None:
+    text = document.read_text(encoding="utf-8")
     assert with_tables(text) == text
     assert with_tables(text.replace("| geometric mean", "| mean")) == text

@@ -21,7 +21,7 @@ FORBIDDEN = {
 
 
 def project_files() -> list[Path]:
-    files = [path for path in ROOT.iterdir() if path.is_file()]
+    files = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a file in a worktree
     for folder in FOLDERS:
         files += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     return sorted(path for path in files if path.suffix not in BINARY)
