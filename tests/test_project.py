@@ -168,7 +168,7 @@ def test_masked_rows_are_left_out(target: Target) -> None:
     mask = torch.rand(5, 8, generator=gen) < 0.6
     device = target.device
     expected = F.project(z.to(device), codebook.to(device), backend=target.backend)
-    expected = type(expected)(*(x.cpu() for x in expected))
+    expected = F.Projected(*(x.cpu() for x in expected))
     z[~mask] = float("nan")
     found = F.project(z.to(device), codebook.to(device), mask=mask.to(device), backend=target.backend)
     # Not the index alone: a codeword is the end of one segment and the beginning of the next.

@@ -52,7 +52,7 @@ void composite(Tensor z, Tensor books, Maybe dither, Maybe num_active, Maybe mas
 
   const int64_t floats = 2 * tile * dim + (keep_rest ? tile * dim : 0) + dim + whole.scratch() +
                          Noise::scratch(k, dim) + k.search_scratch(dim, tile);
-  each_tile(total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
+  each_tile(0, total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
     float *made = scratch + tile * dim, *remainder = made + tile * dim;
     float *target = remainder + (keep_rest ? tile * dim : 0), *room = target + dim;
     float *noises = room + whole.scratch(), *work = noises + Noise::scratch(k, dim);
@@ -96,60 +96,64 @@ void composite_backward(Tensor grad, Tensor z, Tensor books, Maybe dither, Tenso
   const Rows rows = rows_of(z), incoming = rows_of(grad);
   const std::vector<Codes> codes = codes_of(books, dither);
   const int64_t total = row_count(z), dim = rows.dim, part = codes[0].dim, tile = tile_rows(k, dim, total);
+  const int64_t codewords = codes[0].count + !!dither, stages = static_cast<int64_t>(codes.size());
   const Composite whole{k, codes, product, dim};
   const auto* const chosen = data<int32_t>(indices);
   std::optional<Rows> out;
   if (grad_z) out = rows_of(*grad_z);
-  const Buffer a = buffer(total);
-
-  const int64_t floats = 3 * tile * dim + dim + whole.scratch() + Noise::scratch(k, dim);
-  each_tile(total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
-    float *g_room = scratch + tile * dim, *made = g_room + tile * dim, *target = made + tile * dim;
-    float *room = target + dim, *noises = room + whole.scratch();
-    const float *x = read_tile(k, rows, first, n, scratch), *g = read_tile(k, incoming, first, n, g_room);
-    Noise noise(k, seed, noise_std, dim, 0, noises);
-    const float weight = 1;
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t row = first + r;
-      a.get()[row] = 0;
-      if (chosen[row] < 0) {
-        std::copy_n(g + r * dim, dim, made + r * dim);
-        continue;
-      }
-      const float* towards = whole.target(chosen, total, row, target, room);
-      const float* v = noise.row(row, first + n);
-      float found;
-      if (k.gradient(g + r * dim, x + r * dim, &towards, &v, &weight, 1, dim, out ? made + r * dim : nullptr, &found))
-        a.get()[row] = found;
-    }
-    if (out) k.write(*out, first, n, made);
-  });
-  if (!grad_books) return;
-
   auto* const sums = data<float>(grad_books);
-  const int64_t codewords = codes[0].count + !!dither, stages = static_cast<int64_t>(codes.size());
-  each_owner(total, tile, codewords * stages, tile * dim + 2 * dim + whole.scratch(),
-             [&](int64_t first, int64_t n, int64_t low, int64_t high, float* scratch) {
-               float *target = scratch + tile * dim, *room = target + dim;
-               const float* x = read_tile(k, rows, first, n, scratch);
-               for (int64_t r = 0; r < n; ++r) {
-                 const int64_t row = first + r;
-                 const float pull = a.get()[row];
-                 if (pull == 0) continue;
-                 const float* towards = nullptr;
-                 for (int64_t s = 0; s < stages; ++s) {
-                   const int32_t index = chosen[s * total + row];
-                   for (int end = 0; index >= 0 && end < (dither ? 2 : 1); ++end) {
-                     const int64_t j = s * codewords + index + end;
-                     if (j < low || j >= high) continue;
-                     if (!towards) towards = whole.target(chosen, total, row, target, room);
-                     const float weight = !dither ? 1.0f : end ? codes[s].dither[index] : 1 - codes[s].dither[index];
-                     const int64_t at = product ? s * part : 0;
-                     k.add_pull(weight * pull, towards + at, x + r * dim + at, part, sums + j * part);
-                   }
-                 }
-               }
-             });
+  const int64_t chunk = chunk_rows(tile), per_row = dim + whole.scratch();
+  const Buffer pulls = buffer(chunk);  // a of each row
+
+  each_chunk(total, chunk, [&](int64_t begin, int64_t end) {
+    const int64_t floats = 3 * tile * dim + per_row + Noise::scratch(k, dim);
+    each_tile(begin, end, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
+      float *g_room = scratch + tile * dim, *made = g_room + tile * dim, *target = made + tile * dim;
+      float *room = target + dim, *noises = room + whole.scratch();
+      const float *x = read_tile(k, rows, first, n, scratch), *g = read_tile(k, incoming, first, n, g_room);
+      Noise noise(k, seed, noise_std, dim, 0, noises);
+      const float weight = 1;
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t row = first + r;
+        float& pull = pulls.get()[row - begin];
+        pull = 0;
+        if (chosen[row] < 0) {
+          std::copy_n(g + r * dim, dim, made + r * dim);
+          continue;
+        }
+        const float* towards = whole.target(chosen, total, row, target, room);
+        const float* v = noise.row(row, first + n);
+        float a;
+        if (k.gradient(g + r * dim, x + r * dim, &towards, &v, &weight, 1, dim, out ? made + r * dim : nullptr, &a))
+          pull = a;
+      }
+      if (out) k.write(*out, first, n, made);
+    });
+    if (!sums) return;
+
+    each_owner(begin, end, tile, codewords * stages, tile * dim + per_row,
+               [&](int64_t first, int64_t n, int64_t low, int64_t high, float* scratch) {
+      float *target = scratch + tile * dim, *room = target + dim;
+      const float* x = read_tile(k, rows, first, n, scratch);
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t row = first + r;
+        const float pull = pulls.get()[row - begin];
+        if (pull == 0) continue;
+        const float* towards = nullptr;
+        for (int64_t s = 0; s < stages; ++s) {
+          const int32_t index = chosen[s * total + row];
+          for (int to_end = 0; index >= 0 && to_end < (dither ? 2 : 1); ++to_end) {
+            const int64_t j = s * codewords + index + to_end;
+            if (j < low || j >= high) continue;
+            if (!towards) towards = whole.target(chosen, total, row, target, room);
+            const float weight = !dither ? 1.0f : to_end ? codes[s].dither[index] : 1 - codes[s].dither[index];
+            const int64_t at = product ? s * part : 0;
+            k.add_pull(weight * pull, towards + at, x + r * dim + at, part, sums + j * part);
+          }
+        }
+      }
+    });
+  });
 }
 
 }  // namespace diveq

@@ -45,6 +45,12 @@ double exact_distance(const Codes& c, const float* z, int64_t j, float* scratch)
   return result;
 }
 
+inline bool finite(const float* z, int64_t dim) {
+  bool all_are = true;
+  for (int64_t k = 0; k < dim; ++k) all_are &= fabsf(z[k]) <= FLT_MAX;
+  return all_are;
+}
+
 struct Choice {
   double distance;
   int32_t index;

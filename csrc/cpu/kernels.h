@@ -87,8 +87,9 @@ struct Kernels {
                   float* scratch);
   // out = (1 - t)·start + t·end.
   void (*between)(const float* start, const float* end, float t, int64_t dim, float* out);
-  // grad_z = through·d, with t and `through` = (h + g·d)/‖d‖² inside a segment, 0 at its ends; false if not finite.
-  bool (*project_gradient)(const float* g, float grad_t, const float* z, const float* start, const float* end,
+  // grad_z = through·d, with t and `through` = (h + g·d)/‖d‖² inside a segment, 0 at its ends. t is NaN, and grad_z too, if
+  // the row or an end is not finite.
+  void (*project_gradient)(const float* g, float grad_t, const float* z, const float* start, const float* end,
                            int64_t dim, float* grad_z, float* t, float* through);
   // out += the gradient of one end of the segment.
   void (*add_bend)(bool to_end, const float* g, const float* z, const float* start, const float* end, float t,

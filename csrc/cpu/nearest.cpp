@@ -16,7 +16,7 @@ void nearest(Tensor z, Tensor codebook, Maybe mask, bool exact, Tensor indices, 
   const bool* kept = data<bool>(mask);
   auto* const chosen = data<int32_t>(indices);
   auto* const distances = data<float>(sqdist);
-  each_tile(count, tile, tile * dim + dim + k.search_scratch(dim, tile), [&](int64_t first, int64_t n, float* scratch) {
+  each_tile(0, count, tile, tile * dim + dim + k.search_scratch(dim, tile), [&](int64_t first, int64_t n, float* scratch) {
     float *one = scratch + tile * dim, *rest = one + dim;
     const float* x = read_tile(k, rows, first, n, scratch);
     k.search(codes, book.packed, exact, x, dim, n, chosen + first, rest);
@@ -37,7 +37,7 @@ void nearest_backward(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Ma
   const auto* const g = data<float>(grad);
   if (grad_z) {
     const Rows out = rows_of(*grad_z);
-    each_tile(count, tile, 2 * tile * dim + dim, [&](int64_t first, int64_t n, float* scratch) {
+    each_tile(0, count, tile, 2 * tile * dim + dim, [&](int64_t first, int64_t n, float* scratch) {
       float *made = scratch + tile * dim, *one = made + tile * dim;
       const float* x = read_tile(k, rows, first, n, scratch);
       for (int64_t r = 0; r < n; ++r) {
@@ -53,7 +53,7 @@ void nearest_backward(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Ma
   }
   if (grad_codebook) {
     auto* const sums = data<float>(grad_codebook);
-    each_owner(count, tile, codes.count, tile * dim + dim,
+    each_owner(0, count, tile, codes.count, tile * dim + dim,
                [&](int64_t first, int64_t n, int64_t low, int64_t high, float* scratch) {
                  float* one = scratch + tile * dim;
                  const float* x = read_tile(k, rows, first, n, scratch);

@@ -19,7 +19,7 @@ void project(Tensor z, Tensor codebook, Maybe mask, bool /*exact: always*/, Tens
   auto* const chosen = data<int32_t>(indices);
   auto* const positions = data<float>(t);
   const int64_t floats = 2 * tile * dim + 2 * dim + k.project_scratch(dim, tile);
-  each_tile(total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
+  each_tile(0, total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
     float *made = scratch + tile * dim, *ends = made + tile * dim, *work = ends + 2 * dim;
     const float* x = read_tile(k, rows, first, n, scratch);
     k.project(codes, path.packed, x, n, chosen + first, positions + first, work);
@@ -51,42 +51,45 @@ void project_backward(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebo
   const auto* const of_t = data<float>(grad_t);
   std::optional<Rows> out;
   if (grad_z) out = rows_of(*grad_z);
-  const Buffer found = buffer(2 * total);  // t and the gradient through it; NaN in rows that give nothing
+  auto* const sums = data<float>(grad_codebook);
+  const int64_t chunk = chunk_rows(tile);
+  const Buffer found = buffer(2 * chunk);  // t and the gradient through it; NaN in rows that give nothing
 
-  each_tile(total, tile, 3 * tile * dim + 2 * dim, [&](int64_t first, int64_t n, float* scratch) {
-    float *g_room = scratch + tile * dim, *made = g_room + tile * dim, *ends = made + tile * dim;
-    const float *x = read_tile(k, rows, first, n, scratch), *g = read_tile(k, incoming, first, n, g_room);
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t row = first + r;
-      const int32_t j = chosen[row];
-      float* to = found.get() + 2 * row;
-      if (j < 0) {
-        to[0] = std::numeric_limits<float>::quiet_NaN();
-        std::copy_n(g + r * dim, dim, made + r * dim);
-        continue;
+  each_chunk(total, chunk, [&](int64_t begin, int64_t end) {
+    each_tile(begin, end, tile, 3 * tile * dim + 2 * dim, [&](int64_t first, int64_t n, float* scratch) {
+      float *g_room = scratch + tile * dim, *made = g_room + tile * dim, *ends = made + tile * dim;
+      const float *x = read_tile(k, rows, first, n, scratch), *g = read_tile(k, incoming, first, n, g_room);
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t row = first + r;
+        const int32_t j = chosen[row];
+        float* to = found.get() + 2 * (row - begin);
+        if (j < 0) {
+          to[0] = std::numeric_limits<float>::quiet_NaN();
+          std::copy_n(g + r * dim, dim, made + r * dim);
+          continue;
+        }
+        k.project_gradient(g + r * dim, of_t[row], x + r * dim, k.codeword(codes, j, ends),
+                           k.codeword(codes, j + 1, ends + dim), dim, out ? made + r * dim : nullptr, to, to + 1);
       }
-      k.project_gradient(g + r * dim, of_t[row], x + r * dim, k.codeword(codes, j, ends),
-                         k.codeword(codes, j + 1, ends + dim), dim, out ? made + r * dim : nullptr, to, to + 1);
-    }
-    if (out) k.write(*out, first, n, made);
-  });
-  if (!grad_codebook) return;
+      if (out) k.write(*out, first, n, made);
+    });
+    if (!sums) return;
 
-  auto* const sums = data<float>(*grad_codebook);
-  each_owner(total, tile, codes.count, 2 * tile * dim + 2 * dim,
-             [&](int64_t first, int64_t n, int64_t low, int64_t high, float* scratch) {
-               float *g_room = scratch + tile * dim, *ends = g_room + tile * dim;
-               const float *x = read_tile(k, rows, first, n, scratch), *g = read_tile(k, incoming, first, n, g_room);
-               for (int64_t r = 0; r < n; ++r) {
-                 const float *at = found.get() + 2 * (first + r), t = at[0];
-                 if (std::isnan(t)) continue;
-                 const int64_t j = chosen[first + r];
-                 const float *start = k.codeword(codes, j, ends), *end = k.codeword(codes, j + 1, ends + dim);
-                 for (int64_t e = 0; e < 2; ++e)
-                   if (j + e >= low && j + e < high)
-                     k.add_bend(e, g + r * dim, x + r * dim, start, end, t, at[1], dim, sums + (j + e) * dim);
-               }
-             });
+    each_owner(begin, end, tile, codes.count, 2 * tile * dim + 2 * dim,
+               [&](int64_t first, int64_t n, int64_t low, int64_t high, float* scratch) {
+      float *g_room = scratch + tile * dim, *ends = g_room + tile * dim;
+      const float *x = read_tile(k, rows, first, n, scratch), *g = read_tile(k, incoming, first, n, g_room);
+      for (int64_t r = 0; r < n; ++r) {
+        const float *at = found.get() + 2 * (first + r - begin), t = at[0];
+        if (std::isnan(t)) continue;
+        const int64_t j = chosen[first + r];
+        const float *from = k.codeword(codes, j, ends), *to = k.codeword(codes, j + 1, ends + dim);
+        for (int64_t e = 0; e < 2; ++e)
+          if (j + e >= low && j + e < high)
+            k.add_bend(e, g + r * dim, x + r * dim, from, to, t, at[1], dim, sums + (j + e) * dim);
+      }
+    });
+  });
 }
 
 }  // namespace diveq

@@ -45,7 +45,8 @@ struct OnCurve {
   int32_t index;
 };
 
-// Where on a segment a row's nearest point lies, in fp64; its squared length to `length`.
+// Where on a segment a row's nearest point lies, in fp64, NaN if the row or an end is not finite; the segment's squared
+// length to `length`.
 double position(const float* z, const float* start, const float* end, int64_t dim, double& length) {
   DH along = {}, squares = {};
   int64_t k = 0;
@@ -61,8 +62,9 @@ double position(const float* z, const float* start, const float* end, int64_t di
     w += ((double)z[k] - start[k]) * d;
     length += d * d;
   }
+  if (!(w - w == 0)) return NAN;  // infinite too: of finite fp32 it never is
   const double t = length > 0 ? w / length : 0.0;
-  return t < 0 ? 0.0 : t > 1 ? 1.0 : t;  // NaN stays
+  return t < 0 ? 0.0 : t > 1 ? 1.0 : t;
 }
 
 void consider_segment(OnCurve& best, const Codes& c, const float* z, int64_t j, float* scratch) {
@@ -149,6 +151,10 @@ void project(const Codes& c, const PackedCurve& packed, const float* z, int64_t 
       best[n] = {INFINITY, NAN, 0};
     }
     transpose_rows(row, packed.centre, dim, zt + g * dim * MR, squares + g * MR);
+    for (int r = 0; r < MR; ++r) {  // NaN for a row that is not finite: nothing is near to it
+      float& squared = squares[g * MR + r];
+      if (!(squared <= FLT_MAX) && !finite(row[r], dim)) squared = NAN;
+    }
   }
   for (int64_t first = 0; first < panels; first += step) {
     const int64_t last = first + step < panels ? first + step : panels;
@@ -168,6 +174,7 @@ void project(const Codes& c, const PackedCurve& packed, const float* z, int64_t 
       }
       for (int r = 0; r < MR && g * MR + r < rows; ++r) {
         const int64_t n = g * MR + r;
+        if (squares[n] != squares[n]) continue;
         examine_curve(best[n], c, packed, z + n * dim, squares[n], first, last - first, minima + r * kCurveBlock * W,
                       errors, ends);
       }
@@ -186,8 +193,9 @@ void between(const float* start, const float* end, float t, int64_t dim, float* 
   });
 }
 
-// Where a row is on its segment, and ∂L/∂t through it: 0 at an end. False if it is not finite. grad_z may be null.
-bool project_gradient(const float* g, float grad_t, const float* z, const float* start, const float* end, int64_t dim,
+// Where a row is on its segment, NaN if that is not finite, and (h + g·d)/‖d‖² inside the segment, 0 at its ends. grad_z
+// may be null.
+void project_gradient(const float* g, float grad_t, const float* z, const float* start, const float* end, int64_t dim,
                       float* grad_z, float* t, float* through) {
   double length;
   const double at = position(z, start, end, dim, length);
@@ -201,7 +209,6 @@ bool project_gradient(const float* g, float grad_t, const float* z, const float*
       const V value = finite ? *through * (load(end + k, n) - load(start + k, n)) : all(NAN);
       store(grad_z + k, value, n);
     });
-  return finite;
 }
 
 // What a row gives to one end of its segment (docs/math.md, (11) and (12)).

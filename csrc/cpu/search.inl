@@ -75,9 +75,7 @@ int32_t resolve(const Codes& c, bool exact, const float* z, float squares, const
   const float limit = least + 2 * error;
   Choice choice{INFINITY, INT32_MAX};
   if (!(fabsf(limit) < FLT_MAX)) {  // beyond the range of fp32, or no codeword, or not a finite row
-    bool finite = true;
-    for (int64_t k = 0; k < c.dim; ++k) finite &= fabsf(z[k]) <= FLT_MAX;
-    if (!finite) return 0;
+    if (!finite(z, c.dim)) return 0;
     for (int64_t j = 0; j < c.count; ++j) consider(choice, c, z, j, scratch);
     return choice.distance < INFINITY ? choice.index : 0;
   }

@@ -32,26 +32,39 @@ inline int64_t tile_rows(const Kernels& k, int64_t dim, int64_t rows) {
   return std::max<int64_t>(1, (wanted + k.group - 1) / k.group) * k.group;
 }
 
-// f(first row, rows, scratch) for every tile, on torch's threads; each thread has `floats` floats of scratch.
+// f(first row, rows, scratch) for every tile of the rows begin .. end - 1, on torch's threads; each thread has `floats`
+// floats of scratch.
 template <class F>
-inline void each_tile(int64_t rows, int64_t tile, int64_t floats, const F& f) {
-  torch::stable::parallel_for(0, (rows + tile - 1) / tile, 1, [&](int64_t begin, int64_t end) {
+inline void each_tile(int64_t begin, int64_t end, int64_t tile, int64_t floats, const F& f) {
+  torch::stable::parallel_for(0, (end - begin + tile - 1) / tile, 1, [&](int64_t first, int64_t last) {
     const Buffer scratch = buffer(floats);
-    for (int64_t i = begin; i < end; ++i) f(i * tile, std::min(tile, rows - i * tile), scratch.get());
+    for (int64_t n = begin + first * tile; n < std::min(end, begin + last * tile); n += tile)
+      f(n, std::min(tile, end - n), scratch.get());
   });
 }
 
-// f(first row, rows, first codeword, last codeword, scratch): every thread passes over all rows in order and adds to
-// codewords of its own, so that a codeword's sum does not depend on the threads.
+// f(first row, rows, first codeword, last codeword, scratch): every thread passes over all these rows in order and adds
+// to codewords of its own, so that a codeword's sum does not depend on the threads.
 template <class F>
-void each_owner(int64_t rows, int64_t tile, int64_t codewords, int64_t floats, const F& f) {
+void each_owner(int64_t begin, int64_t end, int64_t tile, int64_t codewords, int64_t floats, const F& f) {
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t share = std::max<int64_t>(1, (codewords + threads - 1) / threads);
-  torch::stable::parallel_for(0, (codewords + share - 1) / share, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, (codewords + share - 1) / share, 1, [&](int64_t first, int64_t last) {
     const Buffer scratch = buffer(floats);
-    const int64_t last = std::min(codewords, end * share);
-    for (int64_t n = 0; n < rows; n += tile) f(n, std::min(tile, rows - n), begin * share, last, scratch.get());
+    const int64_t low = first * share, high = std::min(codewords, last * share);
+    for (int64_t n = begin; n < end; n += tile) f(n, std::min(tile, end - n), low, high, scratch.get());
   });
+}
+
+// f(first row, last row) for chunks of rows in turn. A backward pass goes over a chunk twice, by tiles and then by owners:
+// the second time its rows are still in the cache, and what is kept of each from the first does not grow with all rows.
+template <class F>
+void each_chunk(int64_t rows, int64_t chunk, const F& f) {
+  for (int64_t n = 0; n < rows; n += chunk) f(n, std::min(rows, n + chunk));
+}
+
+inline int64_t chunk_rows(int64_t tile) {
+  return 2 * tile * std::max<int64_t>(1, torch::stable::get_num_threads());
 }
 
 // A tile's rows: in place where they are contiguous fp32, else read into `scratch`.
