@@ -22,6 +22,14 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # ---- layouts -------------------------------------------------------------------------------------------------------
 
 
+def alike(kind: type, decoded: torch.Tensor, points: torch.Tensor) -> bool:
+    """Whether they are the same; for a point between two codewords but for one rounding, as kernels fuse its products."""
+    if kind not in CURVES:
+        return torch.equal(decoded, points)
+    eps = torch.finfo(points.dtype).eps
+    return torch.allclose(decoded, points, rtol=eps, atol=eps)
+
+
 @for_every_layer
 @pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 3, 5), (2, 3, 4, 5), (0, 5), (2, 0, 5)])
 @pytest.mark.parametrize("training", [True, False])
@@ -52,7 +60,7 @@ def test_channel_first_is_a_permutation(kind, spatial):
         assert torch.equal(z_q, expected.movedim(-1, 1)) and z_q.stride() == z.stride()
         assert torch.equal(indices, expected_indices) and torch.equal(used, expected_used)
     decoded = layer.decode(layer.encode(z))
-    assert torch.equal(decoded, layer.inference(z)[0]) and decoded.shape == z.shape
+    assert decoded.shape == z.shape and alike(kind, decoded, layer.inference(z)[0])
 
 
 # ---- mask ----------------------------------------------------------------------------------------------------------
@@ -76,7 +84,7 @@ def test_masked_rows_are_left_out(kind, training):
     assert torch.equal(left_out[~mask], z[~mask]) and (without[~mask] == -1).all()
     codes = layer.encode(z, mask)
     decoded = layer.decode(codes)
-    assert (decoded[~mask] == 0).all() and torch.equal(decoded[mask], with_all[mask])
+    assert (decoded[~mask] == 0).all() and alike(kind, decoded[mask], with_all[mask])
 
 
 @for_every_layer
@@ -198,7 +206,7 @@ def test_dtypes(kind, dtype, codebook_dtype):
     assert decoded.dtype == codebook_dtype
     hard = layer.inference(z)[0]
     if dtype == codebook_dtype:
-        assert torch.equal(decoded, hard)
+        assert alike(kind, decoded, hard)
     coarser = max(torch.finfo(dtype).eps, torch.finfo(codebook_dtype).eps)
     torch.testing.assert_close(decoded.double(), hard.double(), rtol=coarser, atol=2 * coarser)
 
@@ -233,7 +241,7 @@ def test_decoding_what_was_encoded(kind):
     layer = make(kind)
     z = torch.randn(4, 9, 5)
     codes = layer.encode(z)
-    assert torch.equal(layer.decode(codes), layer.inference(z)[0])
+    assert alike(kind, layer.decode(codes), layer.inference(z)[0])
     indices = codes.indices if kind in CURVES else codes
     assert indices.dtype == torch.int64 and torch.equal(indices, layer.inference(z)[1])
 

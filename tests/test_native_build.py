@@ -68,3 +68,13 @@ def test_a_torch_without_cuda_gets_the_library_only_if_demanded() -> None:
     assert done.returncode == 0 and "has no CUDA; DIVEQ_BUILD_CUDA=1 builds it all the same" in done.stderr
     done = set_up(DIVEQ_BUILD_CUDA="1")
     assert done.returncode == 0 and "left out" not in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.parametrize("cuda", ["cuda: Optional[str] = '13.0'", "cuda = '12.6'", "cuda: Optional[str] = None"])
+def test_a_torch_with_cuda_gets_the_library(cuda: str, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.11.0+cu130'\n{cuda}\nhip: Optional[str] = 'x'\n")
+    done = set_up(PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and ("_cuda is left out: torch 2.11.0" in done.stderr) == cuda.endswith("None")
