@@ -30,7 +30,7 @@ ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
 ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mamx-tile", "-mamx-bf16"]
 
 # Outside of pip's isolated build environment, which has no torch: its PYTHONPATH is ignored by -I.
-FIND_TORCH = """
+FIND_TORCH = r"""
 import importlib.util, json, re
 from pathlib import Path
 spec = importlib.util.find_spec("torch")

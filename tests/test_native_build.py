@@ -68,3 +68,14 @@ def test_a_torch_without_cuda_gets_the_library_only_if_demanded() -> None:
     assert done.returncode == 0 and "has no CUDA; DIVEQ_BUILD_CUDA=1 builds it all the same" in done.stderr
     done = set_up(DIVEQ_BUILD_CUDA="1")
     assert done.returncode == 0 and "left out" not in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.parametrize("cuda", ["None", "'13.0'"])
+def test_a_torch_with_cuda_gets_the_library_unasked(tmp_path: Path, cuda: str) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").touch()
+    text = f"__all__ = ['__version__', 'cuda']\n__version__ = '2.14.1'\ncuda: Optional[str] = {cuda}\n"
+    (tmp_path / "torch/version.py").write_text(text)
+    done = set_up(PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and ("has no CUDA" in done.stderr) == (cuda == "None"), done.stderr
