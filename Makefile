@@ -12,13 +12,14 @@ STAMP := $(VENV)/.diveq-kernels-installed
 
 CHECK_PYTHON = 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint clean sanitize-gpu
 
 help:
 	@echo "make demo    train the example VQ-VAEs on photographs (a few minutes on two cores);"
 	@echo "             speech coding and image generation: see examples/README.md"
 	@echo "make test    ruff, mypy and the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make sanitize-gpu   compute-sanitizer on the GPU backends (needs a GPU)"
 	@echo "make setup   only create the virtual environment, which the commands above do when needed"
 	@echo "make clean   remove the virtual environment, builds and caches"
 	@echo
@@ -44,6 +45,17 @@ lint: $(STAMP)
 
 test: lint
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup
+
+# Each tool on some tests of every kernel; without a GPU or the tool this fails and says what is missing.
+sanitize-gpu: $(STAMP)
+	@command -v compute-sanitizer > /dev/null || \
+		{ echo "sanitize-gpu: compute-sanitizer is not on PATH (it comes with the CUDA toolkit)" >&2; exit 1; }
+	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "sanitize-gpu: torch finds no GPU")'
+	for tool in memcheck racecheck synccheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+			$(PY) -m pytest -q -p no:xdist tests/test_quantize.py tests/test_project.py tests/test_gradients.py \
+			-k "(cuda-cuda or triton-cuda) and float32 and not 4096" || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist diveq_kernels/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

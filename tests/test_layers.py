@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def alike(kind: type, decoded: torch.Tensor, points: torch.Tensor) -> bool:
-    """Whether they are the same; for a point between two codewords but for one rounding, as kernels fuse its products."""
+    """Whether they are the same; a point between two codewords but for one rounding, as kernels fuse its products."""
     if kind not in CURVES:
         return torch.equal(decoded, points)
     eps = torch.finfo(points.dtype).eps

@@ -29,7 +29,7 @@ __device__ inline float square_to_segment(const float4& x, const float4& a, cons
 }
 
 template <bool kSegments>
-__global__ void __launch_bounds__(kThreads) search_direct_kernel(Search search, int first_stage, Packed packed) {
+__global__ void __launch_bounds__(kThreads, 4) search_direct_kernel(Search search, int first_stage, Packed packed) {
   constexpr int kParts = kSegments ? 2 : 1;
   DIVEQ_SHARED_ARRAY(float4, points, kDirectTile * kParts);
   DIVEQ_SHARED_ARRAY(float2, ranges, kSegments ? kDirectTile : 1);

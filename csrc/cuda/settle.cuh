@@ -7,6 +7,8 @@
 // w's, whatever codewords lie far outside. All that are as close are measured again, from the original values.
 #pragma once
 
+#include <type_traits>
+
 #include "packed.h"
 #include "searched.cuh"
 
