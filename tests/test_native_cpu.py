@@ -356,7 +356,7 @@ print((used - size(kept) - size(c)) / 2**20)  # c: for one packed copy of it
 @pytest.mark.parametrize("name", ["nearest", "diveq", "sf_diveq", "project", "residual", "product"])
 @pytest.mark.parametrize(("rows", "codewords", "dim"), [(1 << 18, 64, 16), (4096, 1 << 16, 16), (1 << 20, 8, 2)])
 def test_working_memory(name: str, rows: int, codewords: int, dim: int) -> None:
-    """Beyond inputs, outputs, gradients and one packed codebook, in one thread. What C++ allocates is in the peak RSS."""
+    """Beyond inputs, outputs, gradients and one packed codebook, in one thread; peak RSS has what C++ allocates too."""
     command = [sys.executable, "-c", MEMORY, name, str(rows), str(codewords), str(dim)]
     extra = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert extra < 16
