@@ -12,13 +12,14 @@ STAMP := $(VENV)/.diveq-kernels-installed
 
 CHECK_PYTHON = 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint sanitize clean
 
 help:
 	@echo "make demo    train the example VQ-VAEs on photographs (a few minutes on two cores);"
 	@echo "             speech coding and image generation: see examples/README.md"
 	@echo "make test    ruff, mypy and the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make sanitize  tests of the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make setup   only create the virtual environment, which the commands above do when needed"
 	@echo "make clean   remove the virtual environment, builds and caches"
 	@echo
@@ -44,6 +45,9 @@ lint: $(STAMP)
 
 test: lint
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup
+
+sanitize: $(STAMP)
+	$(PY) tests/sanitized_cpu.py tests/test_native_cpu.py -q -k "not working_memory"
 
 clean:
 	rm -rf $(VENV) build dist diveq_kernels/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -58,21 +58,22 @@ def use(library: Path) -> None:
 
 def main() -> None:
     library = build()
-    runtime = subprocess.run(
-        [os.environ.get("CXX", "g++").split()[0], "-print-file-name=libasan.so"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    preloaded = [  # libstdc++ too: with libasan alone an exception finds no __cxa_throw behind the interceptor
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = {
         **os.environ,
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(preloaded),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "DIVEQ_SANITIZED_CPU": str(library),
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    command = [sys.executable, "-m", "pytest", "-p", "sanitized_cpu", "-p", "no:xdist", *sys.argv[1:]]
+    command = [sys.executable, "-m", "pytest", "-p", "sanitized_cpu", "-p", "no:xdist", "--capture=sys", *sys.argv[1:]]
     sys.exit(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode)
 
 
