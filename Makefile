@@ -12,14 +12,15 @@ STAMP := $(VENV)/.diveq-kernels-installed
 
 CHECK_PYTHON = 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 
-.PHONY: help setup demo test lint clean sanitize-gpu
+.PHONY: help setup demo test lint sanitize sanitize-gpu clean
 
 help:
 	@echo "make demo    train the example VQ-VAEs on photographs (a few minutes on two cores);"
 	@echo "             speech coding and image generation: see examples/README.md"
 	@echo "make test    ruff, mypy and the tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make sanitize-gpu   compute-sanitizer on the GPU backends (needs a GPU)"
+	@echo "make sanitize      tests of the CPU kernels under AddressSanitizer and UBSan"
+	@echo "make sanitize-gpu compute-sanitizer on the GPU backends (needs a GPU)"
 	@echo "make setup   only create the virtual environment, which the commands above do when needed"
 	@echo "make clean   remove the virtual environment, builds and caches"
 	@echo
@@ -45,6 +46,9 @@ lint: $(STAMP)
 
 test: lint
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup
+
+sanitize: $(STAMP)
+	$(PY) tests/sanitized_cpu.py tests/test_native_cpu.py -q -k "not working_memory"
 
 # Each tool on some tests of every kernel; without a GPU or the tool this fails and says what is missing.
 sanitize-gpu: $(STAMP)

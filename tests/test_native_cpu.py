@@ -13,7 +13,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import ALL_DTYPES, LAYOUTS, eps, generator, lay_out
+from cases import ALL_DTYPES, LAYOUTS, Target, eps, generator, lay_out
+from test_project_gradients import by_definition, gradients
 from torch import Tensor
 
 import diveq_kernels.functional as F
@@ -144,6 +145,78 @@ def test_fast_search_is_near(isa: str) -> None:
     assert (over <= eps(torch.bfloat16) * scale).all()
 
 
+# ---- projection ------------------------------------------------------------------------------------------------------
+
+
+def check_project(z: Tensor, codebook: Tensor) -> None:
+    """The least distance of all segments in fp64, and the point and t of this segment."""
+    found = F.project(z, codebook, backend="cpu")
+    distances = oracle.polyline_sqdist(z, codebook)
+    picked, least = distances.gather(1, found.indices[:, None])[:, 0], distances.amin(1)
+    assert (picked <= least + 1e-12 * (1 + least)).all()
+    expected, t = oracle.on_segment(z.double(), codebook.double(), found.indices)
+    torch.testing.assert_close(found.t.double(), t, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.points.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 11, 12, 13, 73])
+@pytest.mark.parametrize("codewords", [2, 3, 4, 5, 6, 8, 9, 10, 16, 17, 18, 33, 34, 100])
+def test_edges_of_tiles_on_the_curve(isa: str, rows: int, codewords: int) -> None:
+    gen = generator()
+    for dim in (1, 3, 16, 65):
+        check_project(torch.randn(rows, dim, generator=gen), torch.randn(codewords, dim, generator=gen))
+
+
+@pytest.mark.parametrize(("rows", "codewords", "dim"), [(30, 70, 4096), (60, 1000, 300), (40, 2500, 8)])
+def test_curves_of_several_blocks(isa: str, rows: int, codewords: int, dim: int) -> None:
+    gen = generator()
+    codebook = torch.randn(codewords, dim, generator=gen)
+    check_project(torch.randn(rows, dim, generator=gen), codebook)
+    j = torch.randint(codewords - 1, (rows,), generator=gen)
+    check_project((codebook[j] + codebook[j + 1]) / 2 + 1e-3 * torch.randn(rows, dim, generator=gen), codebook)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1e-3])
+def test_crowded_curves(isa: str, spread: float) -> None:
+    """Segments that fp32 tells apart, and those that only fp64 does."""
+    gen = generator()
+    codebook = 1 + spread * torch.randn(200, 20, generator=gen)
+    check_project(1 + spread * torch.randn(100, 20, generator=gen), codebook)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "codewords", "dim"), [(300, 9, 10), (33, 2, 1), (70, 40, 65), (9, 40, 130)])
+def test_gradients_of_the_projection(isa: str, rows: int, codewords: int, dim: int, dtype: torch.dtype) -> None:
+    gen = generator()
+    codebook = torch.randn(codewords, dim, generator=gen)
+    codebook[:, 0] += 2 * torch.arange(codewords)
+    z = codebook[torch.randint(codewords, (rows,), generator=gen)] + torch.randn(rows, dim, generator=gen)
+    g, h = torch.randn(rows, dim, generator=gen).to(dtype), torch.randn(rows, generator=gen)
+    z, codebook = lay_out(z, LAYOUTS[dim % len(LAYOUTS)]).to(dtype), codebook.to(dtype)
+    indices, *found = gradients(Target("cpu", "cpu"), z, codebook, g, h, torch.rand(rows, generator=gen) < 0.8)
+    dz, dc, of_rows, of_books = by_definition(z, codebook, g, h, indices)
+    for ours, exact, scale in zip(found, (dz, dc), (of_rows, of_books), strict=True):
+        bound = 1.01 * eps(dtype) * exact.abs() + 32 * eps(torch.float32) * scale + 1e-30
+        assert ((ours.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("codewords", [2, 40])
+def test_rows_that_are_not_finite_bend_no_curve(isa: str, bad: float, codewords: int) -> None:
+    """Nor where every segment has length 0, or the row is infinite along its segment."""
+    gen = generator()
+    for codebook in (torch.randn(codewords, 5, generator=gen), torch.ones(codewords, 5)):
+        z = torch.randn(20, 5, generator=gen)
+        z[3, 0] = bad
+        zg, cg = z.requires_grad_(), codebook.requires_grad_()
+        found = F.project(zg, cg, backend="cpu")
+        assert found.t[3].isnan() and found.points[3].isnan().all() and found.points[4:].isfinite().all()
+        g = torch.zeros_like(z)
+        g[3] = 1
+        dz, dc = torch.autograd.grad(found.points, (zg, cg), g)
+        assert dz[3].isnan().all() and (dc == 0).all()
+
+
 # ---- noise -----------------------------------------------------------------------------------------------------------
 
 
@@ -240,26 +313,50 @@ def test_fp64_is_left_to_the_reference(isa: str) -> None:
 
 
 MEMORY = """
-import gc, resource, torch
-from diveq_kernels import native_cpu
+import resource, sys, torch
+from diveq_kernels import native_cpu as ops
 torch.set_num_threads(1)
+name, rows, codewords, dim = sys.argv[1], *map(int, sys.argv[2:])
 seed = torch.tensor(1)
-def run(rows, codewords):
-    z, c = torch.randn(rows, 16), torch.randn(codewords, 16)
-    found = native_cpu.diveq(z, c, None, seed, 0.1, "exact")
-    return z, c, found, native_cpu.diveq_backward(z, z, c, found[1], seed, 0.1, True, True)
-run(100, 100)
+
+def run(z, c):
+    if name == "nearest":
+        found = ops.nearest(z, c, None, "exact")
+        return found, ops.nearest_backward(found[0], z, c, found[1], True, True)
+    if name == "diveq":
+        found = ops.diveq(z, c, None, seed, 0.1, "exact")
+        return found, ops.diveq_backward(z, z, c, found[1], seed, 0.1, True, True)
+    if name == "sf_diveq":
+        dither = torch.full((len(c) - 1,), 0.3)
+        found = ops.sf_diveq(z, c, dither, None, seed, 0.1, "exact")
+        return dither, found, ops.sf_diveq_backward(z, z, c, dither, found[1], seed, 0.1, True, True)
+    if name == "project":
+        found = ops.project(z, c, None, "exact")
+        return found, ops.project_backward(z, found[2], z, c, found[1], True, True)
+    books = c[None] if name == "residual" else torch.stack([c[:, : dim // 2], c[:, dim // 2 :]])
+    more = (None, None) if name == "residual" else (None,)
+    found = getattr(ops, name)(z, books, *more, None, seed, 0.1, "exact")
+    back = getattr(ops, name + "_backward")(z, z, books, None, found[1], seed, 0.1, True, True)
+    return books if name == "product" else None, found, back
+
+def size(kept):
+    if torch.is_tensor(kept):
+        return kept.numel() * kept.element_size()
+    return 0 if kept is None else sum(map(size, kept))
+
+run(torch.randn(100, dim), torch.randn(100, dim))
+z, c = torch.randn(rows, dim), torch.randn(codewords, dim)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rows, codewords = 100_000, 65_536
-kept = run(rows, codewords)
+kept = run(z, c)
 used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-known = 4 * 16 * (3 * rows + 2 * codewords) + 4 * rows + 4 * codewords + 4 * 16 * codewords
-print((used - known) / 2**20)
+print((used - size(kept) - size(c)) / 2**20)  # c: for one packed copy of it
 """
 
 
-def test_working_memory() -> None:
-    """Beyond inputs, outputs, gradients and one packed codebook; the matrix of distances would be 26 GB."""
-    command = [sys.executable, "-c", MEMORY]
+@pytest.mark.parametrize("name", ["nearest", "diveq", "sf_diveq", "project", "residual", "product"])
+@pytest.mark.parametrize(("rows", "codewords", "dim"), [(1 << 18, 64, 16), (4096, 1 << 16, 16), (1 << 20, 8, 2)])
+def test_working_memory(name: str, rows: int, codewords: int, dim: int) -> None:
+    """Beyond inputs, outputs, gradients and one packed codebook, in one thread; peak RSS has what C++ allocates too."""
+    command = [sys.executable, "-c", MEMORY, name, str(rows), str(codewords), str(dim)]
     extra = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert extra < 16

@@ -138,8 +138,10 @@ def test_sizes_about_a_tile(target: Target, rows: int, codewords: int, dim: int)
     j = torch.cat([torch.tensor([codewords - 2]), torch.randperm(codewords - 1, generator=gen)])[:rows]
     t = 0.3 + 0.4 * torch.rand(len(j), 1, generator=gen)
     z = (1 - t) * codebook[j] + t * codebook[j + 1] + 0.03 * torch.randn(len(j), dim, generator=gen)
+    nearest = polyline_sqdist(z, codebook).argmin(1)  # in few dimensions another segment may pass nearer than j
+    assert (nearest == j).float().mean() > 0.8
     found = check(target, z, codebook)
-    assert torch.equal(found.indices.cpu(), j)
+    assert torch.equal(found.indices.cpu(), nearest)
 
 
 @on_every_target
