@@ -4,7 +4,8 @@ Each function takes the arguments of the dispatcher op of its name without ``bac
 core serves, go to the reference. On CPU the kernels run only in Triton's interpreter, for tests.
 """
 
-from diveq_kernels.triton_kernels.composite import product, product_backward, residual, residual_backward
+from diveq_kernels.triton_kernels.composite import product, residual
+from diveq_kernels.triton_kernels.composite_backward import product_backward, residual_backward
 from diveq_kernels.triton_kernels.distance import nearest_backward
 from diveq_kernels.triton_kernels.diveq import diveq, diveq_backward
 from diveq_kernels.triton_kernels.launch import INTERPRETED
