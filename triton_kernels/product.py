@@ -4,16 +4,17 @@
 |----------|------------------------------------------------|---------------------------|------------------------------|
 | `bf16`   | bf16 z · c                                     | `fast`, bf16 z            | none promised                |
 | `tf32`   | TF32 z · c                                     | `fast`, other z           | none promised                |
-| `bf16x3` | z = h + l, c = H + L in bf16: l·H + h·L + h·H  | `exact`, fp32 and fp16 z  | 3.1·2⁻¹⁸ + accumulation      |
-| `bf16x2` | z·L + z·H, as a bf16 z has no low part         | `exact`, bf16 z           | 1.1·2⁻¹⁸ + accumulation      |
+| `bf16x3` | z = h + l, c = H + L in bf16: l·H + h·L + h·H  | `exact`, fp32 and fp16 z  | 8.1·2⁻¹⁸ + accumulation      |
+| `bf16x2` | z·L + z·H, as a bf16 z has no low part         | `exact`, bf16 z           | 2.1·2⁻¹⁸ + accumulation      |
 | `ieee`   | fp32                                           | where there is no bf16x3  | accumulation                 |
 
-|error of z·c| ≤ κ‖z‖‖c‖. Splitting: bf16 rounds to within 2⁻⁹, two parts leave out 2⁻¹⁸ of a number, and bf16x3 leaves
-out l·L besides. Products of two bf16 numbers are exact in fp32. Accumulation: a tensor core aligns the addends of a
-step to the largest and may cut off, not round, what lies below its last bit, and once more the sum. That costs each
-addend at most 2⁻²³ of the largest magnitude, and each step of at least four addends one more: 1.25·2⁻²³ per addend.
-The small products come first, when there is next to nothing to cut, so that only the D products h·H count: 2.6 D·2⁻²⁴
-in all.
+|error of z·c| ≤ κ‖z‖‖c‖. Splitting: bf16 has 8 bits, so h is within 2⁻⁸ of a number, and l, rounded once more, leaves
+out at most 2⁻¹⁷ of it (half a unit of a number below 2⁻⁸). bf16x3 leaves out that of z, that of c, and l·L ≤ 2⁻¹⁶: in
+all 8·2⁻¹⁸. bf16x2 leaves out that of c. Products of two bf16 numbers are exact in fp32. Accumulation: a tensor core
+aligns the addends of a step to the largest and may cut off, not round, what lies below its last bit, and once more the
+sum. That costs each addend but the largest at most 2⁻²³ of the largest magnitude, and each step of at least four
+products one more: 1.25·2⁻²³ per product. The small products come first, when there is next to nothing to cut, so that
+only the D products h·H count: 2.6 D·2⁻²⁴ in all.
 Where D is taken in chunks, each chunk is summed by itself, and the chunks are added in fp32: D is then a chunk's.
 """
 
@@ -40,7 +41,7 @@ def product_for(dtype: torch.dtype, precision: str) -> str:
 def error_bound(product: str, dim: int, block_d: int) -> float:
     """κ with |error of z·c| ≤ κ‖z‖‖c‖."""
     chunks = -(-dim // block_d)
-    left_out = {"bf16x3": 3.1, "bf16x2": 1.1, "ieee": 0.0}[product] * 2.0**-18
+    left_out = {"bf16x3": 8.1, "bf16x2": 2.1, "ieee": 0.0}[product] * 2.0**-18
     return left_out + (2.6 * min(dim, block_d) + chunks) * _UNIT
 
 
