@@ -12,12 +12,13 @@ STAMP := $(VENV)/.diveq-kernels-installed
 
 CHECK_PYTHON = 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test gpu lint clean
 
 help:
 	@echo "make demo    train the example VQ-VAEs on photographs (a few minutes on two cores);"
 	@echo "             speech coding and image generation: see examples/README.md"
 	@echo "make test    ruff, mypy and the tests"
+	@echo "make gpu     what only a GPU can show, on the one that is here (under ten minutes)"
 	@echo "make lint    ruff and mypy"
 	@echo "make setup   only create the virtual environment, which the commands above do when needed"
 	@echo "make clean   remove the virtual environment, builds and caches"
@@ -44,6 +45,9 @@ lint: $(STAMP)
 
 test: lint
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup
+
+gpu: $(STAMP)
+	$(PY) tests/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist diveq_kernels/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
-"""The bound that makes the search exact: it holds for products on tensor cores, and the search lives with its worst case.
+"""The bound that makes the search exact: products on tensor cores keep it, and the search lives with its worst case.
 
-Triton's interpreter multiplies in full precision, so a first pass in error has to be made up: here the products are moved
-by all that the bound allows, against the nearest codeword. Runs in the interpreter, by test_triton_interpreter.py.
+Triton's interpreter multiplies in full precision, so a first pass in error has to be made up: here the products are
+moved by all that the bound allows, against the nearest codeword. That part runs by test_triton_interpreter.py.
 """
 
 from __future__ import annotations

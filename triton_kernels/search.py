@@ -22,8 +22,8 @@ widen it for the rest.
 
 A group can hide another in the same place of another tile. The lowest score hidden is kept, and a row for which it is
 within the bound is measured against the whole codebook. Data far from 0, clusters far apart and diverged codewords thus
-make rows slower, not wrong. On Gaussian data (K = 8192, D = 64 and 256) under 1 % of the rows have a second group
-within the bound, and one in BLOCK_K / 8 of these hides it.
+make rows slower, not wrong. On Gaussian data (K = 8192) about 0.2 % of the rows at D = 64, and 1 % at D = 256, have a
+second codeword within the bound; one in BLOCK_K / 8 of these hides it.
 
 **Tiles.** The more rows in a tile, the less often the codebook comes from L2: once per tile, which at 128 rows is near
 what L2 can deliver. Two or three blocks per SM let one multiply while another takes minima. A row is held whole up to
