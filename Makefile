@@ -12,17 +12,18 @@ STAMP := $(VENV)/.diveq-kernels-installed
 
 CHECK_PYTHON = 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 
-.PHONY: help setup demo test lint sanitize sanitize-gpu clean
+.PHONY: help setup demo test gpu lint sanitize sanitize-gpu clean
 
 help:
-	@echo "make demo    train the example VQ-VAEs on photographs (a few minutes on two cores);"
-	@echo "             speech coding and image generation: see examples/README.md"
-	@echo "make test    ruff, mypy and the tests"
-	@echo "make lint    ruff and mypy"
+	@echo "make demo          train the example VQ-VAEs on photographs (a few minutes on two cores);"
+	@echo "                   speech coding and image generation: see examples/README.md"
+	@echo "make test          ruff, mypy and the tests"
+	@echo "make gpu           what only a GPU can show, on the one that is here (under ten minutes)"
+	@echo "make lint          ruff and mypy"
 	@echo "make sanitize      tests of the CPU kernels under AddressSanitizer and UBSan"
-	@echo "make sanitize-gpu compute-sanitizer on the GPU backends (needs a GPU)"
-	@echo "make setup   only create the virtual environment, which the commands above do when needed"
-	@echo "make clean   remove the virtual environment, builds and caches"
+	@echo "make sanitize-gpu  tests of the GPU kernels under compute-sanitizer, on a GPU"
+	@echo "make setup         only create the virtual environment, which the commands above do when needed"
+	@echo "make clean         remove the virtual environment, builds and caches"
 	@echo
 	@echo "variables:   PYTHON=$(PYTHON) (3.10 or later)  VENV=$(VENV)  JOBS=$(JOBS) (test processes)"
 
@@ -47,13 +48,17 @@ lint: $(STAMP)
 test: lint
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup
 
+gpu: $(STAMP)
+	$(PY) tests/gpu.py
+
 sanitize: $(STAMP)
 	$(PY) tests/sanitized_cpu.py tests/test_native_cpu.py -q -k "not working_memory"
 
 # Each tool on some tests of every kernel; without a GPU or the tool this fails and says what is missing.
-sanitize-gpu: $(STAMP)
+sanitize-gpu:
 	@command -v compute-sanitizer > /dev/null || \
 		{ echo "sanitize-gpu: compute-sanitizer is not on PATH (it comes with the CUDA toolkit)" >&2; exit 1; }
+	@$(MAKE) --no-print-directory setup
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "sanitize-gpu: torch finds no GPU")'
 	for tool in memcheck racecheck synccheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton")
 
 from triton_aot import SHARED_LIMIT, Compiled, compile_for, launches_of  # noqa: E402
+from triton_sass import instructions_per_pair  # noqa: E402
 
 from diveq_kernels import triton_kernels  # noqa: E402
 
@@ -24,6 +28,20 @@ CASES = [
     (512, EXACT, 90),
     (512, HALF, 90),
 ]
+
+
+HOW = {"bf16x3": EXACT, "bf16x2": ("exact", torch.bfloat16), "tf32": FAST, "bf16": HALF}
+
+
+def configurations() -> Iterator[tuple[int, str, str, int]]:
+    """(architecture, kind, product, D) for each entry of the tables with a search, D the largest it is for."""
+    for architecture in (80, 90, 100):
+        path = Path(triton_kernels.__file__).parent / "configs" / f"sm_{architecture}.json"
+        for name, entries in json.loads(path.read_text(encoding="utf-8")).items():
+            kind, _, product = name.partition("_")
+            if kind in ("search", "residual", "product"):
+                for entry in entries:
+                    yield architecture, kind, product, min(entry["max_dim"], 512)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,3 +80,33 @@ def test_compiles_without_spills(dim: int, how: tuple[str, torch.dtype], archite
         assert kernel.shared <= SHARED_LIMIT[architecture], (kernel.name, kernel.shared)
         searches = kernel.name in ("nearest_kernel", "diveq_kernel", "sf_diveq_kernel", "composite_kernel")
         assert bool(re.search(r"\b(mma|wgmma|tcgen05)\b", kernel.ptx)) == searches, kernel.name
+
+
+@pytest.mark.parametrize(("architecture", "kind", "product", "dim"), configurations())
+def test_every_configuration_compiles_without_spills(architecture: int, kind: str, product: str, dim: int) -> None:
+    """In the kernel that does most after its search."""
+    precision, dtype = HOW[product]
+    seed, books = meta(dtype=torch.int64), meta(4, 1024, dim)
+
+    def call() -> None:
+        if kind == "search":
+            triton_kernels.diveq(meta(ROWS, dim, dtype=dtype), books[0], None, seed, 1e-3, precision)
+        elif kind == "residual":
+            triton_kernels.residual(meta(ROWS, dim, dtype=dtype), books, None, None, None, seed, 1e-3, precision)
+        else:
+            triton_kernels.product(meta(ROWS, 4 * dim, dtype=dtype), books, None, None, seed, 1e-3, precision)
+
+    launch = launches_of(call, architecture)[-1]
+    assert launch.options["PRODUCT"] == product
+    kernel = compile_for(launch, architecture)
+    assert kernel.spilled == 0, (kernel.name, kernel.registers, kernel.spilled)
+    assert kernel.shared <= SHARED_LIMIT[architecture], (kernel.name, kernel.shared)
+    assert re.search(r"\b(mma|wgmma|tcgen05)\b", kernel.ptx), kernel.name
+
+
+def test_instructions_per_distance() -> None:
+    """The epilogue bounds small D, not the product: 4 instructions a distance on sm_90 at most."""
+    z, codebook = meta(ROWS, 64, dtype=torch.bfloat16), meta(CODEWORDS, 64)
+    launches = launches_of(lambda: triton_kernels.nearest(z, codebook, None, "fast"), 90)
+    count = instructions_per_pair(launches[-1], 90)
+    assert count is not None and count.per_pair <= 4.0, count

@@ -27,7 +27,7 @@ KERNELS = {
     "residual": (["pack_kernel", "composite_kernel"], ["composite_backward_kernel"]),
     "product": (["pack_kernel", "composite_kernel"], ["composite_backward_kernel"]),
 }
-WRITTEN = {"z_q", "points", "sqdist", "indices", "counts", "position", "bias", "length", "segments", "table"}
+WRITTEN = {"z_q", "points", "sqdist", "indices", "counts", "position", "bias", "segments", "table"}
 WRITTEN |= {"residuals", "grad_z", "grad_codebook", "grad_codebooks", "weights"}
 
 

@@ -96,7 +96,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[t
 def compile_for(launch: Launch, architecture: int) -> Compiled:
     signature, constants, attributes = _signature(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {name: launch.options[name] for name in ("num_warps", "num_stages") if name in launch.options}
+    options = {name: launch.options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.options}
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     usage = _usage(built.asm["cubin"])
     return Compiled(launch.kernel.__name__, built.asm["ptx"], built.asm["cubin"], *usage, built.metadata.shared)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from diveq_kernels.triton_kernels.composite import product, product_backward, residual, residual_backward
+from diveq_kernels.triton_kernels.composite import product, residual
+from diveq_kernels.triton_kernels.composite_backward import product_backward, residual_backward
 from diveq_kernels.triton_kernels.distance import nearest_backward
 from diveq_kernels.triton_kernels.diveq import diveq, diveq_backward
 from diveq_kernels.triton_kernels.launch import INTERPRETED, in_graph

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
-from diveq_kernels.triton_kernels.pack import centre_of, round_for_product
+from diveq_kernels.triton_kernels.pack import middle
+from diveq_kernels.triton_kernels.product import round_for_product
 from diveq_kernels.triton_kernels.rows import load_targets
 
 # Rows of ``Curve.table``, by segment: 1/‖v‖ of the stored direction v; −a·v/‖v‖; the range of a + τ·v/‖v‖ that is the
@@ -112,7 +113,7 @@ def pack_curve(codebook: Tensor, product: str, tiles: dict[str, int]) -> Curve:
 
     Args:
         codebook: The codewords, K >= 2.
-        product: What the projection will multiply in, see ``search.product_for``.
+        product: What the projection will multiply in, see ``project.py``.
         tiles: The projection's configuration.
     """
     dim, count = codebook.shape[1], codebook.shape[0] - 1
@@ -124,7 +125,7 @@ def pack_curve(codebook: Tensor, product: str, tiles: dict[str, int]) -> Curve:
     curve = Curve(
         torch.empty((padded_count // tiles["BLOCK_K"], 2, tiles["BLOCK_K"], padded_dim), dtype=dtype, device=device),
         torch.empty((_TABLE_ROWS, padded_count), dtype=torch.float32, device=device),
-        centre_of(codebook[None], padded_dim)[0],
+        middle(codebook[None], padded_dim)[0][0],
     )
     tile = configuration("curve", dim, device)
     launch(

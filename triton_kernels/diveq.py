@@ -16,6 +16,7 @@ from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, e
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.rows import (
+    COLUMNS,
     count_uses,
     deliver,
     load_rows,
@@ -31,9 +32,9 @@ from diveq_kernels.triton_kernels.search import Search, nearest_codeword
 @triton.jit
 def diveq_kernel(
     z, inner, outer_stride, inner_stride, step, rows, mask, codebook, code_stride, code_step,
-    points, bias, length, centre, count, slack,
+    points, bias, centre, typical, count,
     z_q, q_inner, q_outer_stride, q_inner_stride, q_step, indices, counts, seed, noise_std,
-    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """z_q, indices and histogram for BLOCK_N rows."""
@@ -43,32 +44,32 @@ def diveq_kernel(
     if mask is not None:
         kept = kept & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
     starts = row_starts(n, inner, outer_stride, inner_stride)
-    index = nearest_codeword(
-        z, starts, step, kept, codebook, code_stride, code_step, None, centre, points, bias, length, count, slack,
-        PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+    index, _ = nearest_codeword(
+        z, starts, step, kept, codebook, code_stride, code_step, None, points, bias, centre, typical, count,
+        PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     tl.store(indices + n, tl.where(kept, index, -1), mask=inside)
     count_uses(counts, indices + n, kept)
 
     of_d = tl.zeros((BLOCK_N,), tl.float32)
     of_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, PADDED_D, BLOCK_D):
-        c = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
-        d = c - load_rows(z, starts, step, inside, first, D, BLOCK_D)
+    for first in range(0, PADDED_D, COLUMNS):
+        c = load_targets(codebook, code_stride, code_step, None, index, first, D, COLUMNS)
+        d = c - load_rows(z, starts, step, inside, first, D, COLUMNS)
         of_d += tl.sum(d * d, axis=1)
-        d = moved(d, seed, noise_std, n, 0, first, D, BLOCK_D)
+        d = moved(d, seed, noise_std, n, 0, first, D, COLUMNS)
         of_sum += tl.sum(d * d, axis=1)
     m = tl.sqrt(of_d)
     scale = m / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum))
     q_starts = row_starts(n, q_inner, q_outer_stride, q_inner_stride)
-    for first in range(0, PADDED_D, BLOCK_D):
-        c = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
-        x = load_rows(z, starts, step, inside, first, D, BLOCK_D)
+    for first in range(0, PADDED_D, COLUMNS):
+        c = load_targets(codebook, code_stride, code_step, None, index, first, D, COLUMNS)
+        x = load_rows(z, starts, step, inside, first, D, COLUMNS)
         value = c
         if seed is not None:
-            value = x + scale[:, None] * moved(c - x, seed, noise_std, n, 0, first, D, BLOCK_D)
+            value = x + scale[:, None] * moved(c - x, seed, noise_std, n, 0, first, D, COLUMNS)
         value = tl.where((m < float("inf"))[:, None], value, float("nan"))
-        store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, BLOCK_D)
+        store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, COLUMNS)
 
 
 def diveq(
@@ -81,7 +82,7 @@ def diveq(
     indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
     counts = torch.zeros(codebook.shape[0], dtype=torch.int32, device=z.device)
     if indices.numel():
-        search = Search(z, codebook[None], None, precision)
+        search = Search(z.dtype, codebook[None], None, precision)
         launch(
             diveq_kernel, search.grid(indices.numel()), z.device,
             *rows_of(z), indices.numel(), None if mask is None else mask.contiguous(), codebook, *codebook.stride(),

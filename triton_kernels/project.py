@@ -29,7 +29,7 @@ from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.curve import HIGH, LEAVE, LOW, SCALE, SHIFT, SQUARE, pack_curve
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
-from diveq_kernels.triton_kernels.pack import round_for_product
+from diveq_kernels.triton_kernels.product import round_for_product
 from diveq_kernels.triton_kernels.rows import (
     deliver,
     load_rows,
@@ -39,7 +39,6 @@ from diveq_kernels.triton_kernels.rows import (
     rows_of,
     store_rows,
 )
-from diveq_kernels.triton_kernels.search import product_for
 
 _STEP = tl.constexpr(16)  # columns at a time where rows are measured: more would need registers that the search holds
 
@@ -274,6 +273,13 @@ def project_kernel(
         store_rows(points, p_starts, p_step, inside, first, tl.where(kept[:, None], point, x), D, _STEP)
 
 
+def _product_for(dtype: torch.dtype, precision: str) -> str:
+    """Three TF32 products for ``exact``; for ``fast`` bf16 if z is, else TF32."""
+    if precision == "exact":
+        return "ieee" if torch.version.hip else "tf32x3"
+    return "bf16" if dtype == torch.bfloat16 else "ieee" if torch.version.hip else "tf32"
+
+
 def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """(points, segment indices, t): points = (1−t)c_j + t c_{j+1}; in rows left out z, −1 and 0."""
     if compute_dtype(z, codebook) == torch.float64:
@@ -283,7 +289,7 @@ def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
     position = torch.empty(z.shape[:-1], dtype=torch.float32, device=z.device)
     rows, dim = indices.numel(), z.shape[-1]
     if rows:
-        product = product_for(z, precision)
+        product = _product_for(z.dtype, precision)
         tiles = configuration(f"project_{product}", dim, z.device)
         curve = pack_curve(codebook, product, tiles)
         launch(

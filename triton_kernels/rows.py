@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# What kernels with a search in them take of their rows at a time outside of it: more would cost the search registers.
+COLUMNS = tl.constexpr(16)
+
 
 class Rows(NamedTuple):
     """Row n begins at ``(n // inner) * outer_stride + (n % inner) * inner_stride``, its elements ``step`` apart."""
@@ -80,16 +83,21 @@ def store_rows(pointer, starts, step, live, first, value, D: tl.constexpr, BLOCK
 
 
 @triton.jit
-def load_targets(codebook, code_stride, code_step, dither, j, first, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of the searched points j [BN]: codewords, or with ``dither`` (1 − λ_j)c_j + λ_j c_{j+1}."""
-    everywhere = j >= 0
+def load_points(codebook, code_stride, code_step, dither, j, live, first, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns of the searched points j [BN]: codewords, or with ``dither`` (1 − λ_j)c_j + λ_j c_{j+1}; else 0."""
     starts = j.to(tl.int64) * code_stride
-    point = load_rows(codebook, starts, code_step, everywhere, first, D, BLOCK)
+    point = load_rows(codebook, starts, code_step, live, first, D, BLOCK)
     if dither is not None:
-        weight = tl.load(dither + j).to(tl.float32)[:, None]
-        end = load_rows(codebook, starts + code_stride, code_step, everywhere, first, D, BLOCK)
+        weight = tl.load(dither + j, mask=live, other=0.0).to(tl.float32)[:, None]
+        end = load_rows(codebook, starts + code_stride, code_step, live, first, D, BLOCK)
         point = (1.0 - weight) * point + weight * end
     return point
+
+
+@triton.jit
+def load_targets(codebook, code_stride, code_step, dither, j, first, D: tl.constexpr, BLOCK: tl.constexpr):
+    """``load_points`` for all rows."""
+    return load_points(codebook, code_stride, code_step, dither, j, j >= 0, first, D, BLOCK)
 
 
 @triton.jit

@@ -1,13 +1,33 @@
-"""Nearest codeword: argmin_j ‖c_j‖² − 2 z·c_j over tiles of the codebook, the running minimum in registers.
+"""Nearest codeword: argmin_j ‖c_j‖² − 2 z·c_j over tiles of the codebook, the N×K scores never stored.
 
-``exact`` is exact by a bound, not by luck. The product's error is at most κ‖c_j‖(2‖z‖ + ‖c_j‖), so each tile yields a
-lower bound on every score. If the second lowest lies above the winner's upper bound, the winner is the argmin. If not,
-the row is ambiguous, and the candidates that the bound leaves (rarely more than two) are measured again as Σ(z − c)²
-from the original, uncentred values. Data far from 0, clusters far apart and diverged codewords make a row slower, not
-wrong. ``fast`` takes the argmin of the product as it is.
+1. **Scores.** T_j = ρ‖c_j‖² + (−2 z·c_j), the product from tensor cores (product.py), one multiply-add on top.
+2. **Groups.** The tensor cores leave 8 columns of a tile's every 32 with one thread: those that differ in bits 0, 3
+   and 4. Only the minimum of such a group is kept, and of the groups in the same place of different tiles only the
+   best, with its tile: BLOCK_K / 8 pairs per row, no index arithmetic per distance. (A thread of sm_100 holds a whole
+   row: the groups are as good there.)
+3. **Second look** (second_look.py). The 8 codewords of the best group are measured as Σ(z − c)² in fp32, from the
+   values as they were given. So are those of every other group that may hold the nearest: for ``fast`` groups with the
+   same score, for ``exact`` all that the error bound does not rule out.
 
-κ = (2D + 32)·2⁻²⁴: D accumulations in fp32, truncated rather than rounded on tensor cores, and a few units for the
-three TF32 products, the centring and ‖c‖². It is derived; no GPU has confirmed it yet.
+**Why** ``exact`` **is exact.** Let x be the centred row, κ the product's bound, u = 2⁻²⁴. For any s > 0
+
+    |T_j − (‖c_j‖² − 2 x·c_j)| ≤ κ₁ 2‖x‖‖c_j‖ + κ₂‖c_j‖² ≤ κ₁‖x‖²/s + (κ₁s + κ₂)‖c_j‖²      (at ρ = 1)
+
+with κ₁ = κ + 4u and κ₂ = (D + 8)u: ‖c‖² in fp32, the multiply-add, and the rounding of the centring, which moves x and
+c by a unit and so the distance by 2u(‖x‖ + ‖c‖)²; its part 2u‖x‖² joins the row's. So with ρ = 1 − (κ₁s + κ₂) no T_j
+exceeds the true score by more than E = κ₁‖x‖²/s + 2u‖x‖², and the best group's codeword has a true score of at most
+T + E + 2(κ₁s + κ₂)‖c‖². Whatever lies more than 2E + 2(κ₁s + κ₂)‖c‖² above the best T cannot be the nearest. s = ‖x‖
+over a typical ‖c‖ makes the bound nearly 2κ‖x‖‖c‖ at no cost per distance, and codewords far from all others do not
+widen it for the rest.
+
+A group can hide another in the same place of another tile. The lowest score hidden is kept, and a row for which it is
+within the bound is measured against the whole codebook. Data far from 0, clusters far apart and diverged codewords thus
+make rows slower, not wrong. On Gaussian data (K = 8192) about 0.2 % of the rows at D = 64, and 1 % at D = 256, have a
+second codeword within the bound; one in BLOCK_K / 8 of these hides it.
+
+**Tiles.** The more rows in a tile, the less often the codebook comes from L2: once per tile, which at 128 rows is near
+what L2 can deliver. Two or three blocks per SM let one multiply while another takes minima. A row is held whole up to
+D = 256 (``BLOCK_D`` ≥ D), chunked beyond. Nothing spills. `benchmarks/sass.py` prints instructions per distance.
 """
 
 from __future__ import annotations
@@ -20,112 +40,102 @@ from torch import Tensor
 from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
-from diveq_kernels.triton_kernels.pack import Packed, pack, round_for_product
-from diveq_kernels.triton_kernels.rows import load_rows, load_targets, row_starts, rows_of
+from diveq_kernels.triton_kernels.pack import Packed, pack
+from diveq_kernels.triton_kernels.product import error_bound, multiply, operands, product_for
+from diveq_kernels.triton_kernels.rows import row_starts, rows_of
+from diveq_kernels.triton_kernels.second_look import look_again, measure_all
 
 
 @triton.jit
-def _centred_rows(z, starts, step, live, centre, first, PRODUCT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    k = first + tl.arange(0, BLOCK_D)
-    x = load_rows(z, starts, step, live, first, D, BLOCK_D) - tl.load(centre + k)[None, :]
-    return round_for_product(x, PRODUCT)
-
-
-@triton.jit
-def _lower_bounds(
-    x, z, starts, step, live, centre, points, bias, length, row_slack, first,
+def _group_minima(
+    high, low, weight, z, starts, step, live, centre, points, part, bias, first,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Lower bounds on ‖c_j‖² − 2 z·c_j (``fast``: the values) for BLOCK_K codewords: [BLOCK_N, BLOCK_K]."""
+    """Least ρ‖c‖² − 2 z·c of each group of codewords from ``first`` on: [BN, BK / 32, 4]."""
     j = first + tl.arange(0, BLOCK_K)
     along = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for begin in range(0, PADDED_D, BLOCK_D):
-        if PADDED_D > BLOCK_D:
-            x = _centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, BLOCK_D)
-        k = begin + tl.arange(0, BLOCK_D)
-        c = tl.load(points + j.to(tl.int64)[:, None] * PADDED_D + k[None, :])
-        if PRODUCT == "bf16":
-            left = x if UPCAST else x.to(tl.bfloat16)
-            along = tl.dot(left, tl.trans(c), along)
-        else:
-            along = tl.dot(x, tl.trans(c), along, input_precision=PRODUCT)
-    score = tl.load(bias + j)[None, :] - 2.0 * along
-    if EXACT:
-        score -= row_slack[:, None] * tl.load(length + j)[None, :]
-    return score
+    if PADDED_D == BLOCK_D:
+        along = multiply(high, low, points, part, j, 0, along, PRODUCT, PADDED_D, BLOCK_D)
+    else:
+        for begin in range(0, PADDED_D, BLOCK_D):
+            _, high, low = operands(z, starts, step, live, centre, begin, PRODUCT, UPCAST, D, BLOCK_D)
+            if EXACT:
+                chunk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+                chunk = multiply(high, low, points, part, j, begin, chunk, PRODUCT, PADDED_D, BLOCK_D)
+                along = tl.fma(chunk, 1.0, along)  # a plain sum would be folded into the product's accumulation
+            else:
+                along = multiply(high, low, points, part, j, begin, along, PRODUCT, PADDED_D, BLOCK_D)
+    of_c = tl.load(bias + j)[None, :]
+    score = tl.fma(of_c, weight[:, None], along) if EXACT else along + of_c
+    groups = tl.reshape(score, (BLOCK_N, BLOCK_K // 32, 4, 4, 2))
+    return tl.min(tl.min(groups, axis=4), axis=2)
 
 
 @triton.jit
 def nearest_codeword(
-    z, starts, step, live, codebook, code_stride, code_step, dither, centre, points, bias, length, count, slack,
-    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    z, starts, step, live, codebook, code_stride, code_step, dither, points, bias, centre, typical, count,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Index of the nearest searched point for rows at ``starts`` [BLOCK_N]; 0 for rows that are not finite."""
-    squares = tl.zeros((BLOCK_N,), tl.float32)
-    x = _centred_rows(z, starts, step, live, centre, 0, PRODUCT, D, BLOCK_D)
-    for begin in range(0, PADDED_D, BLOCK_D):
-        if PADDED_D > BLOCK_D:
-            x = _centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, BLOCK_D)
+    """Index of the nearest searched point, and its squared distance, for rows at ``starts``.
+
+    Rows that are not finite get index 0 and distance Inf.
+    """
+    part = count.to(tl.int64) * PADDED_D
+    x, high, low = operands(z, starts, step, live, centre, 0, PRODUCT, UPCAST, D, BLOCK_D)
+    squares = tl.sum(x * x, axis=1)
+    for begin in range(BLOCK_D, PADDED_D, BLOCK_D):
+        x, _, _ = operands(z, starts, step, live, centre, begin, PRODUCT, UPCAST, D, BLOCK_D)
         squares += tl.sum(x * x, axis=1)
     live = live & (squares < float("inf"))  # false for NaN as well
-    if PADDED_D == BLOCK_D:
-        x = tl.where(live[:, None], x, 0.0)
-    norm = tl.where(live, tl.sqrt(squares), 0.0)
-    row_slack = 2.0 * slack * norm
 
-    best = tl.full((BLOCK_N,), float("inf"), tl.float32)
-    second = tl.full((BLOCK_N,), float("inf"), tl.float32)
+    KAPPA_1: tl.constexpr = KAPPA + 4 * 2.0**-24
+    KAPPA_2: tl.constexpr = (D + 8) * 2.0**-24
+    s = tl.sqrt(squares) / tl.load(typical)
+    s = tl.minimum(tl.maximum(s, 2.0**-12), 2.0**12)
+    of_c = (KAPPA_1 * s + KAPPA_2) * 1.001  # for the rounding of this line and the next
+    of_x = (KAPPA_1 / s + 2.0**-23) * 1.001 * squares + D * 2.0**-122  # the last: products that underflow
+
+    best = tl.full((BLOCK_N, BLOCK_K // 32, 4), float("inf"), tl.float32)
+    where = tl.zeros((BLOCK_N, BLOCK_K // 32, 4), tl.int32)
+    hidden = tl.full((BLOCK_N, 4), float("inf"), tl.float32)
+    # One turn, in which the operands are loop-carried values: such go to shared memory once, and Hopper's tensor cores
+    # read them from there. Else every turn of the inner loop would load them into registers.
+    for _ in tl.range(0, count, count):
+        for first in tl.range(0, count, BLOCK_K):
+            minima = _group_minima(
+                high, low, 1.0 - of_c, z, starts, step, live, centre, points, part, bias, first,
+                PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+            if EXACT:
+                hidden = tl.minimum(hidden, tl.min(tl.maximum(best, minima), axis=1))
+            where = tl.where(minima < best, first, where)
+            best = tl.minimum(best, minima)
+        high = tl.zeros_like(high)
+        low = tl.zeros_like(low)
+
     index = tl.zeros((BLOCK_N,), tl.int32)
-    for first in tl.range(0, count, BLOCK_K):
-        score = _lower_bounds(
-            x, z, starts, step, live, centre, points, bias, length, row_slack, first,
-            PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
-        )  # fmt: skip
-        value, column = tl.min(score, axis=1, return_indices=True)
-        if EXACT:
-            others = tl.where(tl.arange(0, BLOCK_K)[None, :] == column[:, None], float("inf"), score)
-            second = tl.minimum(tl.minimum(second, tl.min(others, axis=1)), tl.maximum(best, value))
-        index = tl.where(value < best, first + column, index)
-        best = tl.minimum(best, value)
-
+    distance = tl.full((BLOCK_N,), float("inf"), tl.float32)
+    limit = tl.where(live, float("inf"), float("-inf"))
+    index, distance, limit = look_again(
+        best, where, index, distance, limit, of_c, of_x, z, starts, step,
+        codebook, code_stride, code_step, dither, bias, EXACT, D, PADDED_D, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if EXACT:
-        of_winner = tl.load(length + index)
-        upper = best + 2.0 * (row_slack * of_winner + slack * of_winner * of_winner)
-        ambiguous = live & (second <= upper) & (second < float("inf"))
-        if tl.max(ambiguous.to(tl.int32), axis=0) > 0:
-            limit = tl.where(ambiguous, upper, float("-inf"))
-            nearest = tl.full((BLOCK_N,), float("inf"), tl.float32)
-            for first in tl.range(0, count, BLOCK_K):
-                score = _lower_bounds(
-                    x, z, starts, step, live, centre, points, bias, length, row_slack, first,
-                    PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
-                )  # fmt: skip
-                score = tl.where(score <= limit[:, None], score, float("inf"))
-                value, column = tl.min(score, axis=1, return_indices=True)
-                while tl.min(value, axis=0) < float("inf"):
-                    j = first + column
-                    distance = tl.zeros((BLOCK_N,), tl.float32)
-                    for begin in range(0, PADDED_D, BLOCK_D):
-                        of_z = load_rows(z, starts, step, live, begin, D, BLOCK_D)
-                        candidate = tl.where(value < float("inf"), j, 0)
-                        d = load_targets(codebook, code_stride, code_step, dither, candidate, begin, D, BLOCK_D) - of_z
-                        distance += tl.sum(d * d, axis=1)
-                    closer = (distance < nearest) | ((distance == nearest) & (j < index))
-                    closer = closer & (value < float("inf"))
-                    nearest = tl.where(closer, distance, nearest)
-                    index = tl.where(closer, j, index)
-                    score = tl.where(tl.arange(0, BLOCK_K)[None, :] == column[:, None], float("inf"), score)
-                    value, column = tl.min(score, axis=1, return_indices=True)
-    return tl.where(live, index, 0)
+        again = live & (tl.min(hidden, axis=1) <= limit) & (limit < float("inf"))
+        index, distance = measure_all(
+            again, index, distance, z, starts, step, codebook, code_stride, code_step, dither, bias, count,
+            D, PADDED_D, BLOCK_N,
+        )  # fmt: skip
+    return index, distance
 
 
 @triton.jit
 def nearest_kernel(
     z, inner, outer_stride, inner_stride, step, rows, mask, codebook, code_stride, code_step,
-    points, bias, length, centre, count, slack, indices, sqdist,
-    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    points, bias, centre, typical, count, indices, sqdist,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Index and squared distance of the nearest codeword for BLOCK_N rows."""
@@ -135,41 +145,30 @@ def nearest_kernel(
     if mask is not None:
         live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
     starts = row_starts(n, inner, outer_stride, inner_stride)
-    index = nearest_codeword(
-        z, starts, step, live, codebook, code_stride, code_step, None, centre, points, bias, length, count, slack,
-        PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+    index, distance = nearest_codeword(
+        z, starts, step, live, codebook, code_stride, code_step, None, points, bias, centre, typical, count,
+        PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
-    distance = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, PADDED_D, BLOCK_D):
-        c = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
-        d = c - load_rows(z, starts, step, live, first, D, BLOCK_D)
-        distance += tl.sum(d * d, axis=1)
     tl.store(indices + n, tl.where(live, index, -1), mask=inside)
     tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)
-
-
-def product_for(z: Tensor, precision: str) -> str:
-    """What the search multiplies in: three TF32 products for ``exact``; for ``fast`` bf16 if z is, else TF32."""
-    if precision == "exact":
-        return "ieee" if torch.version.hip else "tf32x3"
-    return "bf16" if z.dtype == torch.bfloat16 else "ieee" if torch.version.hip else "tf32"
 
 
 class Search:
     """A packed codebook and the arguments that every kernel with a search in it takes."""
 
     def __init__(
-        self, z: Tensor, codebooks: Tensor, dither: Tensor | None, precision: str, kind: str = "search"
+        self, dtype: torch.dtype, codebooks: Tensor, dither: Tensor | None, precision: str, kind: str = "search"
     ) -> None:
         dim = codebooks.shape[-1]
-        product = product_for(z, precision)
-        self.tiles = configuration(f"{kind}_{product}", dim, z.device)
-        self.slack = (2 * dim + 32) * 2.0**-24 if precision == "exact" else 0.0
-        self.packed: Packed = pack(codebooks, dither, product, self.slack, self.tiles)
+        product = product_for(dtype, precision)
+        exact = precision == "exact"
+        self.tiles = configuration(f"{kind}_{product}", dim, codebooks.device)
+        self.packed: Packed = pack(codebooks, dither, product, exact, self.tiles)
         self.options = {
             "PRODUCT": product,
-            "EXACT": precision == "exact",
+            "EXACT": exact,
             "UPCAST": INTERPRETED,
+            "KAPPA": error_bound(product, dim, self.tiles["BLOCK_D"]) if exact else 0.0,
             "D": dim,
             "PADDED_D": self.packed.points.shape[-1],
             **self.tiles,
@@ -179,7 +178,7 @@ class Search:
     def arguments(self) -> tuple[object, ...]:
         """The packed codebook, in the kernels' order."""
         packed = self.packed
-        return packed.points, packed.bias, packed.length, packed.centre, packed.codewords, self.slack
+        return packed.points, packed.bias, packed.centre, packed.typical, packed.bias.shape[1]
 
     def grid(self, rows: int) -> tuple[int]:
         """One program per tile of rows."""
@@ -193,7 +192,7 @@ def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
     indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
     sqdist = torch.empty(z.shape[:-1], dtype=torch.float32, device=z.device)
     if indices.numel():
-        search = Search(z, codebook[None], None, precision)
+        search = Search(z.dtype, codebook[None], None, precision)
         launch(
             nearest_kernel, search.grid(indices.numel()), z.device,
             *rows_of(z), indices.numel(), None if mask is None else mask.contiguous(), codebook, *codebook.stride(),

@@ -19,6 +19,7 @@ from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, e
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.rows import (
+    COLUMNS,
     count_uses,
     deliver,
     load_rows,
@@ -34,16 +35,16 @@ from diveq_kernels.triton_kernels.search import Search, nearest_codeword
 @triton.jit
 def _lengths(
     z, starts, step, inside, codebook, code_stride, code_step, index, seed, noise_std, n, offset,
-    PADDED_D: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PADDED_D: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """m = ‖d‖ and m/‖v + d‖ for d = c_index − z (0 where v + d = 0)."""
     of_d = tl.zeros((BLOCK_N,), tl.float32)
     of_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, PADDED_D, BLOCK_D):
-        c = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
-        d = c - load_rows(z, starts, step, inside, first, D, BLOCK_D)
+    for first in range(0, PADDED_D, COLUMNS):
+        c = load_targets(codebook, code_stride, code_step, None, index, first, D, COLUMNS)
+        d = c - load_rows(z, starts, step, inside, first, D, COLUMNS)
         of_d += tl.sum(d * d, axis=1)
-        d = moved(d, seed, noise_std, n, offset, first, D, BLOCK_D)
+        d = moved(d, seed, noise_std, n, offset, first, D, COLUMNS)
         of_sum += tl.sum(d * d, axis=1)
     m = tl.sqrt(of_d)
     return m, m / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum))
@@ -52,9 +53,9 @@ def _lengths(
 @triton.jit
 def sf_diveq_kernel(
     z, inner, outer_stride, inner_stride, step, rows, mask, codebook, code_stride, code_step, dither,
-    points, bias, length, centre, count, slack,
+    points, bias, centre, typical, count,
     z_q, q_inner, q_outer_stride, q_inner_stride, q_step, indices, counts, seed, noise_std, second,
-    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """z_q, segment indices and histogram for BLOCK_N rows."""
@@ -64,35 +65,35 @@ def sf_diveq_kernel(
     if mask is not None:
         kept = kept & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
     starts = row_starts(n, inner, outer_stride, inner_stride)
-    i = nearest_codeword(
-        z, starts, step, kept, codebook, code_stride, code_step, dither, centre, points, bias, length, count, slack,
-        PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+    i, _ = nearest_codeword(
+        z, starts, step, kept, codebook, code_stride, code_step, dither, points, bias, centre, typical, count,
+        PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     tl.store(indices + n, tl.where(kept, i, -1), mask=inside)
     count_uses(counts, indices + n, kept)
 
     m1, scale1 = _lengths(
         z, starts, step, inside, codebook, code_stride, code_step, i, seed, noise_std, n, 0,
-        PADDED_D, D, BLOCK_N, BLOCK_D,
+        PADDED_D, D, BLOCK_N,
     )  # fmt: skip
     m2, scale2 = _lengths(
         z, starts, step, inside, codebook, code_stride, code_step, i + 1, seed, noise_std, n, second,
-        PADDED_D, D, BLOCK_N, BLOCK_D,
+        PADDED_D, D, BLOCK_N,
     )  # fmt: skip
     weight = tl.load(dither + i).to(tl.float32)
     finite = m1 + m2 < float("inf")
     q_starts = row_starts(n, q_inner, q_outer_stride, q_inner_stride)
-    for first in range(0, PADDED_D, BLOCK_D):
-        x = load_rows(z, starts, step, inside, first, D, BLOCK_D)
+    for first in range(0, PADDED_D, COLUMNS):
+        x = load_rows(z, starts, step, inside, first, D, COLUMNS)
         if seed is None:
-            value = load_targets(codebook, code_stride, code_step, dither, i, first, D, BLOCK_D)
+            value = load_targets(codebook, code_stride, code_step, dither, i, first, D, COLUMNS)
         else:
-            c = load_targets(codebook, code_stride, code_step, None, i, first, D, BLOCK_D)
-            value = x + ((1.0 - weight) * scale1)[:, None] * moved(c - x, seed, noise_std, n, 0, first, D, BLOCK_D)
-            c = load_targets(codebook, code_stride, code_step, None, i + 1, first, D, BLOCK_D)
-            value += (weight * scale2)[:, None] * moved(c - x, seed, noise_std, n, second, first, D, BLOCK_D)
+            c = load_targets(codebook, code_stride, code_step, None, i, first, D, COLUMNS)
+            value = x + ((1.0 - weight) * scale1)[:, None] * moved(c - x, seed, noise_std, n, 0, first, D, COLUMNS)
+            c = load_targets(codebook, code_stride, code_step, None, i + 1, first, D, COLUMNS)
+            value += (weight * scale2)[:, None] * moved(c - x, seed, noise_std, n, second, first, D, COLUMNS)
         value = tl.where(finite[:, None], value, float("nan"))
-        store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, BLOCK_D)
+        store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, COLUMNS)
 
 
 def _second_offset(z: Tensor) -> int:
@@ -117,7 +118,7 @@ def sf_diveq(
     counts = torch.zeros(codebook.shape[0] - 1, dtype=torch.int32, device=z.device)
     if indices.numel():
         dither = dither.contiguous()
-        search = Search(z, codebook[None], dither[None], precision)
+        search = Search(z.dtype, codebook[None], dither[None], precision)
         launch(
             sf_diveq_kernel, search.grid(indices.numel()), z.device,
             *rows_of(z), indices.numel(), None if mask is None else mask.contiguous(), codebook, *codebook.stride(),
