@@ -12,13 +12,15 @@ STAMP := $(VENV)/.diveq-kernels-installed
 
 CHECK_PYTHON = 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 
-.PHONY: help setup demo test gpu lint sanitize sanitize-gpu clean
+.PHONY: help setup demo test gpu bench bench-gpu lint sanitize sanitize-gpu clean
 
 help:
 	@echo "make demo          train the example VQ-VAEs on photographs (a few minutes on two cores);"
 	@echo "                   speech coding and image generation: see examples/README.md"
 	@echo "make test          ruff, mypy and the tests"
 	@echo "make gpu           what only a GPU can show, on the one that is here (under ten minutes)"
+	@echo "make bench         times and memory beside the peers on this CPU (a few minutes; PARTS=\"rows dims\" for others)"
+	@echo "make bench-gpu     the same on a GPU: at most ten minutes, nothing installed; run again to go on"
 	@echo "make lint          ruff and mypy"
 	@echo "make sanitize      tests of the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make sanitize-gpu  tests of the GPU kernels under compute-sanitizer, on a GPU"
@@ -50,6 +52,15 @@ test: lint
 
 gpu: $(STAMP)
 	$(PY) tests/gpu.py
+
+PARTS ?= check shapes operations compiled
+
+bench: $(STAMP)
+	$(PY) -m benchmarks.run --device cpu --part $(PARTS)
+
+# With the Python that has the GPU's torch, in which nothing is installed. Exit status 3: time was up, run it again.
+bench-gpu:
+	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.run --device cuda --resume --minutes 9
 
 sanitize: $(STAMP)
 	$(PY) tests/sanitized_cpu.py tests/test_native_cpu.py -q -k "not working_memory"

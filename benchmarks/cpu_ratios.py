@@ -4,7 +4,9 @@ One process, one thread; the contestants take turns, and each number is the medi
 time: on an idle machine that is the clock's, and on a busy one it leaves out the waiting. Results are checked before
 they are timed: no ratio without the right indices.
 
-    python benchmarks/cpu_ratios.py [--repeats 15] [--peers] [--out ratios.json]
+    python benchmarks/cpu_ratios.py [--repeats 15] [--peers] [--out FILE]
+
+Written to benchmarks/results/DEVICE/ratios.json if there is no --out.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 import diveq_kernels
 import diveq_kernels.functional as F
 from diveq_kernels import native_cpu
+from diveq_kernels.benchmark import machine
 
 TARGET_SHAPES = [  # (rows, codewords, dim)
     (8192, 1024, 512),
@@ -104,33 +106,26 @@ def take_turns(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
-
-
-def commit() -> str:
-    """The commit that is measured; "unknown" outside of a checkout."""
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def conditions(repeats: int) -> dict[str, object]:
     """What a reader must know to judge the numbers."""
     return {
         "diveq_kernels": diveq_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": processor(),
-        "commit": commit(),
+        "processor": machine.processor(),
+        "commit": machine.commit(),
         "instruction_set": native_cpu.instruction_set(),
         "matmul_instructions": torch.backends.cpu.get_cpu_capability(),
         "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "repeats": repeats,
     }
+
+
+def write(path: Path | None, name: str, record: dict[str, object]) -> None:
+    """As JSON, to the folder of this processor's results if there is no path."""
+    path = path or Path(__file__).parent / "results" / machine.slug(machine.processor()) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -141,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--peers", action="store_true", help="also time diveq and vector-quantize-pytorch")
-    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    parser.add_argument("--out", type=Path, help="file to write, instead of benchmarks/results/DEVICE/ratios.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -158,9 +153,7 @@ def main() -> None:
         for name in results[0]["ratios"]
     }
     print("geometric mean of the first six:  " + "  ".join(f"{name} {mean:.2f}" for name, mean in means.items()))
-    if options.out:
-        record = {**conditions(options.repeats), "geometric_mean": means, "shapes": results}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.out, "ratios", {**conditions(options.repeats), "geometric_mean": means, "shapes": results})
 
 
 if __name__ == "__main__":

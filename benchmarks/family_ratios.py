@@ -10,21 +10,22 @@ torch.mm(z, C.T, out=...) of these shapes, and against the `diveq` package's ``R
 modules before and after ``accelerate_vector_quantize``, and of the quantizer by itself. Both models start alike,
 see the same data and must have the same loss curve, which is part of the result.
 
-    python benchmarks/family_ratios.py [--repeats 9] [--out family_ratios.json]
+    python benchmarks/family_ratios.py [--repeats 9] [--out FILE]
+
+Written to benchmarks/results/DEVICE/family.json if there is no --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diveq
 import torch
-from cpu_ratios import conditions, take_turns
+from cpu_ratios import conditions, take_turns, write
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
@@ -188,7 +189,7 @@ def accelerated(name: str, repeats: int, rows: int = 8192, dim: int = 64, steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    parser.add_argument("--out", type=Path, help="file to write, instead of benchmarks/results/DEVICE/family.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -204,9 +205,7 @@ def main() -> None:
         models.append(accelerated(name, options.repeats))
         text = ", ".join(f"{what} {ratio:.1f} times faster" for what, ratio in models[-1]["times faster"].items())
         print(f"{name}: {text}", flush=True)
-    if options.out:
-        record = {**conditions(options.repeats), "residual": stages, "accelerated": models}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(options.out, "family", {**conditions(options.repeats), "residual": stages, "accelerated": models})
 
 
 if __name__ == "__main__":

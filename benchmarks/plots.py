@@ -185,6 +185,28 @@ def speedup(record: Record, dtype: str) -> Figure:
     return figure
 
 
+def quality(record: Record) -> Figure:
+    """Training loss with each backend, and how far it is from the reference's beside how far another seed's is."""
+    methods = list(record["curves"])
+    figure, axes = plt.subplots(2, len(methods), figsize=(10, 6), sharex=True, squeeze=False)
+    for column, method in enumerate(methods):
+        curves = record["curves"][method]
+        for name, curve in curves.items():
+            aside = ":" if "," in name else "-" if name == "reference" else "--"
+            axes[0][column].plot(curve["step"], curve["loss"], aside, label=name, linewidth=1.5)
+            if name != "reference":
+                apart = [
+                    max(1e-9, abs(a - b) / b) for a, b in zip(curve["loss"], curves["reference"]["loss"], strict=True)
+                ]
+                axes[1][column].plot(curve["step"], apart, aside, label=name, linewidth=1.3)
+        axes[0][column].set(title=f"{method}: training loss", yscale="log")
+        axes[1][column].set(title="relative difference from the reference", yscale="log", xlabel="step")
+        axes[0][column].legend()
+        axes[1][column].legend()
+    _note(figure, record | {"method": "same seed and data"})
+    return figure
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +241,10 @@ def draw(kind: str) -> list[Path]:
             made += _draw_part(kind, part, figures)
         for part in ("rows", "dims"):
             made += _draw_part(kind, part, [part])
+        record, source = load(f"{kind}/quality"), path_of(f"{kind}/quality")
+        if record and source:
+            made.append(FIGURES / f"{kind}-quality.png")
+            save(quality(record), made[-1], source)
     return made
 
 

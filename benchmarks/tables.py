@@ -254,10 +254,49 @@ def checks(record: Record) -> str:
     return f"Checks against float64 that pass: {counts}; commit `{record['machine']['commit'][:12]}`."
 
 
+def quality(record: Record) -> str:
+    """How far training runs are apart from the reference's with the same seed."""
+    rows = [
+        [method, name, f"{values['mean']:.1e}", f"{values['largest']:.1e}", f"{values['psnr']:+.3f}"]
+        for method, found in record["apart"].items()
+        for name, values in found.items()
+    ]
+    headings = ["method", "backend", "loss, mean", "loss, largest", "last held-out PSNR, dB"]
+    machine, settings = record["machine"], record["settings"]
+    note = (
+        f"Differences from the reference, relative ones of the training loss; {settings['steps']} steps,"
+        f" K = {settings['num_codewords']}, D = {settings['dim']}. {machine['device']}, torch"
+        f" {machine['versions']['torch']}, commit `{machine['commit'][:12]}`."
+    )
+    return table(headings, rows) + "\n\n" + note
+
+
+def family(record: Record) -> str:
+    """The residual layer, and accelerated models of `vector-quantize-pytorch`, beside what they replace."""
+    stages = record["residual"]
+    shape = ", ".join(f"{name} = {value}" for name, value in stages["shape"].items())
+    first = (
+        f"`ResidualDIVEQ`, forward and backward, {shape}: {stages['of the products']:.2f} of the time of as many bare"
+        f" matrix products, {stages['times faster than diveq']:.1f} times faster than the `diveq` package's."
+    )
+    rows = []
+    for found in record["accelerated"]:
+        faster = [f"{found['times faster'][what]:.1f}" for what in ("model", "quantizer")]
+        before, after = (found["loss"][when][-1] for when in ("before", "after"))
+        rows.append([found["model"], *faster, f"{before:.4g}", f"{after:.4g}"])
+    headings = ["module", "training step of a small model, times faster", "quantizer alone, times faster"]
+    headings += ["last loss before", "last loss after"]
+    note = (
+        f"{record['processor']}, {record['instruction_set']} kernels, torch {record['torch']}; one thread, processor"
+        f" time, medians of {record['repeats']} repetitions; commit `{record['commit'][:12]}`."
+    )
+    return f"{first}\n\n{table(headings, rows)}\n\n{note}"
+
+
 VIEWS: dict[str, Callable[[Record], str]] = {
     view.__name__: view
     for view in (
-        ratios, speed, memory, share, ceilings, inexact, faster_peers, refused, summary, checks,
+        ratios, speed, memory, share, ceilings, inexact, faster_peers, refused, summary, checks, quality, family,
     )
 }  # fmt: skip
 
@@ -275,15 +314,21 @@ def figures_of(source: str) -> dict[str, str]:
 
 def figures(kind: str) -> str:
     """Links to a kind of device's figures, those that are there."""
-    captions = figures_of(kind)
-    found = [name for name in captions if documented().get(kind) and (FIGURES / f"{kind}-{name}.png").is_file()]
-    return "\n\n".join(f"![{captions[name]}](performance/{kind}-{name}.png)" for name in found) or NOT_MEASURED
+    found = [_figure(kind, name, caption) for name, caption in figures_of(kind).items()]
+    return "\n\n".join(link for link in found if link != NOT_MEASURED) or NOT_MEASURED
+
+
+def _figure(kind: str, name: str, caption: str) -> str:
+    there = documented().get(kind) and (FIGURES / f"{kind}-{name}.png").is_file()
+    return f"![{caption}](performance/{kind}-{name}.png)" if there else NOT_MEASURED
 
 
 def block(source: str, view: str) -> str:
     """What belongs between a block's two marks."""
     if view == "figures":
         return figures(source)
+    if view == "quality_figure":
+        return _figure(source.partition("/")[0], "quality", "Training with each backend")
     record = load(source)
     return VIEWS[view](record) if record else NOT_MEASURED
 
