@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = re.search(r'DEFAULT_CUDA_ARCHITECTURES = "(.*)"', (ROOT / "setup.py").read_text())[1]
-LOAD = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.diveq_cuda.nearest)"
+LOAD = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.diveq_cuda.architectures())"
 
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
@@ -45,7 +45,8 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
 
 
 @pytest.mark.xdist_group("cuda build")
-def test_it_loads_without_a_gpu(built: tuple[Path, str]) -> None:
+def test_it_loads_without_a_gpu_and_says_what_it_was_built_for(built: tuple[Path, str]) -> None:
     done = subprocess.run([sys.executable, "-c", LOAD, built[0]], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "compute_100"]
     assert built[0].stat().st_size < 16 << 20

@@ -36,15 +36,15 @@ pytestmark = [
 ]
 
 
-def run(file: str, names: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(file: str, names: str) -> subprocess.CompletedProcess[str]:
     """Tests of one file in a process of its own."""
-    library = emulated_cuda.build(sanitize="LD_PRELOAD" in environment)
+    library = emulated_cuda.build()
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "emulated_cuda", "-W", "ignore"]
     paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [*command, file, "-k", names],
         cwd=TESTS,
-        env={**os.environ, "PYTHONPATH": paths, "DIVEQ_EMULATED_CUDA": str(library), **environment},
+        env={**os.environ, "PYTHONPATH": paths, "DIVEQ_EMULATED_CUDA": str(library)},
         capture_output=True,
         text=True,
         check=False,
