@@ -1,4 +1,4 @@
-"""The bound of the CUDA search: with products that err by all of it, the second look still finds the nearest codeword."""
+"""The bound of the CUDA search: where products err by all of it, the second look still finds the nearest codeword."""
 
 from __future__ import annotations
 
