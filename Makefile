@@ -12,7 +12,7 @@ STAMP := $(VENV)/.diveq-kernels-installed
 
 CHECK_PYTHON = 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 
-.PHONY: help setup demo test gpu bench bench-gpu lint sanitize sanitize-gpu clean
+.PHONY: help setup demo test gpu bench bench-gpu lint sanitize sanitize-cuda sanitize-gpu clean
 
 help:
 	@echo "make demo          train the example VQ-VAEs on photographs (a few minutes on two cores);"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-gpu     the same on a GPU: at most ten minutes, nothing installed; run again to go on"
 	@echo "make lint          ruff and mypy"
 	@echo "make sanitize      tests of the CPU kernels under AddressSanitizer and UBSan"
+	@echo "make sanitize-cuda the same of the CUDA kernels, emulated on the CPU"
 	@echo "make sanitize-gpu  tests of the GPU kernels under compute-sanitizer, on a GPU"
 	@echo "make setup         only create the virtual environment, which the commands above do when needed"
 	@echo "make clean         remove the virtual environment, builds and caches"
@@ -63,7 +64,11 @@ bench-gpu:
 	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.run --device cuda --resume --minutes 9
 
 sanitize: $(STAMP)
-	$(PY) tests/sanitized_cpu.py tests/test_native_cpu.py -q -k "not working_memory"
+	$(PY) tests/sanitized.py cpu tests/test_native_cpu.py -q -k "not working_memory"
+
+sanitize-cuda: $(STAMP)
+	$(PY) tests/sanitized.py cuda tests/test_native_cuda.py tests/test_nearest.py tests/test_project.py -q \
+		-k "cuda-cpu and not float64 and not 4096 and not no_temporary"
 
 # Each tool on some tests of every kernel; without a GPU or the tool this fails and says what is missing.
 sanitize-gpu:

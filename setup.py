@@ -98,13 +98,12 @@ def find_nvcc() -> str:
 
 
 def cuda_architectures() -> list[str]:
-    """The nvcc options for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"."""
-    options = []
-    for name in (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES).replace(" ", ";").split(";"):
+    """What TORCH_CUDA_ARCH_LIST asks for in nvcc's names: sm_80, sm_90 and compute_90 (PTX) for "8.0;9.0+PTX"."""
+    found = []
+    for name in (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES).replace(";", " ").split():
         number = name.removesuffix("+PTX").replace(".", "")
-        kinds = ["sm", "compute"] if name.endswith("+PTX") else ["sm"]
-        options += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
-    return options
+        found += [f"{kind}_{number}" for kind in (["sm", "compute"] if name.endswith("+PTX") else ["sm"])]
+    return found
 
 
 class NativeExtension(Extension):
@@ -136,6 +135,7 @@ class BuildNative(build_ext):
         torch, compiler = find_torch().folder, find_compiler()
         nvcc = find_nvcc() if any(source.endswith(".cu") for source in ext.sources) else None
         include = ["-Icsrc", f"-I{torch}/include"]
+        architectures = cuda_architectures() if nvcc else []
         folder = Path(self.build_temp, ext.name)
         folder.mkdir(parents=True, exist_ok=True)
         commands, objects = [], []
@@ -143,13 +143,15 @@ class BuildNative(build_ext):
             made = str(folder / (source.replace("/", "_") + ".o"))
             objects.append(made)
             if source.endswith(".cu"):
-                flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_architectures()]
+                flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+                flags += [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in architectures]
                 command = [nvcc, *flags, f"--threads={JOBS}", *include, "-ccbin", compiler[0]]
             else:
                 isa = ISA_FLAGS.get(Path(source).stem.removeprefix("kernels_"), [])
                 if platform.machine() not in ("x86_64", "AMD64"):
                     isa = []
-                command = [*compiler, *FLAGS, *isa, *include]
+                known = [f'-DDIVEQ_CUDA_ARCHITECTURES="{" ".join(architectures)}"'] if nvcc else []
+                command = [*compiler, *FLAGS, *isa, *known, *include]
             commands.append([*command, "-c", source, "-o", made])
         self.run_all(commands)
 

@@ -44,10 +44,12 @@ def _backend_lines(device_type: str) -> Iterator[str]:
 
 def describe() -> str:
     """The report as text."""
+    kernels = {name: backends.describe(name) for name in backends.BACKENDS}
     lines = [
         f"diveq-kernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}",
         f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}), triton {_version_of('triton')}",
         *(f"device: {device}" for device in _devices()),
+        *(f"kernels of {name}: {of_backend}" for name, of_backend in kernels.items() if of_backend),
     ]
     for device_type in backends.device_types():
         lines += ["", f"backends for {device_type} tensors:", *_backend_lines(device_type)]

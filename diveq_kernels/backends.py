@@ -148,6 +148,19 @@ def why_unavailable(name: str, device_type: str, op: str = "diveq") -> str | Non
     return found if isinstance(found, str) else None
 
 
+def describe(name: str) -> str | None:
+    """What a backend says of its kernels: instructions in use, architectures compiled for. None: nothing, or missing.
+
+    Args:
+        name: A key of ``BACKENDS``.
+    """
+    description = getattr(_load(check_name(name)), "describe", None)
+    try:
+        return description() if description else None
+    except RuntimeError as error:  # a forced instruction set that is not there
+        return str(error).splitlines()[0]
+
+
 def available(device_type: str = "cpu") -> list[str]:
     """Names of the backends that can run on a kind of device, best first."""
     return [name for name in BACKENDS if why_unavailable(name, device_type) is None]

@@ -14,6 +14,7 @@ from diveq_kernels import _native
 from diveq_kernels._native_ops import NativeOperations
 
 __all__ = [
+    "describe",
     "diveq",
     "diveq_backward",
     "instruction_set",
@@ -47,3 +48,12 @@ def instruction_set() -> str:
         RuntimeError: If DIVEQ_CPU_ISA names a set that this processor does not have.
     """
     return ("portable", "avx2", "avx512", "amx", "avx512vnni")[torch.ops.diveq_cpu.instruction_set()]
+
+
+def describe() -> str:
+    """The kernels in use, in a few words.
+
+    Raises:
+        RuntimeError: If DIVEQ_CPU_ISA names a set that this processor does not have.
+    """
+    return f"{instruction_set()} instructions"

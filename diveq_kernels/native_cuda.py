@@ -13,6 +13,8 @@ from diveq_kernels import _native
 from diveq_kernels._native_ops import NativeOperations
 
 __all__ = [
+    "architectures",
+    "describe",
     "diveq",
     "diveq_backward",
     "nearest",
@@ -39,10 +41,23 @@ residual, residual_backward = _operations.residual, _operations.residual_backwar
 product, product_backward = _operations.product, _operations.product_backward
 
 
+def architectures() -> list[str]:
+    """What the kernels were compiled for, in nvcc's names; compute_... is PTX, from which a driver makes later ones."""
+    names: str = torch.ops.diveq_cuda.architectures()
+    return names.split()
+
+
+def describe() -> str:
+    """The kernels there are, in a few words."""
+    return f"built for {', '.join(architectures())}"
+
+
 def why_unusable(device_type: str) -> str | None:
     """Why the kernels cannot run on a kind of device, or None if they can."""
     device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else device_type
     if torch.ops.diveq_cuda.can_run_on(torch.empty(0, device=device)):
         return None
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    return "this installation has no kernels for {} (compute capability {}.{})".format(name, *capability)
+    return "this installation has no kernels for {} (compute capability {}.{}): it was {}".format(
+        name, *capability, describe()
+    )

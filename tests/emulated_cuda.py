@@ -10,19 +10,19 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["csrc/cuda/ops.cpp", "csrc/cuda/search.cu", "csrc/cuda/steps.cu", "csrc/cuda/emulator/emulator.cpp"]
-SANITIZED = ["-fsanitize=address", "-fno-omit-frame-pointer", "-g1"]
 
 
-def build(*, sanitize: bool = False) -> Path:
+def build(more_flags: Sequence[str] = ()) -> Path:
     """The library, built anew where a source changed since the last time."""
     torch_folder = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DDIVEQ_EMULATE", *(SANITIZED if sanitize else [])]
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DDIVEQ_EMULATE", *more_flags]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc", f"-I{torch_folder / 'include'}"]
     compiler = os.environ.get("CXX", "g++").split()
     state = hashlib.sha256(repr((compiler, flags, torch.__version__)).encode())
@@ -41,7 +41,7 @@ def build(*, sanitize: bool = False) -> Path:
     if any([compilation.wait() for compilation in compilations]):
         raise RuntimeError("the emulated kernels do not compile")
     linked = folder / f"linked.{os.getpid()}.so"
-    command = [*compiler, "-shared", "-Wl,--no-undefined", *(SANITIZED if sanitize else []), *map(str, objects)]
+    command = [*compiler, "-shared", "-Wl,--no-undefined", *more_flags, *map(str, objects)]
     subprocess.run([*command, "-o", str(linked), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"], check=True)
     linked.replace(library)  # whoever builds at the same time gets the same
     for made in objects:

@@ -131,6 +131,7 @@ int main(int, char** argv) {
     if (name == "copy without waiting") DIVEQ_LAUNCH(copy_kernel<false>, 1, 128, 512, nullptr, x, out), mirrored(128, 128);
     if (name == "overrun") DIVEQ_LAUNCH(overrun_kernel, 1, 128, 512, nullptr, out);
     if (name == "too much shared memory") DIVEQ_LAUNCH(unwritten_kernel, 1, 128, 100 << 10, nullptr, out);
+    if (name == "too much with arrays") DIVEQ_LAUNCH(unwritten_kernel, 1, 128, 99 << 10, nullptr, out);
     if (name == "shuffles") {
       DIVEQ_LAUNCH(shuffles_kernel, 1, 128, 0, nullptr, out);
       for (int i = 0; i < 128; ++i) right &= out[i] == 1;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -26,6 +27,32 @@ def test_info_names_every_backend_and_why_one_is_missing() -> None:
         assert f"  {name:<10} " in text
     assert text.count("to get it:") <= text.count("missing:")
     assert "chosen when no backend is named" in text
+
+
+@pytest.mark.skipif("cpu" not in backends.available("cpu"), reason="the cpu backend is not built")
+@pytest.mark.parametrize(
+    ("forced", "told"), [("portable", "portable instructions"), ("mmx", "DIVEQ_CPU_ISA must name")]
+)
+def test_info_says_which_kernels_of_the_cpu_run(forced: str, told: str) -> None:
+    text = subprocess.run(
+        [sys.executable, "-m", "diveq_kernels", "info"],
+        env={**os.environ, "DIVEQ_CPU_ISA": forced},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert f"\nkernels of cpu: {told}" in text
+
+
+def test_info_says_what_the_cuda_kernels_were_built_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = types.ModuleType("built")
+    built.describe = lambda: "built for sm_80, compute_80"  # type: ignore[attr-defined]
+    load = backends._load
+    monkeypatch.setattr(backends, "_load", lambda name: built if name == "cuda" else load(name))
+    assert main(["info"]) == 0
+    assert "\nkernels of cuda: built for sm_80, compute_80\n" in capsys.readouterr().out
 
 
 def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:

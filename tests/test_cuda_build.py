@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = re.search(r'DEFAULT_CUDA_ARCHITECTURES = "(.*)"', (ROOT / "setup.py").read_text())[1]
-LOAD = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.diveq_cuda.nearest)"
+LOAD = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.diveq_cuda.architectures())"
 
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
@@ -45,7 +45,22 @@ def test_no_kernel_spills(built: tuple[Path, str]) -> None:
 
 
 @pytest.mark.xdist_group("cuda build")
-def test_it_loads_without_a_gpu(built: tuple[Path, str]) -> None:
+def test_it_loads_without_a_gpu_and_says_what_it_was_built_for(built: tuple[Path, str]) -> None:
     done = subprocess.run([sys.executable, "-c", LOAD, built[0]], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "compute_100"]
     assert built[0].stat().st_size < 16 << 20
+
+
+@pytest.mark.xdist_group("cuda build")
+def test_what_rows_share_is_added_to_by_atomics(tmp_path: Path) -> None:
+    """In the emulator, where threads do not run at once, plain additions would do as well."""
+    command = ["nvcc", "-std=c++20", "-O3", "-Icsrc", "-ptx", "-arch=compute_90", "csrc/cuda/steps.cu"]
+    subprocess.run([*command, "-o", tmp_path / "steps.ptx"], cwd=ROOT, check=True)
+    kernels = (tmp_path / "steps.ptx").read_text().split(".entry ")[1:]
+    atomic = re.compile(r"\b(?:atom|red)\.global\.add\.([\w.]+)")
+    added = {text.partition("(")[0]: set(atomic.findall(text)) for text in kernels}
+    steps = [types for name, types in added.items() if re.search(r"\d+step_kernel", name)]
+    gradients = [types for name, types in added.items() if "gradient_kernel" in name]
+    assert len(steps) >= 7 and all(types == {"u32"} for types in steps)
+    assert len(gradients) >= 9 and all(types == {"f32", "v4.f32"} for types in gradients)

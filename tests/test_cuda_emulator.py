@@ -61,6 +61,7 @@ def test_what_is_missing_shows(program: Path, kernel: str) -> None:
         ("different barriers", "different places: thread 0 waits at the barrier in tests/emulator.cu:"),
         ("part of a warp", "these will wait for ever: thread 0 waits for its warp"),
         ("too much shared memory", "no GPU takes a grid of (1, 1, 1) blocks of 128 threads and 102400 bytes"),
+        ("too much with arrays", "no GPU has 101888 bytes of shared memory for a block, 512 of them in arrays"),
     ],
 )
 def test_what_would_hang_is_an_error(program: Path, kernel: str, message: str) -> None:

@@ -182,6 +182,47 @@ def test_fp64_is_left_to_the_reference(target: Target) -> None:
         assert torch.equal(ours, theirs)
 
 
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+@on_every_device
+def test_products_that_err_in_opposite_directions(target: Target) -> None:
+    """Both candidates are close to their row, and what cutting numbers in two of bf16 loses favours the farther one.
+
+    In units of 2^-16, in every column: the row is h + 230 to 245, with h = 1 + 2^-7; the farther candidate's second
+    part is as far below h, the nearer one's above h + 512, and of both nearly half a unit is left. Their distances
+    differ in the first column alone, by one unit.
+    """
+    gen = generator()
+    rows, dim, unit = 40, 16, 2.0**-16
+    low, below = (torch.randint(230, 246, (rows, dim), generator=gen).double() for _ in range(2))
+    sign = torch.randint(0, 2, (rows, dim), generator=gen) * 2.0 - 1
+    left = 61 / 128
+    far = -(below + left)
+    near = 2 * low + below + left
+    near[:, 0] -= 1
+    z, far, near = ((sign * (1 + 2**-7 + unit * x)).float() for x in (low, far, near))
+    codebook = torch.zeros(15 * 24, dim)  # what is between the pairs keeps the centre at 0
+    places = torch.arange(len(codebook)).reshape(15, 24)[:, 1:].flatten()
+    codebook[places[: 2 * rows]] = torch.stack([far, near], dim=1).flatten(0, 1)
+    found = F.nearest(z.to(target.device), codebook.to(target.device), backend="cuda").indices.cpu()
+    distances = torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(found, distances.argmin(1)) and torch.equal(found, places[1 : 2 * rows : 2])
+
+
+@on_every_device
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("copies", [2, 40])
+def test_the_first_of_equal_codewords(target: Target, precision: str, copies: int) -> None:
+    """Next to each other, and 10 further: in a subset of the columns that one lane keeps the best of, and in others."""
+    gen = generator()
+    distinct = torch.randn(10, 19, generator=gen)
+    z = distinct.repeat(3, 1) + 0.01 * torch.randn(30, 19, generator=gen)
+    for codebook, step in ((distinct.repeat(copies, 1), 1), (distinct.repeat_interleave(copies, 0), copies)):
+        found = F.nearest(z.to(target.device), codebook.to(target.device), precision=precision, backend="cuda")
+        assert torch.equal(found.indices.cpu(), torch.arange(10).repeat(3) * step)
+
+
 # ---- memory and host -------------------------------------------------------------------------------------------------
 
 

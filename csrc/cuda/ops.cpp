@@ -6,8 +6,14 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <string>
+
 #include "scope.h"
 #include "steps.h"
+
+#if defined(DIVEQ_EMULATE)
+#define DIVEQ_CUDA_ARCHITECTURES "emulated"
+#endif
 
 namespace diveq {
 namespace {
@@ -188,7 +194,10 @@ void project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor
   project_gradient(grad_points, grad_t, z, codebook, indices, grad_z, grad_codebook, order, bounds);
 }
 
-// Whether the device of a tensor runs what this library was compiled for.
+// What this library was compiled for, in nvcc's names, as setup.py gave them: sm_... or, for PTX, compute_...
+std::string architectures() { return DIVEQ_CUDA_ARCHITECTURES; }
+
+// Whether the device of a tensor runs that.
 bool can_run_on(Tensor t) {
   const Scope scope(t);
   return can_run();
@@ -216,6 +225,7 @@ STABLE_TORCH_LIBRARY(diveq_cuda, m) {
   m.def(
       "project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices,"
       " Tensor(a!)? grad_z, Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
+  m.def("architectures() -> str");
   m.def("can_run_on(Tensor t) -> bool");
   m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
 }
@@ -226,6 +236,7 @@ STABLE_TORCH_LIBRARY_IMPL(diveq_cuda, CompositeExplicitAutograd, m) {
   m.impl("composite_backward_sorted", TORCH_BOX(&diveq::composite_backward_sorted));
   m.impl("sf_diveq_backward_sorted", TORCH_BOX(&diveq::sf_diveq_backward_sorted));
   m.impl("project_backward_sorted", TORCH_BOX(&diveq::project_backward_sorted));
+  m.impl("architectures", TORCH_BOX(&diveq::architectures));
   m.impl("can_run_on", TORCH_BOX(&diveq::can_run_on));
   m.impl("philox", TORCH_BOX(&diveq::philox));
 }

@@ -118,6 +118,7 @@ struct Block {
   void (*body)(void*) = nullptr;
   void* arguments = nullptr;
   std::unique_ptr<char[]> shared;
+  size_t shared_bytes = 0, array_bytes = 0;  // of the launch, and in arrays of fixed size
   int64_t number = 0;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
@@ -267,6 +268,9 @@ void run_block(std::mt19937_64& random) {
       fail(what);
     }
   }
+  if (b.shared_bytes + b.array_bytes > kMaxShared)
+    fail("no GPU has " + std::to_string(b.shared_bytes + b.array_bytes) + " bytes of shared memory for a block, " +
+         std::to_string(b.array_bytes) + " of them in arrays of fixed size");
   for (int i = 0; i < b.count; ++i)
     if (!b.threads[i].copies.empty()) fail("thread " + std::to_string(i) + " ends without waiting for its copies");
 }
@@ -304,6 +308,7 @@ void* shared_memory() { return block().shared.get(); }
 void poison(void* memory, size_t bytes, int64_t& number) {
   if (number == block().number) return;
   number = block().number;
+  block().array_bytes += bytes;
   memset(memory, 0xFF, bytes);
 }
 
@@ -339,12 +344,14 @@ void run(const char* name, dim3 grid, dim3 block_size, size_t shared_bytes, void
     b.threads[i].index = dim3(x, rest % block_size.y, rest / block_size.y);
   }
   std::mt19937_64 random(schedule);
+  b.shared_bytes = shared_bytes;
   b.shared.reset(new char[shared_bytes]);  // of just this size, for AddressSanitizer
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = dim3(x, y, z);
         ++b.number;
+        b.array_bytes = 0;
         memset(b.shared.get(), 0xFF, shared_bytes);
         run_block(random);
       }

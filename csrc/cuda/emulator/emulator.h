@@ -44,7 +44,7 @@ int barrier_sum(Place, int value);  // over the block
 const uint32_t (*exchange(Place, unsigned mask, const uint32_t* words, int count))[kExchange];
 
 void* shared_memory();
-// NaN, once per block.
+// NaN, once per block; counted as shared memory.
 void poison(void* memory, size_t bytes, int64_t& block);
 
 // cp.async: the copy happens no earlier than it must.

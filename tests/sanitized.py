@@ -1,8 +1,9 @@
-"""Runs tests of the cpu backend with its C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Runs tests of a C++ backend with its kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-    python tests/sanitized_cpu.py tests/test_native_cpu.py [pytest's arguments]
+    python tests/sanitized.py cpu tests/test_native_cpu.py [pytest's arguments]
+    python tests/sanitized.py cuda tests/test_native_cuda.py -k cuda-cpu [pytest's arguments]
 
-Any finding ends the run. Needs g++ and its libasan.
+The kernels of ``cuda`` are emulated (``emulated_cuda.py``). Any finding ends the run. Needs g++ and its libasan.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulated_cuda
+
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
 
 
-def build() -> Path:
-    """The library with sanitizers, compiled with the flags that ``setup.py`` has for each instruction set."""
+def build_cpu() -> Path:
+    """The library of cpu with sanitizers, compiled with the flags that ``setup.py`` has for each instruction set."""
     folder = ROOT / "build" / "sanitized"
     folder.mkdir(parents=True, exist_ok=True)
     compiler = " ".join([os.environ.get("CXX", "g++"), *SANITIZE])
@@ -39,7 +42,7 @@ def build() -> Path:
     return next((folder / "diveq_kernels").glob("_cpu.*"))
 
 
-def use(library: Path) -> None:
+def use_cpu(library: Path) -> None:
     """Make it this process's cpu backend."""
     import torch
 
@@ -57,7 +60,12 @@ def use(library: Path) -> None:
 
 
 def main() -> None:
-    library = build()
+    if sys.argv[1:2] not in (["cpu"], ["cuda"]):
+        sys.exit(__doc__)
+    if sys.argv[1] == "cpu":
+        plugin, library = "sanitized", {"DIVEQ_SANITIZED_CPU": str(build_cpu())}
+    else:
+        plugin, library = "emulated_cuda", {"DIVEQ_EMULATED_CUDA": str(emulated_cuda.build(SANITIZE))}
     compiler = os.environ.get("CXX", "g++").split()[0]
     preloaded = [  # libstdc++ too: with libasan alone an exception finds no __cxa_throw behind the interceptor
         subprocess.run(
@@ -68,16 +76,17 @@ def main() -> None:
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(preloaded),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        # Leaks are Python's own; emulated threads change stacks, and fake ones would have to follow.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "DIVEQ_SANITIZED_CPU": str(library),
+        **library,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    command = [sys.executable, "-m", "pytest", "-p", "sanitized_cpu", "-p", "no:xdist", "--capture=sys", *sys.argv[1:]]
+    command = [sys.executable, "-m", "pytest", "-p", plugin, "-p", "no:xdist", "--capture=sys", *sys.argv[2:]]
     sys.exit(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode)
 
 
 if __name__ == "__main__":
     main()
 elif "DIVEQ_SANITIZED_CPU" in os.environ:
-    use(Path(os.environ["DIVEQ_SANITIZED_CPU"]))
+    use_cpu(Path(os.environ["DIVEQ_SANITIZED_CPU"]))

@@ -1,0 +1,73 @@
+// The second look of the CUDA search (settle.cuh), given scores that err by all that product_error allows: the nearest
+// codeword's too low, that of one nearly as near too high (test_cuda_bound.py).
+#include "cuda/settle.cuh"
+
+#include <cstdio>
+#include <random>
+#include <vector>
+
+namespace diveq {
+
+__global__ void settle_kernel(Searched rows, const float* centre, const Best* found, float error) {
+  settle<true, false>(rows, centre, 0, 0, found, kTileColumns, error);
+}
+
+// The score of a codeword, `sign` times the greatest error off.
+double wrong_score(const std::vector<float>& z, const float* c, double error, double sign) {
+  double squares = 0.0, of_z = 0.0, inner = 0.0;
+  for (size_t k = 0; k < z.size(); ++k) {
+    squares += static_cast<double>(c[k]) * c[k];
+    of_z += static_cast<double>(z[k]) * z[k];
+    inner += static_cast<double>(z[k]) * c[k];
+  }
+  return inner - 0.5 * squares + 0.999 * sign * error * (0.5 * squares + std::sqrt(of_z * squares));
+}
+
+// Whether the nearest of two codewords is found: both lie `apart` from z (the farther by 1e-5 more of that), away from
+// the centre, where the bound is tight. `nearest` is its index, the other's is 0.
+bool right(int dim, int nearest, double apart, std::mt19937_64& random) {
+  std::normal_distribution<double> normal;
+  std::vector<float> z(dim), codebook(kTileColumns * dim, 1e3f), centre(dim, 0.0f);
+  double length = 0.0;
+  for (float& x : z) x = static_cast<float>(normal(random)), length += static_cast<double>(x) * x;
+  length = std::sqrt(length);
+  for (int j : {0, nearest}) {
+    std::vector<double> direction(dim);
+    double norm = 0.0;
+    for (int k = 0; k < dim; ++k) {
+      direction[k] = z[k] / length + 0.02 * normal(random) / std::sqrt(dim);
+      norm += direction[k] * direction[k];
+    }
+    for (int k = 0; k < dim; ++k)
+      codebook[j * dim + k] = static_cast<float>(z[k] + apart * (j ? 1.0 : 1.00001) * direction[k] / std::sqrt(norm));
+  }
+  const auto error = static_cast<float>(product_error((dim + kTileDepth - 1) / kTileDepth * kTileDepth, false));
+  const auto too_low = static_cast<float>(wrong_score(z, codebook.data() + nearest * dim, error, -1.0));
+  const auto too_high = static_cast<float>(wrong_score(z, codebook.data(), error, 1.0));
+
+  // Subset 0 has columns 0, 1, 8, 9, ... 56, 57: there the nearest is the second best only.
+  const int subset = nearest / 64 * 4 + nearest % 8 / 2;
+  Best found[kSubsets];
+  found[0] = {too_high, subset ? -INFINITY : too_low, 0};
+  if (subset) found[subset] = {too_low, -INFINITY, nearest};
+  int32_t index = -1;
+  Search search{};
+  search.z = {reinterpret_cast<char*>(z.data()), Dtype::f32, 0, {}, {}, 1, dim};
+  search.rows = 1;
+  search.books = {{reinterpret_cast<char*>(codebook.data()), Dtype::f32, dim, 1, kTileColumns, dim, nullptr}, 1, 0, false};
+  search.indices = &index;
+  DIVEQ_LAUNCH(settle_kernel, 1, 32, 0, nullptr, Searched{search, 0}, centre.data(), found, error);
+  return too_low < too_high && index == nearest;
+}
+
+}  // namespace diveq
+
+int main() {
+  std::mt19937_64 random(std::random_device{}());
+  int wrong = 0, all = 0;
+  for (int dim : {5, 16, 63, 300})
+    for (int nearest : {1, 57, 2, 127})
+      for (double apart : {0.5, 3.0, 30.0})
+        for (int i = 0; i < 10; ++i, ++all) wrong += !diveq::right(dim, nearest, apart, random);
+  printf("%d of %d wrong\n", wrong, all);
+}
