@@ -114,7 +114,7 @@ def _collecting(iter_counter: Tensor, skip_iters: int, avg_iters: int) -> tuple[
     return steps, step, (step >= 0) & (step < steps)
 
 
-def _finite_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+def finite_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
     """The rows that count, bool [N]: finite, and not left out."""
     # The largest magnitude is finite exactly where all elements are; unlike isfinite it needs no N x D.
     kept: Tensor = torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1).isfinite()
@@ -208,7 +208,7 @@ def sf_initialise(
     steps, step, collecting = _collecting(iter_counter, skip_iters, avg_iters)
     if (rows.shape[0] == 0 and not sync) or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
         return codebook.clone(memory_format=torch.contiguous_format)
-    chunks = _cut(_finite_rows(rows, mask), codebook.shape[0], steps, step, collecting, sync)
+    chunks = _cut(finite_rows(rows, mask), codebook.shape[0], steps, step, collecting, sync)
     sums = _chunk_sums(rows.to(compute_dtype(codebook)), chunks.order, chunks)
     return _merge(codebook, sums, chunks, sync)
 
@@ -258,7 +258,7 @@ def composite_sf_initialise(
         return curve.clone(memory_format=torch.contiguous_format)
     Q, K, part = curve.shape
     chosen = indices.reshape(Q, -1).long()
-    finite = _finite_rows(rows, mask)
+    finite = finite_rows(rows, mask)
     rows = rows.to(compute_dtype(curve))
     if part < rows.shape[-1]:
         chunks = _cut(finite, K, steps, step, collecting, sync)
@@ -286,13 +286,15 @@ def _(curve: Tensor, *_: Any) -> Tensor:
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _save_arity(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def save_arity(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Set-up of ``pass_on``, which needs to know how many inputs follow the codebook."""
     ctx.others = len(inputs) - 1
 
 
-def _pass_on(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def pass_on(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    """The gradient of the codebook after an edit is that of the codebook."""
     return grad, *([None] * ctx.others)
 
 
-replace_unused.register_autograd(_pass_on, setup_context=_save_arity)
-sf_initialise.register_autograd(_pass_on, setup_context=_save_arity)
+replace_unused.register_autograd(pass_on, setup_context=save_arity)
+sf_initialise.register_autograd(pass_on, setup_context=save_arity)

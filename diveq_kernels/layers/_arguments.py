@@ -38,6 +38,12 @@ def check_replacement(replacement_iters: Any, discard_threshold: Any) -> None:
         raise ValueError(f"discard_threshold must be in [0, 1], got {discard_threshold!r}")
 
 
+def check_init(init: Any) -> None:
+    """Raise unless init names a start of the codebook."""
+    if init not in ("random", "kmeans"):
+        raise ValueError(f'init must be "random" or "kmeans", got {init!r}')
+
+
 def check_sf_schedule(skip_iters: Any, avg_iters: Any) -> None:
     """Raise unless 0 <= avg_iters <= skip_iters."""
     check_count(skip_iters, "skip_iters", 0)

@@ -119,6 +119,7 @@ class CompositeDIVEQ(CompositeQuantizer):
         codebook_reset: bool = True,
         *,
         noise_var: float | None = None,
+        init: str = "random",
         channel_first: bool = False,
         precision: str = "exact",
         backend: str | None = None,
@@ -142,7 +143,7 @@ class CompositeDIVEQ(CompositeQuantizer):
         self.num_codebooks = num_codebooks
         if allow_warning:
             warn_unusual_noise(noise_std)
-        self._init_replacement(replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset)
+        self._init_replacement(replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset, init)
 
     @staticmethod
     def _part_dim(embedding_dim: int, num_codebooks: int) -> int:
@@ -150,7 +151,7 @@ class CompositeDIVEQ(CompositeQuantizer):
         raise NotImplementedError
 
     def _train_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        codebook = self._begin_step()
+        codebook = self._begin_step(z, mask)
         seed = functional.noise_seed(z, self.noise_std, None)
         z_q, indices, counts = self._step(z, codebook, None, mask, active, seed, self.noise_std)
         self._end_step(counts)
@@ -212,6 +213,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         latents_on_cpu: bool = False,
         *,
         noise_var: float | None = None,
+        init: str = "random",
         channel_first: bool = False,
         precision: str = "exact",
         backend: str | None = None,
@@ -244,7 +246,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
             warn_unusual_noise(noise_std)
             warn_unusual_sf_schedule(skip_iters, avg_iters)
         self._init_replacement(
-            replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset=True, usual_most=100
+            replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset=True, init=init, usual_most=100
         )
         self.register_buffer("curve", self.codebook.detach().clone(), persistent=False)
         self.register_load_state_dict_post_hook(_begin_curve)  # type: ignore[no-untyped-call]
@@ -268,7 +270,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         if self._builds_curve:
             with torch.no_grad():
                 self.codebook.copy_(torch.where(step == self.skip_iters, self.curve, self.codebook))
-        codebook = self._begin_step()
+        codebook = self._begin_step(z, mask)
         started = (step >= self.skip_iters).squeeze()
         dither = self._dither(self.num_codebooks, self.num_embeddings - 1)
         seed = functional.noise_seed(z, self.noise_std, None)

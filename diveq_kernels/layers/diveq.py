@@ -32,6 +32,8 @@ class DIVEQ(ReplacingQuantizer):
             and ``num_replaced`` tells.
         codebook_reset: Whether to replace unused codewords. Without it ``iter_counter`` and ``codebook_usage`` rest.
         noise_var: Alias of noise_std for the `diveq` package's users; it is a standard deviation there too.
+        init: "random", or "kmeans": the first training step begins with the codebook that k-means finds in its rows.
+            iter_counter counts steps then, whatever codebook_reset is.
         channel_first: Take [B, D, ...] instead of [..., D].
         precision: "exact" or "fast", see ``diveq_kernels.functional``.
         backend: Name of a backend, or None to choose one.
@@ -57,6 +59,7 @@ class DIVEQ(ReplacingQuantizer):
         codebook_reset: bool = True,
         *,
         noise_var: float | None = None,
+        init: str = "random",
         channel_first: bool = False,
         precision: str = "exact",
         backend: str | None = None,
@@ -79,10 +82,10 @@ class DIVEQ(ReplacingQuantizer):
         )
         if allow_warning:
             warn_unusual_noise(noise_std)
-        self._init_replacement(replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset)
+        self._init_replacement(replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset, init)
 
     def _train(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        codebook = self._begin_step()
+        codebook = self._begin_step(z, mask)
         seed = functional.noise_seed(z, self.noise_std, None)
         z_q, indices, counts = ops.diveq(z, codebook, mask, seed, self.noise_std, self.precision, self._backend())
         self._end_step(counts)
@@ -132,6 +135,7 @@ class DIVEQDetach(DIVEQ):
         verbose: bool = True,
         codebook_reset: bool = True,
         *,
+        init: str = "random",
         channel_first: bool = False,
         precision: str = "exact",
         backend: str | None = None,
@@ -149,6 +153,7 @@ class DIVEQDetach(DIVEQ):
             allow_warning,
             verbose,
             codebook_reset,
+            init=init,
             channel_first=channel_first,
             precision=precision,
             backend=backend,

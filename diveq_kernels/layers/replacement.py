@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from diveq_kernels import distributed
 from diveq_kernels.codebook import replace_unused, replacement_due
-from diveq_kernels.layers._arguments import check_replacement, warn_unusual_replacement
+from diveq_kernels.kmeans import kmeans_start
+from diveq_kernels.layers._arguments import check_init, check_replacement, warn_unusual_replacement
 from diveq_kernels.layers.base import Quantizer
 
 
@@ -16,7 +19,7 @@ class ReplacingQuantizer(Quantizer):
 
     A codeword is used in a step when at least one row chose it. Replacement happens at the start of the forward that
     follows R steps, functionally: the quantizer and its pending backwards see a tensor of their own, the parameter is
-    overwritten with it. Any order of forwards and backwards is therefore safe.
+    overwritten with it. Any order of forwards and backwards is therefore safe. The start by k-means works alike.
 
     Attributes:
         codebook_usage: int32, the codebook's shape without D: steps since the last replacement that used each codeword.
@@ -35,9 +38,11 @@ class ReplacingQuantizer(Quantizer):
         perturb_eps: float,
         verbose: bool,
         codebook_reset: bool,
+        init: str,
         usual_most: int = 300,
     ) -> None:
         """Check and keep the constructor's arguments, and make the buffers."""
+        check_init(init)
         if codebook_reset:
             check_replacement(replacement_iters, discard_threshold)
             if self.allow_warning:
@@ -47,23 +52,42 @@ class ReplacingQuantizer(Quantizer):
         self.perturb_eps = perturb_eps
         self.verbose = verbose
         self.codebook_reset = codebook_reset
+        self.init = init
         shape, device = self.codebook.shape[:-1], self.codebook.device
         self.register_buffer("codebook_usage", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("num_replaced", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self._expect_first_step()
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+
+    def reset_parameters(self) -> None:
+        """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0."""
+        super().reset_parameters()
+        self._expect_first_step()
+
+    def _expect_first_step(self) -> None:
+        # What decides is iter_counter, on its device; this spares all later steps the work and the collectives.
+        self._may_be_first_step = True
 
     def _replacement_clock(self) -> Tensor:
         """Steps so far, int32 [1]; 0 where no replacement shall follow."""
         return self.iter_counter
 
-    def _begin_step(self) -> Tensor:
-        """The codebook to quantize with: after the replacement, if one is due."""
+    def _begin_step(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """The codebook to quantize with: after the start by k-means or the replacement, if one is due."""
+        codebook: Tensor = self.codebook
+        if self.init == "kmeans" and self._may_be_first_step:
+            codebook = kmeans_start(
+                self.codebook, z.detach(), mask, self.iter_counter, self._synchronises(), self._backend()
+            )
+            with torch.no_grad():
+                self.codebook.copy_(codebook)
+            self._may_be_first_step = False
         if not self.codebook_reset:
-            return self.codebook
+            return codebook
         # Nothing is drawn from torch's generator: its stream would depend on this, and ranks would have to agree on it.
         seed = self.iter_counter.squeeze().long()
-        codebook: Tensor
         codebook, num_replaced = replace_unused(
-            self.codebook,
+            codebook,
             self.codebook_usage,
             self._replacement_clock(),
             seed,
@@ -85,8 +109,14 @@ class ReplacingQuantizer(Quantizer):
                 counts = distributed.sum_over_ranks(counts)
             due = replacement_due(self._replacement_clock(), self.replacement_iters)
             self.codebook_usage.copy_(torch.where(due, 0, self.codebook_usage) + (counts > 0))
+        if self.codebook_reset or self.init == "kmeans":
             self.iter_counter.add_(1)
 
     def _repr_fields(self) -> list[str]:
-        names = ["replacement_iters", "discard_threshold", "perturb_eps", "verbose", "codebook_reset"]
+        names = ["replacement_iters", "discard_threshold", "perturb_eps", "verbose", "codebook_reset", "init"]
         return super()._repr_fields() + names
+
+
+def _after_loading(layer: Any, *_: Any) -> None:
+    """A checkpoint may be one from before the first step."""
+    layer._expect_first_step()

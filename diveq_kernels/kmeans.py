@@ -1,0 +1,107 @@
+"""A start by k-means: codebooks that begin where the latents of the first training step are.
+
+A dispatcher operation like those of ``diveq_kernels.codebook``, which says why: it returns a fresh codebook, and its
+gradient passes to the codebook unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diveq_kernels import distributed, ops, philox
+from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels.codebook import finite_rows, pass_on, save_arity
+
+ITERATIONS = 10
+
+
+def _spread(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool) -> Tensor:
+    """One row of each of K equal parts of those that count, of all ranks in order of arrival -> [K, D]."""
+    here = kept.sum()
+    before, n = distributed.place_among_ranks(here) if sync else (torch.zeros_like(here), here)
+    part = torch.arange(codewords + 1, device=rows.device) * n // codewords
+    # Drawn within its part: rows equally far apart could all be of one place of the image.
+    draw = philox.randint4x(torch.tensor(seed, device=rows.device), torch.arange(codewords, device=rows.device))[0]
+    position = part[:-1] + ((draw & 0x7FFFFFFF) * part.diff() >> 31) - before
+    if len(rows):
+        order = torch.argsort(kept.logical_not(), stable=True)
+        mine = (position >= 0) & (position < here)
+        chosen = torch.where(mine[:, None], rows[order[position.clamp(0, len(rows) - 1)]], 0)
+    else:
+        chosen = rows.new_zeros(codewords, rows.shape[1])
+    return distributed.sum_over_ranks(chosen) if sync else chosen
+
+
+def _search(rows: Tensor, codewords: Tensor, kept: Tensor, backend: str) -> Tensor:
+    """int64 [N]; −1 in rows that do not count."""
+    indices: Tensor = ops.nearest(rows, codewords, kept, "exact", backend)[1]
+    return indices.long()
+
+
+def _kmeans(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool, backend: str) -> Tensor:
+    """Lloyd's algorithm [N, D] -> [K, D]; a codeword that no row chooses keeps its place."""
+    means = _spread(rows, kept, codewords, seed, sync)
+    for _ in range(ITERATIONS):
+        bins = _search(rows, means, kept, backend) + 1
+        sums = rows.new_zeros(codewords + 1, rows.shape[1]).index_add_(0, bins, rows)[1:]
+        counts = bins.new_zeros(codewords + 1).index_add_(0, bins, torch.ones_like(bins))[1:]
+        if sync:
+            sums, counts = distributed.sum_over_ranks(sums), distributed.sum_over_ranks(counts)
+        means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], means)
+    return means
+
+
+@torch.library.custom_op(
+    "diveq::kmeans_start",
+    mutates_args=(),
+    schema="(Tensor codebook, Tensor z, Tensor? mask, Tensor iter_counter, bool sync, str backend) -> Tensor",
+)
+def kmeans_start(
+    codebook: Tensor, z: Tensor, mask: Tensor | None, iter_counter: Tensor, sync: bool, backend: str
+) -> Tensor:
+    """The codebook that k-means finds in the rows of the first step (docs/math.md, "k-means start").
+
+    Stages of a residual quantizer (Q > 1, D' = D) follow one another: each is found in what the one before it leaves.
+    Groups of a product quantizer (D' < D) are found in their columns. Rows left out by the mask, and rows with NaN or
+    Inf, do not count; without rows the codebook stays as it is.
+
+    Args:
+        codebook: [K, D] or [Q, K, D'].
+        z: [..., D].
+        mask: bool [...]; False leaves a row out.
+        iter_counter: int32 [1], steps so far; the codebook is replaced at 0 only.
+        sync: Whether z is this rank's part of the rows, those of all ranks following one another.
+        backend: Of the search.
+
+    Returns:
+        codebook_now: a new tensor like codebook, the same on every rank.
+    """
+    due = (iter_counter == 0).squeeze()
+    if due.device.type == "cpu" and not due:
+        return codebook.clone(memory_format=torch.contiguous_format)
+    books = codebook if codebook.dim() == 3 else codebook[None]
+    Q, K, part = books.shape
+    rows = z.reshape(-1, z.shape[-1])
+    kept = finite_rows(rows, mask)
+    count = kept.sum()
+    due = due & ((distributed.sum_over_ranks(count) if sync else count) > 0)
+    rows = rows.to(compute_dtype(codebook, z))
+    residual, found = part == rows.shape[1], []
+    for stage in range(Q):
+        columns = rows if residual else rows[:, stage * part : (stage + 1) * part].contiguous()
+        found.append(_kmeans(columns, kept, K, stage, sync, backend))
+        if residual and stage < Q - 1:
+            rows = rows - found[-1][_search(rows, found[-1], kept, backend).clamp_min(0)]
+    now = torch.stack(found).to(codebook.dtype).reshape(codebook.shape)
+    return torch.where(due, now, codebook).contiguous()
+
+
+@kmeans_start.register_fake
+def _(codebook: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(codebook, memory_format=torch.contiguous_format)
+
+
+kmeans_start.register_autograd(pass_on, setup_context=save_arity)

@@ -1,0 +1,264 @@
+"""The start by k-means: which codebook, when, for which layers, under compile and on several processes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import needs_gloo, spawn, start
+
+from diveq_kernels import (
+    DIVEQ,
+    DIVEQDetach,
+    ProductDIVEQ,
+    ProductSFDIVEQ,
+    ResidualDIVEQ,
+    ResidualSFDIVEQ,
+)
+from diveq_kernels.kmeans import ITERATIONS, kmeans_start
+
+STAGES = {DIVEQ: (), DIVEQDetach: (), ResidualDIVEQ: (3,), ProductDIVEQ: (3,), ResidualSFDIVEQ: (3,)}
+STAGES |= {ProductSFDIVEQ: (3,)}
+every = pytest.mark.parametrize("kind", STAGES, ids=lambda kind: kind.__name__)
+composite = pytest.mark.parametrize("kind", [ResidualDIVEQ, ProductDIVEQ], ids=lambda kind: kind.__name__)
+
+
+def make(kind, codewords=12, init="kmeans", **keywords):
+    return kind(codewords, 6, *STAGES[kind], init=init, allow_warning=False, verbose=False, **keywords)
+
+
+def latents(*shape):
+    """Far from 0 and from the scale of random codebooks."""
+    return 40 + 5 * torch.randn(*shape, 6)
+
+
+def error(codebook, rows):
+    """Mean squared distance from the nearest codeword, in fp64."""
+    return torch.cdist(rows.double(), codebook.double()).min(dim=1).values.square().mean().item()
+
+
+def lloyd(rows, means):
+    """The definition: what one more round of k-means makes of the means."""
+    chosen = torch.cdist(rows.double(), means.double()).argmin(dim=1)
+    return torch.stack(
+        [rows[chosen == j].double().mean(0) if (chosen == j).any() else m.double() for j, m in enumerate(means)]
+    )
+
+
+def begin(layer, z, mask=None):
+    """The codebook with which the first step quantizes."""
+    layer(z, mask)
+    return layer.codebook.detach()
+
+
+# ---- which codebook --------------------------------------------------------------------------------------------------
+
+
+def test_separate_clusters_are_found():
+    centres = 100 * torch.eye(6)
+    rows = (centres[:, None] + 0.01 * torch.randn(6, 50, 6)).reshape(-1, 6)
+    found = begin(make(DIVEQ, 60), rows)
+    assert error(found, rows) < 1e-3 and error(found, centres) < 1e-3
+
+
+@pytest.mark.parametrize("kind", [DIVEQ, DIVEQDetach])
+def test_codewords_are_means_of_the_rows_that_choose_them(kind):
+    rows = latents(30)
+    found = begin(make(kind, 4), rows)
+    for _ in range(3):  # so few rows settle within the rounds that are made
+        torch.testing.assert_close(lloyd(rows, found), found.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_much_better_than_rows_as_they_come():
+    rows = latents(3000)
+    assert ITERATIONS >= 1 and error(begin(make(DIVEQ, 64), rows), rows) < 0.85 * error(rows[:64], rows)
+
+
+def test_stages_are_found_in_what_the_stages_before_leave():
+    rows = latents(2000)
+    layer = make(ResidualDIVEQ, 16)
+    rest, errors = rows.double(), []
+    for book in begin(layer, rows).double():
+        rest = rest - book[torch.cdist(rest, book).argmin(dim=1)]
+        errors.append(rest.square().mean().item())
+    assert errors[0] < 15 and errors[1] < 0.75 * errors[0] and errors[2] < 0.75 * errors[1]
+    # Each is a k-means of its own: what is left has no mean to take.
+    assert rest.mean(0).abs().max() < 0.05
+
+
+def test_groups_are_found_in_their_columns():
+    rows = latents(500)
+    layer = make(ProductDIVEQ, 8)
+    for book, columns in zip(begin(layer, rows), rows.chunk(3, dim=1), strict=True):
+        assert error(book, columns) < 0.5 * columns.var(dim=0).sum()
+
+
+@every
+def test_rows_that_do_not_count(kind):
+    rows = latents(90)
+    mask = torch.rand(90) < 0.7
+    noisy = rows.clone()
+    noisy[~mask] = 1e6
+    bad = noisy.clone()
+    bad[mask.nonzero()[3]] = torch.nan
+    without = mask.clone()
+    without[mask.nonzero()[3]] = False
+    plain, same = make(kind), make(kind)
+    expected = begin(plain, rows[mask])
+    torch.testing.assert_close(begin(same, noisy, mask), expected)
+    torch.testing.assert_close(begin(make(kind), bad, mask), begin(make(kind), rows[without]))
+
+
+@every
+@pytest.mark.parametrize("number", [1, 5])
+def test_fewer_rows_than_codewords(kind, number):
+    """Each row is a codeword then, and nothing is left for later stages."""
+    rows = latents(number)
+    layer = make(kind)
+    z_q, _, _ = layer(rows)
+    assert layer.codebook.isfinite().all()
+    torch.testing.assert_close(z_q, rows, rtol=1e-5, atol=1e-4)
+
+
+# ---- when ------------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_only_in_the_first_step_of_training(kind):
+    layer = make(kind, replacement_iters=1000) if "SF" not in kind.__name__ else make(kind)
+    drawn = layer.codebook.detach().clone()
+    layer.eval()(latents(50))
+    layer.inference(latents(50))
+    assert torch.equal(layer.codebook, drawn)
+    found = begin(layer.train(), latents(50)).clone()
+    assert not torch.equal(found, drawn)
+    assert torch.equal(begin(layer, latents(50)), found) and layer.iter_counter == 2
+
+
+@every
+def test_a_checkpoint_is_not_begun_again(kind):
+    layer = make(kind)
+    saved_before = copy.deepcopy(layer.state_dict())
+    z = latents(50)
+    found = begin(layer, z).clone()
+    resumed = make(kind)
+    resumed.load_state_dict(layer.state_dict(), strict=True)
+    assert torch.equal(begin(resumed, latents(50)), found)
+    assert list(layer.state_dict()) == list(make(kind, init="random").state_dict())
+    # One from before the first step is; so is a layer that is reset.
+    layer.load_state_dict(saved_before)
+    assert torch.equal(begin(layer, z), found)
+    layer.reset_parameters()
+    assert torch.equal(begin(layer, z), found)
+
+
+def test_without_replacement_too():
+    layer = make(DIVEQ, codebook_reset=False)
+    found = begin(layer, latents(50)).clone()
+    assert torch.equal(begin(layer, latents(50)), found)
+    resumed = make(DIVEQ, codebook_reset=False)
+    resumed.load_state_dict(layer.state_dict())
+    assert torch.equal(begin(resumed, latents(50)), found) and layer.codebook_usage.sum() == 0
+
+
+@every
+def test_nothing_to_begin_with(kind):
+    layer = make(kind)
+    drawn = layer.codebook.detach().clone()
+    assert torch.equal(begin(layer, latents(0)), drawn)
+    other = make(kind)
+    drawn = other.codebook.detach().clone()
+    assert torch.equal(begin(other, latents(5), torch.zeros(5, dtype=torch.bool)), drawn)
+
+
+@every
+def test_random_is_the_default(kind):
+    torch.manual_seed(0)
+    default = kind(12, 6, *STAGES[kind], allow_warning=False)
+    torch.manual_seed(0)
+    assert torch.equal(make(kind, init="random").codebook, default.codebook) and default.init == "random"
+    drawn = default.codebook.detach().clone()
+    assert torch.equal(begin(default, latents(20)), drawn)
+    with pytest.raises(ValueError, match='init must be "random" or "kmeans", got \'data\''):
+        make(kind, init="data")
+
+
+# ---- how -------------------------------------------------------------------------------------------------------------
+
+
+@composite
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_and_layouts(kind, dtype):
+    rows = latents(4, 30)
+    found = begin(make(kind, dtype=dtype), rows.to(dtype))
+    first = begin(make(kind, dtype=dtype, channel_first=True), rows.to(dtype).movedim(-1, 1).contiguous())
+    assert found.dtype == dtype and torch.equal(found, first)
+
+
+@every
+def test_gradients_and_optimizers_see_the_new_codebook(kind):
+    layer = make(kind, noise_std=0.0) if kind is not DIVEQDetach else make(kind)
+    z = latents(80)
+    known = make(kind, init="random", noise_std=0.0) if kind is not DIVEQDetach else make(kind, init="random")
+    known.load_state_dict(known.state_dict() | {"codebook": kmeans_start(*arguments(known, z))})
+    torch.manual_seed(2)
+    (layer(z)[0] ** 2).sum().backward()
+    torch.manual_seed(2)
+    (known(z)[0] ** 2).sum().backward()
+    assert layer.codebook.grad.abs().sum() > 0 and torch.equal(layer.codebook.grad, known.codebook.grad)
+
+
+def arguments(layer, z, mask=None):
+    return layer.codebook.detach(), z, mask, layer.iter_counter, False, ""
+
+
+@every
+def test_it_compiles_whole(kind):
+    torch._dynamo.reset()
+    eager, owner = make(kind), make(kind)
+    owner.load_state_dict(eager.state_dict())
+    compiled = torch.compile(owner, fullgraph=True, backend="aot_eager")
+    for number in (40, 30, 20):
+        z = latents(number)
+        torch.manual_seed(1)
+        expected = eager(z)
+        torch.manual_seed(1)
+        for a, b in zip(compiled(z), expected, strict=True):
+            torch.testing.assert_close(a, b)
+        assert torch.equal(owner.codebook, eager.codebook)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("counter", [0, 3])
+@pytest.mark.parametrize("shape", [(5, 6), (3, 5, 6), (3, 5, 2)])
+def test_opcheck(counter, shape):
+    codebook = torch.randn(shape, requires_grad=True)
+    counter = torch.tensor([counter], dtype=torch.int32)
+    torch.library.opcheck(kmeans_start, (codebook, torch.randn(4, 5, 6), torch.rand(4, 5) < 0.8, counter, False, ""))
+
+
+def run(rank, world, folder):
+    start(rank, world, folder)
+    found = {}
+    for kind in STAGES:
+        rows = torch.load(f"{folder}/rows.pt")
+        # Ranks have unequal parts; the last of them none.
+        part = rows.split([50, 30, 0][:world] if world == 3 else [50, 30])[rank]
+        found[kind.__name__] = begin(make(kind), part)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@needs_gloo
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_begin_alike_with_all_rows(world, tmp_path):
+    rows = latents(80)
+    torch.save(rows, tmp_path / "rows.pt")
+    assert spawn(run, world, tmp_path) == [0] * world
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for kind in STAGES:
+        alone = begin(make(kind), rows)
+        assert all(torch.equal(ranks[0][kind.__name__], other[kind.__name__]) for other in ranks[1:])
+        torch.testing.assert_close(ranks[0][kind.__name__], alone, rtol=1e-4, atol=1e-4)
