@@ -66,6 +66,6 @@ def test_values(
         error = (f64(ours) - exact).abs()
         bound = 1.01 * eps(dtype) * exact.abs() + 32 * eps(wide) * scale + 1e-30
         assert (error <= bound).all(), (name, float((error / bound).max()))
-    if deterministic or target.device == "cpu":
+    if deterministic or (target.device == "cpu" and target.backend != "cuda"):  # emulated, it adds in any order
         for first, second in zip(found, again, strict=True):
             assert torch.equal(first, second)
