@@ -133,7 +133,7 @@ BUGS = {
     "z_q is the codeword, without noise": ("train", "diveq", lambda r: (r[0].round(decimals=2), *r[1:])),
     "∂L/∂z with the wrong sign": ("train", "diveq_backward", lambda r: (-r[0], r[1])),
     "one codeword's gradient lost": (
-        "train", "diveq_backward", lambda r: (r[0], r[1].index_fill(0, torch.tensor(5), 0))
+        "train", "diveq_backward", lambda r: (r[0], r[1].index_fill(0, r[1].norm(dim=1).argmax(), 0))
     ),
     "the second end forgotten": ("sf_train", "sf_diveq_backward", lambda r: (r[0], r[1].roll(1, 0))),
     "a constant segment": ("sf_train", "sf_diveq", lambda r: (r[0], torch.zeros_like(r[1]), r[2])),

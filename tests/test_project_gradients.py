@@ -61,11 +61,11 @@ def test_values(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     dz, dc, of_rows, of_books = by_definition(z, codebook, g, h, indices)
     _, t = on_segment(f64(z), f64(codebook), indices.clamp_min(0))
-    assert ((t > 0) & (t < 1)).any() and (rows < 10 or ((t == 0) | (t == 1)).any())
+    assert rows < 10 or (((t > 0) & (t < 1)).any() and ((t == 0) | (t == 1)).any())
     for name, ours, exact, scale in (("dz", found[0], dz, of_rows), ("dC", found[1], dc, of_books)):
         error = (f64(ours) - exact).abs()
         bound = 1.01 * eps(dtype) * exact.abs() + 32 * eps(wide) * scale + 1e-30
         assert (error <= bound).all(), (name, float((error / bound).max()))
-    if deterministic or target.device == "cpu":
+    if deterministic or (target.device == "cpu" and target.backend != "cuda"):  # emulated, it adds in any order
         for first, second in zip(found, again, strict=True):
             assert torch.equal(first, second)
