@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import pytest
 import torch
@@ -20,6 +21,14 @@ def test_round_trip(K, shape):
     overhead = 20 + 8 * len(shape)
     assert len(packed) == overhead + math.ceil(indices.numel() * math.ceil(math.log2(K)) / 8)
     assert torch.equal(unpack_codes(pack_codes(indices.int(), K)), indices)
+
+
+def test_the_layout_stays_the_one_that_is_documented():
+    """Files outlive versions: 3 bits each, lowest first, across the edge of a byte; then t, from a byte of its own."""
+    packed = pack_codes(SFCodes(torch.tensor([1, 2, 3]), torch.tensor([0.0, 0.5, 1.0])), 5, t_bits=2)
+    header = bytes([3, 2, 0, 1, 5, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0])
+    body = header + bytes([0b11_010_001, 0b0, 0b11_10_00])
+    assert packed == b"DVQ1" + zlib.crc32(body).to_bytes(4, "little") + body
 
 
 @pytest.mark.parametrize("K", [1, 2, 4, 100])

@@ -1,0 +1,78 @@
+"""Codes of the layers: decoding what was encoded, gradients, and what are no codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layer_cases import CURVES, alike, for_every_layer, make
+
+
+@for_every_layer
+def test_decoding_what_was_encoded(kind):
+    layer = make(kind)
+    z = torch.randn(4, 9, 5)
+    codes = layer.encode(z)
+    assert alike(kind, layer.decode(codes), layer.inference(z)[0])
+    indices = codes.indices if kind in CURVES else codes
+    assert indices.dtype == torch.int64 and torch.equal(indices, layer.inference(z)[1])
+
+
+@for_every_layer
+def test_decoding_reaches_the_codebook_with_gradients(kind):
+    layer = make(kind)
+    codes = layer.encode(torch.randn(9, 5))
+    layer.decode(codes).sum().backward()
+    # The weights of a point's codewords add up to 1.
+    torch.testing.assert_close(layer.codebook.grad.sum(), torch.tensor(45.0))
+
+
+@for_every_layer
+def test_rows_that_are_not_finite_decode_to_what_inference_gives(kind):
+    layer = make(kind)
+    z = torch.randn(6, 5)
+    z[2, 1] = torch.nan
+    z[4, 0] = torch.inf
+    z_q, indices, used = layer.inference(z)
+    assert z_q[[2, 4]].isnan().all() and z_q[[0, 1, 3, 5]].isfinite().all() and used.isfinite()
+    assert ((indices >= 0) & (indices < 12)).all()
+
+
+@for_every_layer
+@pytest.mark.parametrize("bad", [-2, 12])
+def test_decoding_an_index_out_of_range(kind, bad):
+    layer = make(kind)
+    indices = torch.tensor([0, bad])
+    codes = (indices, torch.zeros(2)) if kind in CURVES else indices
+    with pytest.raises(ValueError, match=rf"codes must hold indices from -1 to 1[01], got values from .*{bad}"):
+        layer.decode(codes)
+
+
+@for_every_layer
+def test_decoding_what_are_no_codes(kind):
+    layer = make(kind)
+    curve = kind in CURVES
+
+    def codes(indices):
+        return (indices, torch.zeros(2)) if curve else indices
+
+    with pytest.raises(TypeError, match="codes must hold an int32 or int64 tensor of indices, got torch.float32"):
+        layer.decode(codes(torch.zeros(2)))
+    with pytest.raises(TypeError, match="codes must hold .* got list"):
+        layer.decode(codes([0, 1]))
+    with pytest.raises(ValueError, match="codes must be on the layer's device, cpu, got meta"):
+        layer.decode(codes(torch.zeros(2, dtype=torch.int64, device="meta")))
+    if curve:
+        with pytest.raises(TypeError, match=r"codes must be a pair \(indices, t\), got Tensor"):
+            layer.decode(torch.zeros(2, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"codes.t must have shape .*\(3,\), got \(2,\)"):
+            layer.decode((torch.zeros(3, dtype=torch.int64), torch.zeros(2)))
+
+
+@for_every_layer
+def test_decoding_nothing(kind):
+    layer = make(kind)
+    codes = layer.encode(torch.randn(0, 5))
+    assert layer.decode(codes).shape == (0, 5)
+    smallest = make(kind, 2 if kind in CURVES else 1)
+    codes = smallest.encode(torch.randn(3, 5), torch.zeros(3, dtype=torch.bool))
+    assert torch.equal(smallest.decode(codes), torch.zeros(3, 5))

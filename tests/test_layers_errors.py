@@ -1,0 +1,148 @@
+"""Bad input and unusual arguments of the layers: errors and warnings."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from layer_cases import for_curve_layers, for_every_layer, for_replacing_layers, make
+
+from diveq_kernels.layers import DIVEQ, SFDIVEQ, _arguments
+
+
+@for_every_layer
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ([1.0] * 5, TypeError, "z must be a torch.Tensor, got list"),
+        (torch.zeros(3, 5, dtype=torch.int64), TypeError, "z must be float16.*got torch.int64"),
+        (torch.zeros(3, 5, dtype=torch.complex64), TypeError, "z must be float16.*got torch.complex64"),
+        (torch.tensor(1.0), ValueError, r"z must have shape \[..., D\] with D = 5, got \(\)"),
+        (torch.zeros(3, 4), ValueError, r"z must have shape \[..., D\] with D = 5, got \(3, 4\)"),
+        (torch.zeros(3, 5, device="meta"), ValueError, "the layer must be on the device of z, meta, got cpu"),
+    ],
+)
+def test_bad_input(kind, bad, error, message):
+    layer = make(kind)
+    for call in (layer, layer.inference, layer.encode, layer.eval()):
+        with pytest.raises(error, match=message):
+            call(bad)
+
+
+@for_every_layer
+def test_bad_input_with_channels_first(kind):
+    layer = make(kind, channel_first=True)
+    with pytest.raises(ValueError, match=r"z must have shape \[B, D, ...\] with D = 5, got \(2, 4, 5\)"):
+        layer(torch.zeros(2, 4, 5))
+    with pytest.raises(ValueError, match=r"z must have shape \[B, D, ...\] .* got \(5,\)"):
+        layer(torch.zeros(5))
+
+
+@for_every_layer
+def test_bad_mask(kind):
+    layer = make(kind)
+    for mask, error, message in [
+        (torch.ones(3), TypeError, "mask must be a bool tensor, got torch.float32"),
+        (torch.ones(3, 5, dtype=torch.bool), ValueError, r"mask must have shape .*\(3,\), got \(3, 5\)"),
+        ([True] * 3, TypeError, "mask must be a bool torch.Tensor or None, got list"),
+    ]:
+        with pytest.raises(error, match=message):
+            layer(torch.zeros(3, 5), mask)
+
+
+@for_every_layer
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"num_embeddings": 0}, ValueError, "num_embeddings must be an int >= [12], got 0"),
+        ({"num_embeddings": 8.0}, TypeError, "num_embeddings must be an int, got float"),
+        ({"embedding_dim": 0}, ValueError, "embedding_dim must be an int >= 1, got 0"),
+        ({"precision": "half"}, ValueError, "precision must be 'exact' or 'fast', got 'half'"),
+        ({"backend": "abacus"}, ValueError, "backend must be one of .*, got 'abacus'"),
+        ({"dtype": torch.int32}, Exception, "int|Only Tensors of floating point"),
+    ],
+)
+def test_bad_arguments(kind, keywords, error, message):
+    with pytest.raises(error, match=message):
+        kind(**({"num_embeddings": 8, "embedding_dim": 4, "allow_warning": False} | keywords))
+
+
+@pytest.mark.parametrize("kind", [DIVEQ, SFDIVEQ])
+def test_bad_noise(kind):
+    for name in ("noise_std", "noise_var"):
+        for bad in (-0.1, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0.*got {bad}"):
+                kind(8, 4, **{name: bad})
+    with pytest.raises(TypeError, match="noise_std must be a number, got str"):
+        kind(8, 4, noise_std="1e-3")
+    with pytest.raises(ValueError, match="noise_std or its alias noise_var .*, not both: got 0.001 and 0.001"):
+        kind(8, 4, noise_std=1e-3, noise_var=1e-3)
+    assert kind(8, 4, noise_std=0, allow_warning=False).noise_std == 0
+
+
+@for_replacing_layers
+def test_bad_replacement_arguments(kind):
+    for bad in (0, -3, 2.0, True):
+        with pytest.raises(ValueError, match=f"replacement_iters must be a positive int, got {bad}"):
+            kind(8, 4, replacement_iters=bad)
+    for bad in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=rf"discard_threshold must be in \[0, 1\], got {bad}"):
+            kind(8, 4, discard_threshold=bad)
+    kind(8, 4, replacement_iters=0, discard_threshold=2, codebook_reset=False)
+
+
+@for_curve_layers
+def test_bad_schedule(kind):
+    with pytest.raises(ValueError, match="num_embeddings must be an int >= 2, got 1"):
+        kind(1, 4)
+    with pytest.raises(ValueError, match="skip_iters must be an int >= 0, got -1"):
+        kind(8, 4, skip_iters=-1, avg_iters=0)
+    with pytest.raises(ValueError, match="avg_iters must be an int >= 0, got -1"):
+        kind(8, 4, avg_iters=-1)
+    with pytest.raises(ValueError, match="avg_iters must be at most skip_iters = 10, got 11"):
+        kind(8, 4, skip_iters=10, avg_iters=11)
+
+
+def warned(build):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build()
+    return caught
+
+
+@pytest.fixture
+def nothing_warned_yet():
+    _arguments._warn_once.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_warned_yet")
+@pytest.mark.parametrize(
+    ("kind", "keywords", "expected"),
+    [
+        (DIVEQ, {"noise_std": 0.02}, ["noise_std=0.02"]),
+        (DIVEQ, {"noise_std": 0.01, "replacement_iters": 50, "discard_threshold": 0.05, "perturb_eps": 1e-6}, []),
+        (DIVEQ, {"replacement_iters": 49}, ["replacement_iters=49"]),
+        (DIVEQ, {"replacement_iters": 301}, ["replacement_iters=301"]),
+        (DIVEQ, {"noise_std": 0.05, "discard_threshold": 0.06}, ["noise_std=0.05", "discard_threshold=0.06"]),
+        (DIVEQ, {"perturb_eps": 1e-5}, ["perturb_eps=1e-05"]),
+        (DIVEQ, {"replacement_iters": 1, "codebook_reset": False}, []),
+        (DIVEQ, {"replacement_iters": 1, "allow_warning": False}, []),
+        (SFDIVEQ, {"noise_var": 0.5}, ["noise_std=0.5"]),
+        (SFDIVEQ, {"skip_iters": 999, "avg_iters": 49}, ["skip_iters=999", "avg_iters=49"]),
+        (SFDIVEQ, {"avg_iters": 101}, ["avg_iters=101"]),
+        (SFDIVEQ, {"skip_iters": 1000, "avg_iters": 100}, []),
+    ],
+)
+def test_unusual_values_warn_once(kind, keywords, expected):
+    caught = warned(lambda: kind(8, 4, **keywords))
+    assert [re.match(r"\S+", str(w.message))[0] for w in caught] == expected
+    assert all(w.category is UserWarning and w.filename == __file__ for w in caught)
+    assert not warned(lambda: kind(8, 4, **keywords))
+
+
+@pytest.mark.usefixtures("nothing_warned_yet")
+def test_another_unusual_value_warns_again():
+    assert len(warned(lambda: DIVEQ(8, 4, noise_std=0.02))) == 1
+    assert len(warned(lambda: DIVEQ(8, 4, noise_std=0.03))) == 1

@@ -1,0 +1,71 @@
+"""State of the layers: copies, checkpoints, moving, resetting, the initial codebook."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from layer_cases import busy, for_every_layer, make
+
+from diveq_kernels.layers import DIVEQ, SFDIVEQ
+
+
+@for_every_layer
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_continue_alike(kind, how):
+    layer = make(kind, **busy(kind))
+    data = torch.randn(6, 20, 5)
+    for z in data[:3]:
+        layer(z)
+    if how == "deepcopy":
+        other = copy.deepcopy(layer)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(layer))
+    else:
+        buffer = io.BytesIO()
+        torch.save(layer.state_dict(), buffer)
+        buffer.seek(0)
+        other = make(kind, **busy(kind))
+        other.load_state_dict(torch.load(buffer))
+    for z in data[3:]:
+        torch.manual_seed(1)
+        expected = layer(z)
+        torch.manual_seed(1)
+        for a, b in zip(other(z), expected, strict=True):
+            assert torch.equal(a, b)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+@for_every_layer
+def test_moving_and_resetting(kind):
+    layer = make(kind).to(torch.float64)
+    assert layer.codebook.dtype == torch.float64 and layer.iter_counter.dtype == torch.int32
+    layer(torch.randn(8, 5))
+    torch.manual_seed(5)
+    layer.reset_parameters()
+    torch.manual_seed(5)
+    fresh = kind(12, 5, allow_warning=False)
+    torch.testing.assert_close(layer.codebook.float(), fresh.codebook)
+    assert all((buffer == 0).all() for buffer in layer.buffers())
+    on_meta = kind(12, 5, allow_warning=False, device="meta", dtype=torch.bfloat16)
+    assert {x.device.type for x in on_meta.state_dict().values()} == {"meta"}
+    on_meta.to_empty(device="cpu").reset_parameters()
+    assert on_meta.codebook.dtype == torch.bfloat16 and on_meta.codebook.isfinite().all()
+
+
+@for_every_layer
+def test_initial_codebook(kind):
+    uniform, normal = kind(500, 16, allow_warning=False), kind(500, 16, allow_warning=False, uniform_init=False)
+    assert (uniform.codebook >= 0).all() and (uniform.codebook <= 1 / 500).all()
+    assert abs(uniform.codebook.mean() * 500 - 0.5) < 0.05 and abs(normal.codebook.std() * 500 - 1) < 0.1
+
+
+def test_repr_shows_the_arguments():
+    text = repr(make(DIVEQ, noise_var=0.005, replacement_iters=77, channel_first=True))
+    for part in ("num_embeddings=12", "embedding_dim=5", "noise_std=0.005", "replacement_iters=77", "_first=True"):
+        assert part in text
+    assert "skip_iters=1, avg_iters=1" in repr(make(SFDIVEQ, skip_iters=1, avg_iters=1))
