@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -74,8 +75,12 @@ def main() -> None:
     whole = quantizer.gather_codebook()  # for a checkpoint that any number of processes can load with load_codebook
     same = torch.equal(indices, F.nearest(z, whole).indices)
     print(f"rank {rank} has {len(quantizer.codebook)} of {len(whole)} codewords; codes of the whole codebook: {same}")
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    # Without the interpreter's tear-down, in which threads of torch.distributed that still run now and then abort.
+    sys.stdout.flush()
+    os._exit(0)
