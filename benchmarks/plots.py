@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from benchmarks.tables import FIGURES, Record, load, ours_in, path_of, results_of, shape_of
+from benchmarks.tables import FIGURES, Record, commit_of, load, ours_in, path_of, results_of, shape_of
 from diveq_kernels.benchmark.running import MEASURED, NO_MEMORY
 
 # Okabe and Ito's palette, told apart by colour-blind readers; a contestant keeps its colour and mark in every figure.
@@ -74,7 +74,7 @@ def _series(cases: list[Record], key: str) -> dict[str, list[tuple[int, Record]]
 
 def _note(figure: Figure, record: Record) -> None:
     machine = record["machine"]
-    software = f"torch {machine['versions']['torch']}, commit {machine['commit'][:12]}"
+    software = f"torch {machine['versions']['torch']}, {commit_of(machine['commit'])}"
     text = f"{machine['device']}; {record['method']}; {software}"
     figure.text(0.995, -0.01, text, ha="right", va="top", fontsize=6.5, color="#555555")
 

@@ -103,8 +103,14 @@ def _time_cell(result: Record | None, own: Record | None) -> str:
     if result["ours"] or own is None:
         return milliseconds(result["seconds"])
     factor = factor_of(result, own)
-    text = f"{milliseconds(result['seconds'])} ({factor:.2g}×)"
+    times = f"{factor:.2g}" if factor < 99.5 else f"{factor:.0f}"
+    text = f"{milliseconds(result['seconds'])} ({times}×)"
     return f"**{text}**" if factor < 1 else text
+
+
+def commit_of(commit: str) -> str:
+    """As ``machine.commit`` gives it, short; it ends in "+" where files differed from the commit."""
+    return f"commit `{commit[:12]}`" + (" with changes that were not committed" if commit.endswith("+") else "")
 
 
 def footnote(record: Record) -> str:
@@ -117,9 +123,11 @@ def footnote(record: Record) -> str:
         where += f", driver {machine['driver']}, CUDA {machine['cuda']}"
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     absent = [name for name, version in versions.items() if not version]
-    text = f"{where}; {record.get('method', '')}. {packages}; commit `{machine['commit'][:12]}`."
+    text = f"{where}; {record.get('method', '')}. {packages}; {commit_of(machine['commit'])}."
     if absent:
         text += f" Not installed: {', '.join(absent)}."
+    if not record["finished"]:
+        text += " Unfinished: cases of this part are missing."
     if record.get("load"):
         text += f" Load averages at the end {', '.join(f'{value:.1f}' for value in record['load'])}."
     return text
@@ -140,7 +148,7 @@ def ratios(record: Record) -> str:
     load = ", ".join(f"{value:.1f}" for value in record["load"])
     note = (
         f"{record['processor']}, {record['instruction_set']} kernels, torch {record['torch']}; medians of"
-        f" {record['repeats']} repetitions; load averages at the end {load}; commit `{record['commit'][:12]}`."
+        f" {record['repeats']} repetitions; load averages at the end {load}; {commit_of(record['commit'])}."
     )
     return table(["N, K, D", "matmul, ms", *names], rows) + "\n\n" + note
 
@@ -251,7 +259,7 @@ def checks(record: Record) -> str:
     for result in record["results"]:
         found.setdefault(result["backend"], []).append(result["passed"])
     counts = ", ".join(f"{name} {sum(passed)} of {len(passed)}" for name, passed in found.items())
-    return f"Checks against float64 that pass: {counts}; commit `{record['machine']['commit'][:12]}`."
+    return f"Checks against float64 that pass: {counts}; {commit_of(record['machine']['commit'])}."
 
 
 def quality(record: Record) -> str:
@@ -266,7 +274,7 @@ def quality(record: Record) -> str:
     note = (
         f"Differences from the reference, relative ones of the training loss; {settings['steps']} steps,"
         f" K = {settings['num_codewords']}, D = {settings['dim']}. {machine['device']}, torch"
-        f" {machine['versions']['torch']}, commit `{machine['commit'][:12]}`."
+        f" {machine['versions']['torch']}, {commit_of(machine['commit'])}."
     )
     return table(headings, rows) + "\n\n" + note
 
@@ -288,7 +296,7 @@ def family(record: Record) -> str:
     headings += ["last loss before", "last loss after"]
     note = (
         f"{record['processor']}, {record['instruction_set']} kernels, torch {record['torch']}; one thread, processor"
-        f" time, medians of {record['repeats']} repetitions; commit `{record['commit'][:12]}`."
+        f" time, medians of {record['repeats']} repetitions; {commit_of(record['commit'])}."
     )
     return f"{first}\n\n{table(headings, rows)}\n\n{note}"
 
