@@ -13,20 +13,14 @@ namespace diveq {
 
 constexpr int64_t kMaxDim = 4096;
 
-// What the search's first pass, if there is one, multiplies: products in bf16 on a matrix unit, or in 8-bit integers.
-enum class Screen { none, bf16, bytes };
-
 // Codewords less a centre, in panels of `panel` codewords; which of the forms there are is for PackedBook to say.
 struct Packed {
   float* centre;  // [dim]
   float* halves;  // [panels][panel] half their squares, infinite where there is no finite codeword
-  float* values;  // [panels][dim][panel] in fp32
-  uint16_t* halved;  // [panels][⌈dim/32⌉][1024] in bf16 for a matrix unit
-  float* ratios;  // [panels] how much of a codeword's length bf16 loses at most
-  uint8_t* bytes;  // [panels][⌈dim/4⌉][panel][4] in 8 bits, 128 for 0, times the panel's scale
-  float* scales;  // [panels]
+  float* values;  // [panels][dim][panel] in fp32, or null where there is a first pass: its rest packs what it needs
+  uint32_t* coarse;  // [panels][panel_words(dim)] as the first pass multiplies them
   float* reaches;  // [panels] the greatest length of a codeword
-  float* losses;  // [panels] the greatest length of what 8 bits take from one
+  float* losses;  // [panels] the greatest length of what `coarse` lacks of one
 };
 
 // A codebook as the projection reads it (project.inl): panels as above, in another order, and of the segment that ends at
@@ -46,8 +40,8 @@ struct Kernels {
   int group;  // rows that the microkernel takes at once
   int panel;  // codewords that it takes at once
   int lanes;
-  Screen screen;
-  int64_t least_screened;  // least dim that has a first pass; with fewer there is little to multiply
+  int64_t least_screened;  // least dim that has a first pass (screen.inl); with fewer there is little to multiply
+  int64_t (*panel_words)(int64_t dim);
 
   void (*read)(const Rows&, int64_t row, int64_t rows, float* out);
   void (*write)(const Rows&, int64_t row, int64_t rows, const float* in);
@@ -56,7 +50,7 @@ struct Kernels {
   // c_j, or the dithered point, into out [dim].
   void (*part)(const Codes&, int64_t j, float* out, float* scratch);
 
-  // scratch holds (panel + 2)·dim floats.
+  // scratch holds 2·dim + panel·(dim + lanes) floats.
   void (*pack)(const Codes&, const Packed&, int64_t first_panel, int64_t last_panel, float* scratch);
   int64_t (*search_scratch)(int64_t dim, int64_t rows);  // floats
   // Index of the nearest for `rows` rows z [rows][ld]; scratch as search_scratch says.

@@ -22,14 +22,23 @@ namespace {
 #include "pack.inl"
 
 #include "search.inl"
+
+#if defined(DIVEQ_AMX) || defined(DIVEQ_VNNI)
+// A length from a sum of squares that may have underflown, rounded up.
+inline float length_of(float squares) { return 1.0001f * sqrtf(squares) + 1e-19f; }
+
 #if defined(DIVEQ_AMX)
-#include "screen_amx.inl"
-#elif defined(DIVEQ_VNNI)
-#include "screen_vnni.inl"
+#include "products_amx.inl"
 #else
-constexpr Screen kScreen = Screen::none;
-constexpr int64_t kLeastScreened = kMaxDim + 1;
+#include "products_vnni.inl"
 #endif
+
+#include "screen.inl"
+#else
+constexpr int64_t kLeastScreened = kMaxDim + 1;
+int64_t panel_words(int64_t) { return 0; }
+#endif
+
 #include "packed_search.inl"
 
 #include "noise.inl"
@@ -46,10 +55,10 @@ constexpr int64_t kLeastScreened = kMaxDim + 1;
 }  // namespace
 
 const Kernels DIVEQ_JOIN(kernels_, DIVEQ_ISA) = {
-    DIVEQ_TEXT(DIVEQ_ISA), MR,      NR,   W,    kScreen,  kLeastScreened, read,
-    write,                 codeword, part, pack, search_scratch, search,   noise,
-    words,                 sqdist,  step, gradient, add_pull, pull, pack_curve,
-    project_scratch,       project, between, project_gradient, add_bend,
+    DIVEQ_TEXT(DIVEQ_ISA), MR,      NR,   W,       kLeastScreened, panel_words, read,
+    write,                 codeword, part, pack,   search_scratch, search,      noise,
+    words,                 sqdist,  step, gradient, add_pull,      pull,        pack_curve,
+    project_scratch,       project, between,       project_gradient, add_bend,
 };
 
 }  // namespace diveq

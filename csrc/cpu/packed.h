@@ -47,7 +47,7 @@ template <class F>
 void pack_panels(const Kernels& k, int64_t panels, int64_t dim, const F& f) {
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / (k.panel * dim));
   torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = buffer((k.panel + 2) * dim);
+    const Buffer scratch = buffer(2 * dim + k.panel * (dim + k.lanes));
     f(begin, end, scratch.get());
   });
 }
@@ -56,17 +56,16 @@ class PackedBook : Kept {
  public:
   PackedBook(const Kernels& k, const Codes& codes) {
     const int64_t dim = codes.dim, panels = (codes.count + k.panel - 1) / k.panel;
-    const Screen screen = dim >= k.least_screened ? k.screen : Screen::none;
     packed.centre = keep(dim);
     packed.halves = keep(panels * k.panel);
-    if (screen != Screen::bytes) packed.values = keep(panels * k.panel * dim);
-    if (screen == Screen::bf16) {
-      packed.halved = reinterpret_cast<uint16_t*>(keep(panels * ((dim + 31) / 32) * 512));
-      packed.ratios = keep(panels);
-    }
-    if (screen == Screen::bytes) {
-      packed.bytes = reinterpret_cast<uint8_t*>(keep(panels * k.panel * ((dim + 3) / 4)));
-      for (float** array : {&packed.scales, &packed.reaches, &packed.losses}) *array = keep(panels + k.lanes);
+    if (dim < k.least_screened) {
+      packed.values = keep(panels * k.panel * dim);
+    } else {
+      packed.coarse = reinterpret_cast<uint32_t*>(keep(panels * k.panel_words(dim)));
+      for (float** array : {&packed.reaches, &packed.losses}) {
+        *array = keep(panels + k.lanes);
+        std::fill_n(*array, panels + k.lanes, 0.0f);  // read in whole vectors, and what is denormal takes long
+      }
     }
     find_centre(k, codes, packed.centre);
     pack_panels(k, panels, dim, [&](int64_t begin, int64_t end, float* scratch) {

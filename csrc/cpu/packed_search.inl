@@ -1,25 +1,18 @@
 // The search as the operations ask for it: the codebook packed for it, and a first pass where there is one.
 
 void pack(const Codes& c, const Packed& packed, int64_t first_panel, int64_t last_panel, float* scratch) {
-  const int64_t dim = c.dim;
-#if defined(DIVEQ_VNNI)
-  if (dim >= kLeastScreened) {
-    for (int64_t p = first_panel; p < last_panel; ++p) pack_bytes(c, packed, p, scratch);
+#if defined(DIVEQ_AMX) || defined(DIVEQ_VNNI)
+  if (c.dim >= kLeastScreened) {
+    for (int64_t p = first_panel; p < last_panel; ++p) pack_coarse(c, packed, p, scratch);
     return;
   }
 #endif
-  pack_fp32(c, packed.centre, first_panel, last_panel, packed.values + first_panel * dim * NR,
+  pack_fp32(c, packed.centre, first_panel, last_panel, packed.values + first_panel * c.dim * NR,
             packed.halves + first_panel * NR, scratch);
-#if defined(DIVEQ_AMX)
-  if (dim >= kLeastScreened)
-    for (int64_t p = first_panel; p < last_panel; ++p)
-      packed.ratios[p] = pack_bf16(packed.values + p * dim * NR, packed.halves + p * NR, dim,
-                                   packed.halved + p * depth(dim) * 1024);
-#endif
 }
 
 int64_t search_scratch(int64_t dim, int64_t rows) {
-  const int64_t fp32 = scratch_fp32(dim, rows, kScreen == Screen::bytes);
+  const int64_t fp32 = scratch_fp32(dim, rows, dim >= kLeastScreened);
 #if defined(DIVEQ_AMX) || defined(DIVEQ_VNNI)
   if (dim >= kLeastScreened) {
     const int64_t screening = screen_scratch(dim, rows);
