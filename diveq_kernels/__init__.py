@@ -19,6 +19,7 @@ from diveq_kernels.layers import (  # noqa: E402
     SFCodes,
     SFDIVEQDetach,
 )
+from diveq_kernels.parameters import parameter_groups  # noqa: E402
 from diveq_kernels.sharded import ShardedNearest  # noqa: E402
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "functional",
     "ops",
     "pack_codes",
+    "parameter_groups",
     "unpack_codes",
     "use_backend",
 ]

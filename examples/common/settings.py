@@ -29,6 +29,7 @@ class Settings:
     steps: int = 10000
     batch: int = 16
     lr: float = 1e-3
+    codebook_lr: float = 3e-2  # of codebooks that learn by a gradient; moving averages have a rate of their own
     log_every: int = 50
     eval_every: int = 500
 
@@ -40,8 +41,9 @@ class Settings:
                 raise InputError(f"{name} must be at least 1; got {value}")
         if self.eval_every % self.log_every:
             raise InputError(f"eval_every must be a multiple of log_every={self.log_every}; got {self.eval_every}")
-        if self.lr <= 0:
-            raise InputError(f"lr must be positive; got {self.lr}")
+        for name in ("lr", "codebook_lr"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} must be positive; got {getattr(self, name)}")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .settings import InputError, Settings
 
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 Self = TypeVar("Self", bound="Run")
 
 
@@ -29,15 +29,15 @@ class Run:
 
     kind: ClassVar[str]  # what the checkpoint holds; `codec.py` finds the code that reads it by this
     settings: ClassVar[type[Settings]]
-    parts: ClassVar[tuple[str, ...]]  # attributes that hold modules, in the order of the optimizer's parameters
+    parts: ClassVar[tuple[str, ...]]  # attributes that hold modules, in the order of the optimizer's groups
     history: dict[str, list[float]]
 
     def __init__(self, config: Any, device: str = "cpu") -> None:
         self.config, self.device, self.step, self.history = config, torch.device(device), 0, {}
         torch.manual_seed(config.seed)
         self.build()
-        parameters = [parameter for part in self.modules().values() for parameter in part.parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=config.lr)
+        self.rates = [config.codebook_lr if part == "quantizer" else config.lr for part in self.parts]
+        self.optimizer = torch.optim.Adam({"params": list(part.parameters())} for part in self.modules().values())
         self.draws = torch.Generator().manual_seed(config.seed)  # its own, so that every method sees the same data
 
     def modules(self) -> dict[str, nn.Module]:
@@ -69,9 +69,9 @@ class Run:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def update(self, loss: Tensor) -> None:
-        """The optimizer's step down ``loss``, at this step's learning rate."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * _cosine(self.step / self.config.steps)
+        """The optimizer's step down ``loss``, at this step's learning rates."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * _cosine(self.step / self.config.steps)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

@@ -19,7 +19,7 @@ class Config(Settings):
         prior_width=64, heads=4, samples=1000, log_every=20, eval_every=40,
     )  # fmt: skip
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        *("steps", "batch", "lr", "layers", "prior_width", "heads", "dropout", "samples"),
+        *("steps", "batch", "lr", "codebook_lr", "layers", "prior_width", "heads", "dropout", "samples"),
         *("tokenizer_steps", "tokenizer_batch", "num_codewords", "dim", "width", "log_every", "eval_every"),
     )
 
@@ -61,6 +61,7 @@ class Config(Settings):
             steps=self.tokenizer_steps,
             batch=self.tokenizer_batch,
             lr=self.lr,
+            codebook_lr=self.codebook_lr,
             log_every=self.log_every,
             eval_every=self.eval_every,
             crop=self.size,

@@ -17,7 +17,8 @@ class Config(Settings):
         steps=600, batch=8, clip=4096, width=24, dim=16, num_codewords=256, stages=4, log_every=20, eval_every=60
     )
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        *("steps", "num_codewords", "stages", "dim", "batch", "clip", "width", "lr", "log_every", "eval_every"),
+        *("steps", "num_codewords", "stages", "dim", "batch", "clip", "width"),
+        *("lr", "codebook_lr", "log_every", "eval_every"),
     )
 
     steps: int = 40000

@@ -68,7 +68,9 @@ def _replacement(config: Config) -> dict[str, Any]:
 class DiVeQ(Quantizer):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.layer = ResidualDIVEQ(config.num_codewords, config.dim, config.stages, **_replacement(config))
+        self.layer = ResidualDIVEQ(
+            config.num_codewords, config.dim, config.stages, init="kmeans", **_replacement(config)
+        )
 
     def forward(self, z: Tensor, stages: int) -> tuple[Tensor, Tensor, None]:
         z_q, indices, _ = self.layer(z, num_active=stages)

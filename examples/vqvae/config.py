@@ -17,7 +17,7 @@ class Config(Settings):
         steps=800, batch=16, crop=64, width=32, dim=16, num_codewords=256, log_every=20, eval_every=80
     )
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        *("steps", "num_codewords", "dim", "batch", "crop", "width", "lr", "log_every", "eval_every"),
+        *("steps", "num_codewords", "dim", "batch", "crop", "width", "lr", "codebook_lr", "log_every", "eval_every"),
     )
 
     crop: int = 96

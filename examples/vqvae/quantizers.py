@@ -58,6 +58,7 @@ class DiVeQ(Quantizer):
             config.num_codewords,
             config.dim,
             replacement_iters=min(100, max(1, config.steps // 20)),
+            init="kmeans",
             channel_first=True,
             allow_warning=False,
             verbose=False,

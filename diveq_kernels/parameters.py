@@ -1,0 +1,50 @@
+"""The parameters of a model as an optimizer takes them, with a learning rate of their own for codebooks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from diveq_kernels.layers.base import Quantizer
+from diveq_kernels.sharded import ShardedNearest
+
+
+def parameter_groups(model: nn.Module, *, codebook_lr: float, **options: Any) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: the codebooks of ``model`` with ``lr=codebook_lr``, and all else.
+
+    Adam moves no parameter by much more than its learning rate in a step. Latents move faster, as all weights of the
+    encoder move them, so that codewords at the encoder's rate lag behind early in training. Ten to thirty times that
+    rate let them follow in the examples (examples/README.md).
+
+    ```python
+    optimizer = torch.optim.AdamW(parameter_groups(model, codebook_lr=3e-2), lr=1e-3)
+    ```
+
+    Args:
+        model: Any module that contains layers of this package, or is one.
+        codebook_lr: Learning rate of the codebooks, positive.
+        **options: Other options of the codebooks' group, such as ``weight_decay=0.0``.
+
+    Returns:
+        The group of all other parameters, if there are any, and that of the codebooks. A shared parameter is in one
+        of them once.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``codebook_lr`` not a number.
+        ValueError: ``codebook_lr`` is not positive and finite, or ``model`` contains no layer with a codebook.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(codebook_lr, bool) or not isinstance(codebook_lr, (int, float)):
+        raise TypeError(f"codebook_lr must be a number, got {type(codebook_lr).__name__}")
+    if not (codebook_lr > 0 and math.isfinite(codebook_lr)):
+        raise ValueError(f"codebook_lr must be positive and finite, got {codebook_lr}")
+    layers = [module for module in model.modules() if isinstance(module, (Quantizer, ShardedNearest))]
+    codebooks = {id(layer.codebook): layer.codebook for layer in layers}
+    if not codebooks:
+        raise ValueError(f"model must contain a layer of diveq_kernels, got a {type(model).__name__} without one")
+    others = [parameter for parameter in model.parameters() if id(parameter) not in codebooks]
+    groups: list[dict[str, Any]] = [{"params": others}] if others else []
+    return [*groups, {**options, "params": list(codebooks.values()), "lr": codebook_lr}]
