@@ -47,10 +47,11 @@ def test_values(
 ) -> None:
     gen = generator()
     codebook = torch.randn(codewords, dim, generator=gen)
-    codebook[:, 0] += 2 * torch.arange(codewords)  # so that rows lie before, on and after the curve's segments
+    # So that rows lie before, on and after the curve's segments.
+    codebook[:, 0] = codebook[:, 0].clamp(-0.75, 0.75) + 2 * torch.arange(codewords)
     z = codebook[torch.randint(codewords, (rows,), generator=gen)] + torch.randn(rows, dim, generator=gen)
     g, h = torch.randn(rows, dim, generator=gen).to(dtype), torch.randn(rows, generator=gen)
-    z[0], z[-1] = codebook[0], codebook[-1]  # exactly at an end
+    z[0], z[1], z[-1] = codebook[0], codebook[:2].mean(dim=0), codebook[-1]  # exactly at an end, and inside
     z, codebook = z.to(dtype), codebook.to(dtype)
     mask = torch.rand(rows, generator=gen) < 0.8 if rows > 9 else None
     torch.use_deterministic_algorithms(deterministic)
