@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -350,7 +351,7 @@ def test_fp64_is_left_to_the_reference(isa: str) -> None:
 
 
 MEMORY = """
-import resource, sys, torch
+import sys, torch
 from diveq_kernels import native_cpu as ops
 torch.set_num_threads(1)
 name, rows, codewords, dim = sys.argv[1], *map(int, sys.argv[2:])
@@ -381,19 +382,29 @@ def size(kept):
         return kept.numel() * kept.element_size()
     return 0 if kept is None else sum(map(size, kept))
 
+def peak():  # getrusage would count that of the process that started this one
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
 run(torch.randn(100, dim), torch.randn(100, dim))
 z, c = torch.randn(rows, dim), torch.randn(codewords, dim)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 kept = run(z, c)
-used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+used = peak() - before
+assert used > 0, "nothing was measured"
 print((used - size(kept) - size(c)) / 2**20)  # c: for one packed copy of it
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("name", ["nearest", "diveq", "sf_diveq", "project", "residual", "product"])
-@pytest.mark.parametrize(("rows", "codewords", "dim"), [(1 << 18, 64, 16), (4096, 1 << 16, 16), (1 << 20, 8, 2)])
-def test_working_memory(name: str, rows: int, codewords: int, dim: int) -> None:
-    """Beyond inputs, outputs, gradients and one packed codebook, in one thread; peak RSS has what C++ allocates too."""
+@pytest.mark.parametrize(
+    ("rows", "codewords", "dim", "limit"), [(1 << 18, 64, 16, 16), (4096, 1 << 16, 16, 16), (1 << 20, 8, 2, 2)]
+)
+def test_working_memory(name: str, rows: int, codewords: int, dim: int, limit: int) -> None:
+    """Beyond inputs, outputs, gradients and one packed codebook, in one thread; peak RSS has what C++ allocates too.
+
+    With little else, less than the 4 MiB that one number for each row takes: a backward pass keeps those of a chunk.
+    """
     command = [sys.executable, "-c", MEMORY, name, str(rows), str(codewords), str(dim)]
     extra = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert extra < 16
+    assert extra < limit
