@@ -31,15 +31,15 @@ def _devices() -> Iterator[str]:
 
 def _backend_lines(device_type: str) -> Iterator[str]:
     usable = backends.available(device_type)
-    for name, backend in backends.BACKENDS.items():
+    for name in backends.BACKENDS:
         reason = backends.why_unavailable(name, device_type)
         if reason is None:
             chosen = "  <- chosen when no backend is named" if name == usable[0] else ""
             yield f"  {name:<10} available{chosen}"
         else:
             yield f"  {name:<10} missing: {reason}"
-            if not backend.runs_on or device_type in backend.runs_on:
-                yield f"  {'':<10} to get it: {backend.cure}"
+            if backends.cure(name, device_type):
+                yield f"  {'':<10} to get it: {backends.cure(name, device_type)}"
 
 
 def describe() -> str:

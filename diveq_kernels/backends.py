@@ -123,28 +123,43 @@ def _load(name: str) -> ModuleType | str:
         return f"{type(error).__name__}: {error}"
 
 
-def _find(name: str, op: str, device_type: str) -> Callable | str:
-    """The backend's function for an operation, or the reason why it cannot run it on this kind of device."""
+def _device(device: torch.device | str) -> torch.device:
+    """With its number, where there is one: what runs on one GPU may not run on the next."""
+    device = torch.device(device)
+    if device == torch.device("cuda") and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def cure(name: str, device: torch.device | str) -> str:
+    """What would make a backend available to tensors on a device; "" if it is there, or would not run there anyway."""
     backend = BACKENDS[name]
-    if backend.runs_on and device_type not in backend.runs_on:
-        return f"it runs on {' or '.join(backend.runs_on)} tensors, not on {device_type!r}"
+    on_it = not backend.runs_on or torch.device(device).type in backend.runs_on
+    return backend.cure if on_it and isinstance(_load(name), str) else ""
+
+
+def _find(name: str, op: str, device: torch.device) -> Callable | str:
+    """The backend's function for an operation, or the reason why it cannot run it on this device."""
+    backend = BACKENDS[name]
+    if backend.runs_on and device.type not in backend.runs_on:
+        return f"it runs on {' or '.join(backend.runs_on)} tensors, not on {device.type!r}"
     module = _load(name)
     if isinstance(module, str):
         return module
     unusable = getattr(module, "why_unusable", None)
-    reason = unusable(device_type) if unusable else None
+    reason = unusable(device) if unusable else None
     return reason or getattr(module, op, None) or f"it has no {op!r}, which another backend runs if none is named"
 
 
-def why_unavailable(name: str, device_type: str, op: str = "diveq") -> str | None:
-    """Why a backend cannot run an operation on a kind of device, or None if it can.
+def why_unavailable(name: str, device: torch.device | str, op: str = "diveq") -> str | None:
+    """Why a backend cannot run an operation on a device, or None if it can.
 
     Args:
         name: A key of ``BACKENDS``.
-        device_type: "cpu", "cuda", ...
+        device: "cpu", "cuda:1", ...; "cuda" is the current one.
         op: Name of a ``torch.ops.diveq`` operation.
     """
-    found = _find(check_name(name), op, device_type)
+    found = _find(check_name(name), op, _device(device))
     return found if isinstance(found, str) else None
 
 
@@ -161,9 +176,9 @@ def describe(name: str) -> str | None:
         return str(error).splitlines()[0]
 
 
-def available(device_type: str = "cpu") -> list[str]:
-    """Names of the backends that can run on a kind of device, best first."""
-    return [name for name in BACKENDS if why_unavailable(name, device_type) is None]
+def available(device: torch.device | str = "cpu") -> list[str]:
+    """Names of the backends that can run on a device, best first."""
+    return [name for name in BACKENDS if why_unavailable(name, device) is None]
 
 
 @functools.cache
@@ -171,52 +186,57 @@ def _log_fallback(message: str, level: int) -> None:
     logger.log(level, message)
 
 
+def _hint(name: str, device: torch.device) -> str:
+    return f" To get it: {cure(name, device)}." if cure(name, device) else ""
+
+
 @functools.cache
-def _choose(op: str, device_type: str, name: str) -> tuple[str, Callable]:
+def _choose(op: str, device: torch.device, name: str) -> tuple[str, Callable]:
     """(name of the backend, its function) for ``select``."""
     if name:
-        found = _find(name, op, device_type)
+        found = _find(name, op, device)
         if isinstance(found, str):
-            cure = f" To get it: {BACKENDS[name].cure}." if BACKENDS[name].cure else ""
-            raise BackendUnavailableError(f"backend {name!r} cannot run {op!r} here: {found}.{cure}")
+            raise BackendUnavailableError(f"backend {name!r} cannot run {op!r} here: {found}.{_hint(name, device)}")
         return name, found
     for candidate, backend in BACKENDS.items():
-        if device_type in backend.automatic_on or candidate == "reference":
-            found = _find(candidate, op, device_type)
+        if device.type in backend.automatic_on or candidate == "reference":
+            found = _find(candidate, op, device)
             if not isinstance(found, str):
                 return candidate, found
             # Slow on purpose is only worth a warning where somebody paid for an accelerator.
-            level = logging.INFO if device_type == "cpu" else logging.WARNING
-            _log_fallback(f"backend {candidate!r} not used on {device_type}: {found}. {backend.cure}", level)
+            level = logging.INFO if device.type == "cpu" else logging.WARNING
+            _log_fallback(f"backend {candidate!r} not used on {device}: {found}.{_hint(candidate, device)}", level)
     raise AssertionError("the reference backend runs everything")
 
 
-def select(op: str, device_type: str, name: str) -> Callable:
+def select(op: str, device: torch.device | str, name: str) -> Callable:
     """The function that runs an operation.
 
     Args:
         op: Name of a ``torch.ops.diveq`` operation.
-        device_type: Device type of its tensors.
+        device: Where its tensors are.
         name: A backend, or "" to choose one.
 
     Raises:
         BackendUnavailableError: If the named backend cannot run here, saying why and what would change that.
     """
-    return _choose(op, device_type, name)[1]
+    return _choose(op, _device(device), name)[1]
 
 
-def traced(op: str, device_type: str, name: str, arguments: Sequence[Any]) -> AbstractContextManager[None] | None:
+def traced(
+    op: str, device: torch.device | str, name: str, arguments: Sequence[Any]
+) -> AbstractContextManager[None] | None:
     """A context in which the selected backend adds its kernels to the graph that is being traced.
 
     None where it should stay one opaque node instead: it cannot be traced, or not with these arguments.
 
     Args:
         op: Name of a ``torch.ops.diveq`` operation.
-        device_type: Device type of its tensors.
+        device: Where its tensors are.
         name: A backend, or "" to choose one.
         arguments: The operation's, less the backend.
     """
-    context = getattr(_load(_choose(op, device_type, name)[0]), "traced", None)
+    context = getattr(_load(_choose(op, _device(device), name)[0]), "traced", None)
     return context(op, arguments) if context else None
 
 

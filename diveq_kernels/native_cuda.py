@@ -52,12 +52,14 @@ def describe() -> str:
     return f"built for {', '.join(architectures())}"
 
 
-def why_unusable(device_type: str) -> str | None:
-    """Why the kernels cannot run on a kind of device, or None if they can."""
-    device = torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else device_type
+def why_unusable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None if they can."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU"
     if torch.ops.diveq_cuda.can_run_on(torch.empty(0, device=device)):
         return None
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    return "this installation has no kernels for {} (compute capability {}.{}): it was {}".format(
-        name, *capability, describe()
+    return (
+        f"this installation has no kernels for {name} (compute capability {capability[0]}.{capability[1]}): it was "
+        f"{describe()}; TORCH_CUDA_ARCH_LIST says for what it is built"
     )

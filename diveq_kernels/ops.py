@@ -35,10 +35,10 @@ def _define(schema: str, fake: Callable) -> Any:
 
     def run(*args: Any) -> Any:
         *arguments, backend = args
-        device_type = args[0].device.type
+        device = args[0].device
         # Autocast would reach into the backends' own matrix products.
-        with torch.autocast(device_type, enabled=False):
-            return backends.select(name, device_type, backend)(*arguments)
+        with torch.autocast(device.type, enabled=False):
+            return backends.select(name, device, backend)(*arguments)
 
     operation = torch.library.custom_op(f"diveq::{name}", run, mutates_args=(), schema=schema[len(name) :])
     operation.register_fake(lambda *args: fake(*args[:-1]))
@@ -48,7 +48,7 @@ def _define(schema: str, fake: Callable) -> Any:
         from torch.export._trace import custom_triton_ops_decomposition_disabled
 
         *arguments, backend = args
-        context = backends.traced(name, args[0].device.type, backend, arguments)
+        context = backends.traced(name, args[0].device, backend, arguments)
         if context is None or custom_triton_ops_decomposition_disabled():  # type: ignore[no-untyped-call]
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode, context:

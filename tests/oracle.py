@@ -224,11 +224,15 @@ def on_segment(z: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Te
 
 
 def nearest_point(z: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """The point of the segment from ``start`` to ``end`` nearest to z, and its position t."""
+    """The point of the segment from ``start`` to ``end`` nearest to z, and its position t.
+
+    At an end t is a constant, also for a row that lies exactly there, to which ``clamp`` would pass a gradient.
+    """
     along = end - start
     length = along.square().sum(-1)
     inner = ((z - start) * along).sum(-1)
     t = torch.where(length > 0, inner / torch.where(length > 0, length, 1.0), 0.0).clamp(0, 1)
+    t = torch.where((t > 0) & (t < 1), t, t.detach())
     return start + t[..., None] * along, t
 
 

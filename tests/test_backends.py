@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import diveq_kernels.functional as F
-from diveq_kernels import BackendUnavailableError, backends, use_backend
+from diveq_kernels import BackendUnavailableError, backends, reference, use_backend
 
 Z, CODEBOOK = torch.zeros(3, 4), torch.zeros(5, 4)
 
@@ -42,12 +43,25 @@ def test_available_and_reasons_agree(name: str) -> None:
 
 @pytest.mark.parametrize("name", unavailable())
 def test_a_missing_backend_says_why_and_what_would_help(name: str) -> None:
-    reason, cure = backends.why_unavailable(name, "cpu", "nearest"), backends.BACKENDS[name].cure
+    reason, cure = backends.why_unavailable(name, "cpu", "nearest"), backends.cure(name, "cpu")
     with pytest.raises(BackendUnavailableError) as error:
         F.nearest(Z, CODEBOOK, backend=name)
     assert issubclass(BackendUnavailableError, RuntimeError)
     assert repr(name) in str(error.value) and reason and reason in str(error.value)
-    assert cure and cure in str(error.value)
+    assert cure in str(error.value) and ("To get it" in str(error.value)) == bool(cure)
+
+
+def test_only_what_would_help_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to install what is installed, and nothing to install makes a backend run on tensors that are not its own."""
+    gone = backends.BACKENDS["cuda"]._replace(module="there_is_none")
+    there = gone._replace(module="diveq_kernels.reference")
+    try:
+        for backend, device, helps in ((gone, "cuda", gone.cure), (gone, "cpu", ""), (there, "cuda", "")):
+            monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
+            backends._load.cache_clear()
+            assert backends.cure("cuda", device) == helps
+    finally:
+        backends._load.cache_clear()
 
 
 def test_argument_over_context_over_nothing() -> None:
@@ -89,6 +103,41 @@ def test_backward_runs_on_the_backend_of_the_forward() -> None:
     with use_backend(missing()):
         z_q.sum().backward()
     assert z.grad is not None
+
+
+def test_each_gpu_has_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of a backend may have been compiled for one of two GPUs only, whichever is the current one."""
+    module = types.ModuleType("for_one_gpu")
+    module.nearest = lambda *_: None  # type: ignore[attr-defined]
+    module.why_unusable = lambda device: "no kernels for it" if device.index == 0 else None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "for_one_gpu", module)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", backends.BACKENDS["cuda"]._replace(module="for_one_gpu"))
+    monkeypatch.setitem(backends.BACKENDS, "triton", backends.BACKENDS["triton"]._replace(module="there_is_none"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for cached in (backends._load, backends._choose):
+        cached.cache_clear()
+    try:
+        for _ in range(2):
+            assert backends.select("nearest", torch.device("cuda", 0), "") is reference.nearest
+            for device in ("cuda:1", "cuda"):
+                assert backends.select("nearest", device, "") is module.nearest
+            assert backends.why_unavailable("cuda", "cuda:0", "nearest") == "no kernels for it"
+            with pytest.raises(BackendUnavailableError, match="no kernels for it.$"):
+                backends.select("nearest", "cuda:0", "cuda")
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+            assert backends.select("nearest", "cuda", "") is reference.nearest
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    finally:
+        for cached in (backends._load, backends._choose):
+            cached.cache_clear()
+
+
+def test_an_operation_asks_for_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(backends, "select", lambda op, device, name: asked.append(device) or getattr(reference, op))
+    F.nearest(Z, CODEBOOK)
+    assert asked == [Z.device]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

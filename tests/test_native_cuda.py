@@ -187,27 +187,51 @@ def test_fp64_is_left_to_the_reference(target: Target) -> None:
 
 @on_every_device
 def test_products_that_err_in_opposite_directions(target: Target) -> None:
-    """Both candidates are close to their row, and what cutting numbers in two of bf16 loses favours the farther one.
+    """What cutting numbers in two of bf16 loses, at its greatest, in favour of the farther of two codewords.
 
-    In units of 2^-16, in every column: the row is h + 230 to 245, with h = 1 + 2^-7; the farther candidate's second
-    part is as far below h, the nearer one's above h + 512, and of both nearly half a unit is left. Their distances
-    differ in the first column alone, by one unit.
+    In units of 2^-16, in every column, with 1 and 1 + 512 as neighbours in bf16: the row is 1 + 255 and a fraction, the
+    nearer codeword 1 + 255 + 63/128, the other 1 + 512 - 255 - 63/128. So the product of the second parts is 255² more
+    for one, less for the other, and nearly half a unit is left of both: the scores are nearly 3 units too far apart,
+    and no data make it more. The bound (2E of settle.cuh) is 11.5, as it allows for how tensor cores add and for ‖c‖²
+    too: a quarter of it is not enough.
     """
     gen = generator()
-    rows, dim, unit = 40, 16, 2.0**-16
-    low, below = (torch.randint(230, 246, (rows, dim), generator=gen).double() for _ in range(2))
-    sign = torch.randint(0, 2, (rows, dim), generator=gen) * 2.0 - 1
-    left = 61 / 128
-    far = -(below + left)
-    near = 2 * low + below + left
-    near[:, 0] -= 1
-    z, far, near = ((sign * (1 + 2**-7 + unit * x)).float() for x in (low, far, near))
+    rows, dim, unit, left = 40, 16, 2.0**-16, 63 / 128
+    bits = torch.randperm(2**dim, generator=gen)[:rows, None] >> torch.arange(dim) & 1
+    sign = 1.0 - 2 * bits  # no two rows have the same
+    low = 255 + torch.randint(32, 64, (rows, dim), generator=gen) / 128.0
+    z, near, far = (sign * (1 + unit * x) for x in (low, 255 + left, 512 - 255 - left))
     codebook = torch.zeros(15 * 24, dim)  # what is between the pairs keeps the centre at 0
     places = torch.arange(len(codebook)).reshape(15, 24)[:, 1:].flatten()
     codebook[places[: 2 * rows]] = torch.stack([far, near], dim=1).flatten(0, 1)
     found = F.nearest(z.to(target.device), codebook.to(target.device), backend="cuda").indices.cpu()
-    distances = torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    assert torch.equal(found, distances.argmin(1)) and torch.equal(found, places[1 : 2 * rows : 2])
+    assert torch.equal(oracle.sqdist(z, codebook).argmin(1), places[1 : 2 * rows : 2])
+    assert torch.equal(found, places[1 : 2 * rows : 2])
+
+
+@on_every_device
+@pytest.mark.parametrize("dim", [3, 16, 70])
+@pytest.mark.parametrize("others", [0, 40])
+def test_segments_from_and_to_codewords_very_far_away(target: Target, others: int, dim: int) -> None:
+    """Rows beside the near end of a segment 10^16 times as long: seen from its far end, they have no digits left.
+
+    With others near 0 the centre is there and the first pass decides; without, it is far away and cannot.
+    """
+    gen = generator()
+    near, far = torch.randn(30 + others, dim, generator=gen), torch.randn(30, dim, generator=gen)
+    far *= 10 ** torch.empty(30, 1).uniform_(15, 17, generator=gen) / far.norm(dim=1, keepdim=True)
+    codebook = torch.cat([near[:others], torch.stack([near[others:], far], dim=1).flatten(0, 1)])
+    j = others + torch.randint(59, (200,), generator=gen)
+    start, end = codebook[:-1].double(), codebook[1:].double()
+    closer = (start.norm(dim=1) < end.norm(dim=1))[:, None]
+    start, end = torch.where(closer, start, end), torch.where(closer, end, start)
+    along = (end - start) / (end - start).norm(dim=1, keepdim=True)
+    beside = 0.01 * torch.randn(200, dim, generator=gen)
+    z = (start[j] + 3 * torch.rand(200, 1, generator=gen) * along[j] + beside).float()
+    found = F.project(z.to(target.device), codebook.to(target.device), backend="cuda").indices.cpu()
+    distances = (z.double()[:, None] - oracle.nearest_point(z.double()[:, None], start, end)[0]).square().sum(-1)
+    chosen, least = distances.gather(1, found[:, None])[:, 0], distances.amin(1)
+    assert (chosen - least <= 1e-4 * z.double().norm(dim=1) ** 2).all()
 
 
 @on_every_device

@@ -40,16 +40,18 @@ def by_definition(z: Tensor, codebook: Tensor, g: Tensor, h: Tensor, indices: Te
 
 @on_every_target
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "codewords", "dim"), [(300, 9, 10), (70, 40, 3), (33, 2, 33), (9, 40, 130)])
+@pytest.mark.parametrize(("rows", "codewords", "dim"), [(300, 9, 10), (70, 40, 3), (33, 2, 1), (9, 40, 130)])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_values(
     target: Target, rows: int, codewords: int, dim: int, dtype: torch.dtype, deterministic: bool
 ) -> None:
     gen = generator()
     codebook = torch.randn(codewords, dim, generator=gen)
-    codebook[:, 0] += 2 * torch.arange(codewords)  # so that rows lie before, on and after the curve's segments
+    # So that rows lie before, on and after the curve's segments.
+    codebook[:, 0] = codebook[:, 0].clamp(-0.75, 0.75) + 2 * torch.arange(codewords)
     z = codebook[torch.randint(codewords, (rows,), generator=gen)] + torch.randn(rows, dim, generator=gen)
     g, h = torch.randn(rows, dim, generator=gen).to(dtype), torch.randn(rows, generator=gen)
+    z[0], z[1], z[-1] = codebook[0], codebook[:2].mean(dim=0), codebook[-1]  # exactly at an end, and inside
     z, codebook = z.to(dtype), codebook.to(dtype)
     mask = torch.rand(rows, generator=gen) < 0.8 if rows > 9 else None
     torch.use_deterministic_algorithms(deterministic)
@@ -69,3 +71,36 @@ def test_values(
     if deterministic or (target.device == "cpu" and target.backend != "cuda"):  # emulated, it adds in any order
         for first, second in zip(found, again, strict=True):
             assert torch.equal(first, second)
+
+
+@on_every_target
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [1, 7, 70])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_rows_exactly_at_an_end(target: Target, dim: int, dtype: torch.dtype, deterministic: bool) -> None:
+    """Position and segment do not move there (docs/math.md, "Curve projection"). Integers, so that nothing rounds."""
+    gen = generator()
+    step = torch.randint(1, 4, (12, dim), generator=gen)
+    step[:, 1:] *= (-1) ** torch.randint(2, (12, dim - 1), generator=gen)  # the curve does not turn back on itself
+    codebook = step.cumsum(0)
+    codebook -= codebook[6].clone()
+    beside = torch.zeros(2, dim, dtype=torch.int64)
+    if dim > 1:  # at right angles to the first and the last segment
+        beside[:, 0], beside[:, 1] = step[[1, -1], 1], -step[[1, -1], 0]
+    z = torch.cat([codebook, codebook[[0, -1]] + beside, codebook[[0, -1]] + step[[1, -1]] * torch.tensor([[-1], [1]])])
+    books, rows = codebook.to(dtype), z.to(dtype)
+
+    j = F.project(rows.to(target.device), books.to(target.device), backend=target.backend).indices.cpu()
+    d = codebook[j + 1] - codebook[j]
+    inner, length = ((z - codebook[j]) * d).sum(-1), d.square().sum(-1)
+    at_end = (inner <= 0) | (inner >= length)  # not all of the last four, for which another segment may be nearer
+    assert ((inner == 0) | (inner == length))[:12].all() and at_end[:12].all()
+    g = torch.randint(1, 4, z.shape, generator=gen) * at_end[:, None]
+    h = torch.randint(1, 4, (len(z),), generator=gen) * at_end
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        again, dz, dc = gradients(target, rows, books, g.to(dtype), h.float(), None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(again, j) and (dz == 0).all()
+    assert torch.equal(f64(dc), torch.zeros_like(codebook).index_add_(0, j + (inner > 0), g).double())

@@ -38,9 +38,9 @@ __all__ = [
 ]
 
 
-def why_unusable(device_type: str) -> str | None:
-    """Why the kernels cannot run on a kind of device, or None if they can."""
-    if device_type == "cpu" and not INTERPRETED:
+def why_unusable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None if they can."""
+    if device.type == "cpu" and not INTERPRETED:
         return "on cpu tensors Triton runs only in its interpreter (TRITON_INTERPRET=1), which is for tests"
     return None
 

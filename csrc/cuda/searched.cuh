@@ -45,26 +45,44 @@ __device__ inline float distance_to_codeword(const Searched& rows, const Codes& 
   return sum(total, lanes);
 }
 
-// The squared distance of z_n to the segment from c_j to c_{j+1}.
+// The squared distance of z_n to the segment from c_j to c_{j+1}, as seen from the end nearer to the row: from the
+// other end of a very long segment even fp64 has no digits of the row.
 __device__ inline double distance_to_segment(const Searched& rows, const Codes& codes, int64_t n, int64_t start, int64_t j,
                                              int lane, int lanes) {
   double t = 0.0, total = 0.0;
+  bool from_end = false;
   for (int pass = 0; pass < 2; ++pass) {
-    double along = 0.0, squares = 0.0;
+    double apart[2] = {}, along[2] = {}, squares = 0.0;  // of the start and of the end
     for (int column = 4 * lane; column < codes.dim; column += 4 * lanes) {
       const int count = codes.dim - column < 4 ? static_cast<int>(codes.dim) - column : 4;
       const Quad x = rows.load(n, start, column, count);
       const Quad b = load_codeword(codes, j, column, count), e = load_codeword(codes, j + 1, column, count);
       for (int i = 0; i < 4; ++i) {
-        const double d = static_cast<double>(e.x[i]) - b.x[i], w = static_cast<double>(x.x[i]) - b.x[i] - t * d;
-        along += w * d;
+        const double d = static_cast<double>(e.x[i]) - b.x[i];
+        if (pass) {
+          const double w = static_cast<double>(x.x[i]) - (from_end ? e.x[i] : b.x[i]) - t * d;
+          total += w * w;
+          continue;
+        }
+        const double w[2] = {static_cast<double>(x.x[i]) - b.x[i], static_cast<double>(x.x[i]) - e.x[i]};
+#pragma unroll
+        for (int end = 0; end < 2; ++end) {
+          apart[end] += w[end] * w[end];
+          along[end] += w[end] * d;
+        }
         squares += d * d;
-        total += pass ? w * w : 0.0;
       }
     }
-    along = sum(along, lanes);
+    if (pass) break;
+#pragma unroll
+    for (int end = 0; end < 2; ++end) {
+      apart[end] = sum(apart[end], lanes);
+      along[end] = sum(along[end], lanes);
+    }
     squares = sum(squares, lanes);
-    if (!pass && squares > 0.0) t = along <= 0.0 ? 0.0 : along >= squares ? 1.0 : along / squares;
+    from_end = apart[1] < apart[0];
+    const double low = from_end ? -1.0 : 0.0;
+    if (squares > 0.0) t = fmin(fmax((from_end ? along[1] : along[0]) / squares, low), low + 1.0);
   }
   return sum(total, lanes);
 }
