@@ -27,10 +27,11 @@ SELECTION = {
     "test_project.py": "float16 and (500 or 257) or mixed or beyond or length or far or layouts or no_rows or masked"
     " or every_segment or crowds",
     "test_project_gradients.py": "float32",
+    "test_ties.py": "not 140",
     "test_triton_bound.py": "no_index",
 }
 # What only the projection has: left out of the other files, where its cases would take long.
-PROJECTION = ("test_project.py", "test_project_gradients.py", "test_nonfinite.py", "test_mask.py")
+PROJECTION = ("test_project.py", "test_project_gradients.py", "test_nonfinite.py", "test_mask.py", "test_ties.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")

@@ -32,12 +32,17 @@ def architecture_of(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def configuration(kind: str, dim: int, device: torch.device) -> dict[str, int]:
-    """Tile sizes and launch options for rows of ``dim``: the first entry of the table whose ``max_dim`` holds it."""
-    for entry in _table(architecture_of(device))[kind]:
+@functools.cache
+def _entry(architecture: str, kind: str, dim: int) -> dict[str, int]:
+    for entry in _table(architecture)[kind]:
         if dim <= entry["max_dim"]:
             return {name: value for name, value in entry.items() if name != "max_dim"}
     raise AssertionError(f"the last entry of {kind!r} must hold every dim")
+
+
+def configuration(kind: str, dim: int, device: torch.device) -> dict[str, int]:
+    """Tile sizes and launch options for rows of ``dim``: the first entry of the table whose ``max_dim`` holds it."""
+    return dict(_entry(architecture_of(device), kind, dim))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,10 @@ second codeword within the bound; one in BLOCK_K / 8 of these hides it.
 
 **Tiles.** The more rows in a tile, the less often the codebook comes from L2: once per tile, which at 128 rows is near
 what L2 can deliver. Two or three blocks per SM let one multiply while another takes minima. A row is held whole up to
-D = 256 (``BLOCK_D`` ≥ D), chunked beyond. Nothing spills. `benchmarks/sass.py` prints instructions per distance.
+D = 256 (``BLOCK_D`` ≥ D), chunked beyond. `benchmarks/sass.py` prints instructions per distance.
+To fit one more block on an SM ptxas spills a few values around the loop, and its versions (Triton 3.6, 3.7 and 3.9 have
+different ones) disagree on where: a tile that spilled under one was changed to one that does not under any. On sm_80
+that costs some entries a block: 128 rows with 4 warps, or in composite.py's searches with 8.
 """
 
 from __future__ import annotations

@@ -1,0 +1,167 @@
+"""The host's part of the Triton kernels' launches: it waits for nothing and looks nothing up twice. Needs no GPU.
+
+The launchers run on meta tensors, which have no values to wait for, under a guard that also refuses operations whose
+result's shape depends on values, and tensors on the host, which a device would have to receive from it or send to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from triton_aot import recorded  # noqa: E402
+
+from diveq_kernels import triton_kernels  # noqa: E402
+from diveq_kernels.triton_kernels import launch  # noqa: E402
+
+ROWS, CODEWORDS, DIM = 300, 70, 24
+FUNCTIONS = ("nearest", "project", "diveq", "sf_diveq", "residual", "residual sf", "product", "product sf")
+
+
+class _Guard(TorchDispatchMode):
+    """Raises where the host would need a value or a size from the device, or hand a tensor to it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name
+        if name in ("aten::index", "aten::index_put", "aten::index_put_"):  # tagged, but only masks have to be counted
+            waits = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        else:
+            waits = not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags)
+        if waits:
+            raise AssertionError(f"{name} waits for the device")
+        found = func(*args, **kwargs)
+        devices = {x.device.type for x in tree_leaves((args, kwargs, found)) if isinstance(x, Tensor)}
+        if not devices <= {"meta"}:
+            raise AssertionError(f"{name} takes or makes a tensor on the host")
+        return found
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """The guard; torch.tensor copies from the host, of which meta tensors show nothing."""
+    refuse = mock.Mock(side_effect=AssertionError("it copies from the host"))
+    with mock.patch.object(torch, "tensor", refuse), mock.patch.object(torch, "as_tensor", refuse), _Guard():
+        yield
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def calls(name: str, dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+    """Forward and backward, with every optional argument and without, for rows in two layouts."""
+    name, _, curve = name.partition(" ")
+    shape = {"residual": (3, CODEWORDS, DIM), "product": (2, CODEWORDS, DIM // 2)}.get(name, (CODEWORDS, DIM))
+    books, seed = meta(*shape, dtype=dtype), meta(dtype=torch.int64)
+    indices = meta(*shape[:-2], ROWS, dtype=torch.int32)
+    dither = (meta(*shape[:-2], CODEWORDS - 1) if curve or name == "sf_diveq" else None,)
+    forward, backward = getattr(triton_kernels, name), getattr(triton_kernels, f"{name}_backward")
+    for z in (meta(ROWS, DIM, dtype=dtype), meta(3, DIM, ROWS // 3, dtype=dtype).mT):
+        lead = z.shape[:-1]
+        codes = indices.reshape(*shape[:-2], *lead)
+        for precision in ("exact", "fast"):
+            for mask in (None, meta(*lead, dtype=torch.bool)):
+                if name in ("nearest", "project"):
+                    yield lambda z=z, m=mask, p=precision: forward(z, books, m, p)
+                    continue
+                weights = dither if name != "diveq" else ()
+                active = (mask if mask is None else meta(*lead, dtype=torch.int64),) if name == "residual" else ()
+                of_step = (mask, None if mask is None else seed, 0.1)
+                yield lambda z=z, w=weights, a=active, s=of_step, p=precision: forward(z, books, *w, *a, *s, p)
+        grads = {"nearest": (meta(*lead),), "project": (z, meta(*lead))}.get(name, (z,))
+        rest = () if name in ("nearest", "project") else (seed, 0.1)
+        weights = () if name in ("nearest", "project", "diveq") else dither
+        for need in ((True, True), (False, True), (True, False)):
+            yield lambda z=z, g=grads, w=weights, c=codes, r=rest, n=need: backward(*g, z, books, *w, c, *r, *n)
+
+
+@pytest.fixture
+def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("deterministic", [False, True], indirect=True, ids=["", "deterministic"])
+def test_nothing_waits_for_the_device(name: str, dtype: torch.dtype, deterministic: None) -> None:
+    by_reference = torch.are_deterministic_algorithms_enabled() and name.split()[0] in ("residual", "product")
+    with recorded(90) as launches:
+        for call in calls(name, dtype):
+            before = len(launches)
+            with no_waiting():
+                call()
+            assert len(launches) > before or by_reference
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.index_put_((x > 0,), x.new_zeros(())),
+        lambda x: x.index_put((x > 0,), x),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: x.long().bincount(),
+        lambda x: x.repeat_interleave(x.long()),
+        lambda x: torch.equal(x, x),
+        lambda x: x + torch.tensor(1.0),
+        lambda x: torch.tensor([1.0], device=x.device),
+        lambda x: torch.arange(3).to(x.device),
+    ],
+)
+def test_the_guard_refuses_waiting(wait: Callable[[Tensor], Any]) -> None:
+    with no_waiting(), pytest.raises((AssertionError, RuntimeError)):
+        wait(meta(5))
+    with no_waiting():
+        meta(5).add_(1).sum().sqrt()
+
+
+def test_configurations_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def properties(of: Any = None) -> tuple[int, int]:
+        asked.append("device")
+        return 9, 0
+
+    opened = io.open
+
+    def open_(*args: Any, **keywords: Any) -> Any:
+        asked.append("file")
+        return opened(*args, **keywords)
+
+    for cached in (launch._table, launch.architecture_of, launch._entry):
+        cached.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(io, "open", open_)
+    device = torch.device("cuda", 1)
+    try:
+        first = launch.configuration("search_bf16x3", 64, device)
+        assert asked == ["device", "file"]
+        for dim in (64, 16, 64):
+            launch.configuration("search_tf32", dim, device)
+        assert launch.configuration("search_bf16x3", 64, device) == first
+        assert asked == ["device", "file"]
+        first["BLOCK_N"] += 1  # what a caller does to its tiles is its own affair
+        assert launch.configuration("search_bf16x3", 64, device) != first
+    finally:
+        for cached in (launch._table, launch.architecture_of, launch._entry):
+            cached.cache_clear()
