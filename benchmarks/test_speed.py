@@ -46,6 +46,8 @@ def test_speed(case: Case, who: contestants.Contestant, benchmark: Any) -> None:
     if DEVICE == "cuda":  # the clock of the host would only see launches
         benchmark.extra_info["device_seconds"] = min(clock(prepared.run) for _ in range(5))
     benchmark(lambda: (prepared.run(), torch.cuda.synchronize() if DEVICE == "cuda" else None))
+    if wrong := running.check_again(judge_of(case), who, prepared):
+        pytest.fail(f"{who.name}: {wrong['status']}: {wrong['reason']}")
     seconds = benchmark.extra_info.get("device_seconds") or (benchmark.stats and benchmark.stats.stats.median)
     if seconds:
         benchmark.extra_info |= {
