@@ -12,7 +12,7 @@ STAMP := $(VENV)/.diveq-kernels-installed
 
 CHECK_PYTHON = 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 
-.PHONY: help setup demo test gpu bench bench-gpu lint sanitize sanitize-cuda sanitize-gpu clean
+.PHONY: help setup demo test gpu tune bench bench-gpu lint sanitize sanitize-cuda sanitize-gpu clean
 
 help:
 	@echo "make demo          train the example VQ-VAEs on photographs (a few minutes on two cores);"
@@ -21,6 +21,7 @@ help:
 	@echo "make gpu           what only a GPU can show, on the one that is here (under ten minutes)"
 	@echo "make bench         times and memory beside the peers on this CPU (a few minutes; PARTS=\"rows dims\" for others)"
 	@echo "make bench-gpu     the same on a GPU: at most ten minutes, nothing installed; run again to go on"
+	@echo "make tune          tiles of the Triton kernels by time, on the GPU that is here: nine minutes, run again to go on"
 	@echo "make lint          ruff and mypy"
 	@echo "make sanitize      tests of the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make sanitize-cuda the same of the CUDA kernels, emulated on the CPU"
@@ -62,6 +63,10 @@ bench: $(STAMP)
 # With the Python that has the GPU's torch, in which nothing is installed. Exit status 3: time was up, run it again.
 bench-gpu:
 	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.run --device cuda --resume --minutes 9
+
+# With the same Python as bench-gpu, and before it: times are those of the tiles that it finds. Exit status 3 as there.
+tune:
+	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.tune --resume --minutes 9
 
 sanitize: $(STAMP)
 	$(PY) tests/sanitized.py cpu tests/test_native_cpu.py -q -k "not working_memory"

@@ -54,8 +54,9 @@ def _shown(name: str) -> bool:
     return not name.endswith(" reference") and " reference," not in name
 
 
-def _main_dtype(record: Record) -> str:
-    return str(record["cases"][0]["case"]["dtype"])
+def _dtypes(record: Record) -> list[str]:
+    """In order; the figure of the first has the plain name."""
+    return list(dict.fromkeys(str(case["case"]["dtype"]) for case in record["cases"]))
 
 
 def _cases(record: Record, operation: str, dtype: str) -> list[Record]:
@@ -74,7 +75,7 @@ def _series(cases: list[Record], key: str) -> dict[str, list[tuple[int, Record]]
 
 def _note(figure: Figure, record: Record) -> None:
     machine = record["machine"]
-    software = f"torch {machine['versions']['torch']}, {commit_of(machine['commit'])}"
+    software = f"torch {machine['versions']['torch']}, {commit_of(machine['commit'])}".replace("`", "")
     text = f"{machine['device']}; {record['method']}; {software}"
     figure.text(0.995, -0.01, text, ha="right", va="top", fontsize=6.5, color="#555555")
 
@@ -97,6 +98,11 @@ def against(record: Record, part: str, dtype: str) -> Figure:
             low = [1e3 * (r["seconds"] - r["first_quartile"]) for _, r in points]
             high = [1e3 * (r["third_quartile"] - r["seconds"]) for _, r in points]
             axis.errorbar(x, y, yerr=[low, high], label=name, linewidth=1.3, capsize=2, **_look(name))
+        for case in cases:  # on the upper edge, as there is no time to put it at
+            for name, result in results_of(case).items():
+                if result["status"] == NO_MEMORY:
+                    axis.plot(case["case"][key], 0.985, "X", markersize=8, color=_look(name)["color"], clip_on=False,
+                              transform=axis.get_xaxis_transform(), label=f"{name}: did not fit")  # fmt: skip
         _floors(axis, record, cases, key, dtype)
         axis.set(xscale="log", yscale="log", xlabel=letter, title=f"{title}, {_fixed(record, key)}, {dtype}")
     axes[0].set_ylabel("median time, ms (bars: quartiles)")
@@ -177,7 +183,7 @@ def speedup(record: Record, dtype: str) -> Figure:
                           transform=axis.get_yaxis_transform(), color="#555555")  # fmt: skip
         axis.axvline(1, color="black", linewidth=1)
         axis.set_yticks(range(len(cases)), [shape_of(case["case"]) for case in cases])
-        axis.set(xscale="log", title=f"{title}, {dtype}", xlabel="time over that of diveq-kernels, exact")
+        axis.set(xscale="log", title=f"{title}, {dtype}", xlabel="time over that of diveq-kernels, exact (< 1: faster)")
         axis.invert_yaxis()
     axes[0].set_ylabel("N, K, D")
     _legend(figure, axes)
@@ -191,16 +197,16 @@ def quality(record: Record) -> Figure:
     figure, axes = plt.subplots(2, len(methods), figsize=(10, 6), sharex=True, squeeze=False)
     for column, method in enumerate(methods):
         curves = record["curves"][method]
-        for name, curve in curves.items():
-            aside = ":" if "," in name else "-" if name == "reference" else "--"
-            axes[0][column].plot(curve["step"], curve["loss"], aside, label=name, linewidth=1.5)
+        for number, (name, curve) in enumerate(curves.items()):
+            aside = {"linestyle": ":" if "," in name else "-" if name == "reference" else "--", "color": f"C{number}"}
+            axes[0][column].plot(curve["step"], curve["loss"], label=name, linewidth=1.5, **aside)
             if name != "reference":
                 apart = [
                     max(1e-9, abs(a - b) / b) for a, b in zip(curve["loss"], curves["reference"]["loss"], strict=True)
                 ]
-                axes[1][column].plot(curve["step"], apart, aside, label=name, linewidth=1.3)
+                axes[1][column].plot(curve["step"], apart, label=name, linewidth=1.3, **aside)
         axes[0][column].set(title=f"{method}: training loss", yscale="log")
-        axes[1][column].set(title="relative difference from the reference", yscale="log", xlabel="step")
+        axes[1][column].set(title="relative difference from the reference (1e-9: none)", yscale="log", xlabel="step")
         axes[0][column].legend()
         axes[1][column].legend()
     _note(figure, record | {"method": "same seed and data"})
@@ -252,13 +258,15 @@ def _draw_part(kind: str, part: str, names: list[str]) -> list[Path]:
     record, source = load(f"{kind}/{part}"), path_of(f"{kind}/{part}")
     if record is None or source is None or not record.get("cases"):
         return []
-    dtype, paths = _main_dtype(record), []
-    for name in names:
-        figure = (
-            against(record, part, dtype)
-            if name in _AXES
-            else {"memory": memory, "speedup": speedup}[name](record, dtype)
-        )
-        paths.append(FIGURES / f"{kind}-{name}.png")
-        save(figure, paths[-1], source)
+    paths = []
+    for dtype in _dtypes(record):
+        suffix = "" if dtype == _dtypes(record)[0] else f"-{dtype}"
+        for name in names:
+            figure = (
+                against(record, part, dtype)
+                if name in _AXES
+                else {"memory": memory, "speedup": speedup}[name](record, dtype)
+            )
+            paths.append(FIGURES / f"{kind}-{name}{suffix}.png")
+            save(figure, paths[-1], source)
     return paths

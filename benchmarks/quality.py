@@ -55,6 +55,12 @@ def apart(curve: dict[str, list[float]], reference: dict[str, list[float]]) -> d
     return {"mean": sum(relative) / len(relative), "largest": max(relative), "psnr": psnr}
 
 
+def _often(steps: int) -> dict[str, int]:
+    """Enough points for a curve where there are few steps."""
+    most = Config.QUICK
+    return {"log_every": min(most["log_every"], max(1, steps // 40)), "eval_every": min(most["eval_every"], steps)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +73,7 @@ def main() -> None:
     photos, held_out = list(data.load(data.TRAIN).values()), list(data.load(data.HELD_OUT).values())
     record: dict[str, Any] = {"part": "quality", "machine": described, "curves": {}, "apart": {}}
     for method in options.methods:
-        settings = {**Config.QUICK, "steps": options.steps, "method": method, "seed": 0}
+        settings = {**Config.QUICK, "steps": options.steps, "method": method, "seed": 0, **_often(options.steps)}
         found = curves(settings, names, options.device, photos, held_out)
         record["settings"] = {name: value for name, value in settings.items() if name != "method"}
         record["curves"][method] = found

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diveq_kernels.benchmark.cases import DTYPES
 from diveq_kernels.benchmark.running import MEASURED, NO_MEMORY, size
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -309,20 +310,24 @@ VIEWS: dict[str, Callable[[Record], str]] = {
 }  # fmt: skip
 
 
-def figures_of(source: str) -> dict[str, str]:
-    """Name -> caption of the figures that results of a device's kind give."""
-    return {
-        "speedup": "Time of each peer over ours, by shape",
-        "rows": "Time against N",
-        "codewords": "Time against K",
-        "dims": "Time against D",
-        "memory": "Memory against K",
-    }
+# Name -> caption of the figures that results of a device's kind give; "-bfloat16" and such follow the name in dtypes
+# other than the part's first.
+_FIGURES = {
+    "speedup": "Time of each peer over ours, by shape",
+    "rows": "Time against N",
+    "codewords": "Time against K",
+    "dims": "Time against D",
+    "memory": "Memory against K",
+}
 
 
 def figures(kind: str) -> str:
     """Links to a kind of device's figures, those that are there."""
-    found = [_figure(kind, name, caption) for name, caption in figures_of(kind).items()]
+    found = [
+        _figure(kind, name + (dtype and f"-{dtype}"), caption + (dtype and f", {dtype}"))
+        for name, caption in _FIGURES.items()
+        for dtype in ("", *DTYPES)
+    ]
     return "\n\n".join(link for link in found if link != NOT_MEASURED) or NOT_MEASURED
 
 

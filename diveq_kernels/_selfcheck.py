@@ -167,6 +167,12 @@ def _check(op: _Operation, backend: str, device: str, dtype: torch.dtype, shape:
         )  # fmt: skip
 
 
+def check(name: str, backend: str, device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> Result:
+    """One line of the table, at one shape (N, K, D); ``name`` as the table has it."""
+    (op,) = (op for op in _OPERATIONS if op.name == name)
+    return _check(op, backend, device, dtype, shape)
+
+
 def results(only: str | None = None) -> Iterator[Result]:
     """Check every operation, dtype and available backend on every device of this machine; the worst of some shapes.
 

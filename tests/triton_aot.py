@@ -69,7 +69,7 @@ def recorded(architecture: int) -> Iterator[list[Launch]]:
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[tuple, Any]]:
-    """(signature, constants, attributes) as the just-in-time compiler would make them."""
+    """(signature, constants, attributes) as launches make them, so that they find these in the cache."""
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.arguments, strict=False)) | {
         name: value for name, value in launch.options.items() if name in names
@@ -78,6 +78,8 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[t
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(names):
         value = values[name]
+        if name in constexprs or not isinstance(value, float):
+            attributes[(position,)] = []
         if name in constexprs or value is None or (type(value) is int and value == 1):
             signature[name] = "constexpr"
             constants[(position,)] = value
@@ -93,11 +95,16 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[t
     return signature, constants, attributes
 
 
-def compile_for(launch: Launch, architecture: int) -> Compiled:
+def build_for(launch: Launch, architecture: int) -> Any:
+    """Triton's compiled kernel."""
     signature, constants, attributes = _signature(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {name: launch.options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.options}
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def compile_for(launch: Launch, architecture: int) -> Compiled:
+    built = build_for(launch, architecture)
     usage = _usage(built.asm["cubin"])
     return Compiled(launch.kernel.__name__, built.asm["ptx"], built.asm["cubin"], *usage, built.metadata.shared)
 

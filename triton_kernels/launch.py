@@ -16,6 +16,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 _CONFIGS = Path(__file__).parent / "configs"
 _in_graph = ContextVar("in_graph", default=False)
+_forced: ContextVar[tuple[str, dict[str, int]] | None] = ContextVar("forced", default=None)
 
 
 @functools.cache
@@ -42,7 +43,20 @@ def _entry(architecture: str, kind: str, dim: int) -> dict[str, int]:
 
 def configuration(kind: str, dim: int, device: torch.device) -> dict[str, int]:
     """Tile sizes and launch options for rows of ``dim``: the first entry of the table whose ``max_dim`` holds it."""
+    instead = _forced.get()
+    if instead is not None and instead[0] == kind:
+        return dict(instead[1])
     return dict(_entry(architecture_of(device), kind, dim))
+
+
+@contextlib.contextmanager
+def forced(kind: str, tiles: dict[str, int]) -> Iterator[None]:
+    """Within it, kernels of ``kind`` are launched with these tiles instead of the table's: for measuring them."""
+    token = _forced.set((kind, tiles))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
 
 
 @contextlib.contextmanager

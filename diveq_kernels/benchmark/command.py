@@ -14,6 +14,12 @@ from diveq_kernels.benchmark import contestants, machine, peers, running
 from diveq_kernels.benchmark.cases import DTYPES, OPERATIONS, Case
 
 _PARTS = {"residual": 8, "product": 8}
+_LEGEND = """\
+fast            precision="fast": products of tensor cores, bf16 or bytes; the default is exact
+peak memory     of one call, its outputs included
+of product      the products z·c alone, at the measured rate of a matrix product, as a share of the time
+of copy         inputs read and outputs written once, at the measured rate of a copy, as a share of the time
+inexact         searches whose codeword is not a nearest one within fp32's rounding"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             backends.select("diveq", device, options.backend)
         return _measure(cases, device, options)
     except backends.BackendUnavailableError as error:
-        print(error, file=sys.stderr)
+        print(f"python -m diveq_kernels bench: {error}", file=sys.stderr)
         return 2
     finally:
         torch.set_num_threads(before)
@@ -90,6 +96,7 @@ def _measure(cases: list[Case], device: str, options: argparse.Namespace) -> int
         record = running.run_case(case, everyone, device, ceilings, options.seconds, _note())
         print("\n".join(["", f"{case}: {OPERATIONS[case.operation]}", *lines(record), *savings(record)]))
         wrong += running.wrong_ones(record)
+    print(f"\n{_LEGEND}")
     for reason in wrong:
         print(f"WRONG: {reason}", file=sys.stderr)
     return 1 if wrong else 0

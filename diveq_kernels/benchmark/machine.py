@@ -29,8 +29,12 @@ def processor() -> str:
     return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
-def commit() -> str:
-    """The commit of the checkout that this package lies in, "+" if files differ from it; "unknown" outside of one."""
+def commit(*aside: str) -> str:
+    """The commit of the checkout that this package lies in, "+" if files differ from it; "unknown" outside of one.
+
+    Args:
+        aside: Folders of the checkout, beside those of results, in which they may differ.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -41,7 +45,8 @@ def commit() -> str:
         return done.stdout.strip()
 
     # Results are written while the benchmark runs: they do not make the code another one.
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results", ":!/docs")
+    others = [f":!/{folder}" for folder in ("benchmarks/results", "docs", *aside)]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others)
     return (git("rev-parse", "HEAD") or "unknown") + ("+" if changed else "")
 
 

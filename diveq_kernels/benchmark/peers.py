@@ -24,7 +24,7 @@ from diveq_kernels.benchmark.contestants import (
     Prepared,
     UnsupportedError,
     gradients,
-    rounding_of_fast,
+    rounding_of_bf16,
     rounding_of_fp32,
     rounding_of_inputs,
 )
@@ -218,7 +218,7 @@ def peers(compiled: bool = False) -> list[Contestant]:
             lambda c: _distances(c, 6 if c.is_step else 4, 4),
         ),
         Contestant("faiss", _faiss, ("search",), False, rounding_of_fp32, lambda c: 0, ("cpu",)),
-        Contestant("flash-kmeans", _flash_kmeans, ("search",), False, rounding_of_fast, lambda c: 0, ("cuda",)),
+        Contestant("flash-kmeans", _flash_kmeans, ("search",), False, rounding_of_bf16, lambda c: 0, ("cuda",)),
     ]
     if compiled:
         steps = ("train", "residual", "product")  # not sf_train: the dither that it draws cannot be recorded
