@@ -318,7 +318,8 @@ class Tuning:
             chosen = found["candidates"][found["chosen"]]
             if found["chosen"]:
                 self.file.write_text(text_of(put(self.table(), part, chosen["tiles"])), encoding="utf-8")
-                launch._table.cache_clear()
+                for cached in (launch._table, launch._entry):
+                    cached.cache_clear()
             self.record["parts"].append(found)
             self.record["finished"] = {p["part"] for p in self.record["parts"]} >= set(map(str, self.all_parts()))
             save(self.path, self.record)

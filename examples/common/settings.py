@@ -29,7 +29,7 @@ class Settings:
     steps: int = 10000
     batch: int = 16
     lr: float = 1e-3
-    codebook_lr: float = 3e-2  # of codebooks that learn by a gradient; moving averages have a rate of their own
+    codebook_lr: float = 1e-2  # of codebooks that learn by a gradient; moving averages have a rate of their own
     log_every: int = 50
     eval_every: int = 500
 
@@ -44,6 +44,11 @@ class Settings:
         for name in ("lr", "codebook_lr"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be positive; got {getattr(self, name)}")
+
+    @property
+    def quantizer_lr(self) -> float:
+        """SF-DiVeQ's curve learns at the network's rate: at a larger one codewords draw together and fewer are used."""
+        return self.lr if self.method == "sf_diveq" else self.codebook_lr
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

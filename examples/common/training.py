@@ -36,7 +36,7 @@ class Run:
         self.config, self.device, self.step, self.history = config, torch.device(device), 0, {}
         torch.manual_seed(config.seed)
         self.build()
-        self.rates = [config.codebook_lr if part == "quantizer" else config.lr for part in self.parts]
+        self.rates = [config.quantizer_lr if part == "quantizer" else config.lr for part in self.parts]
         self.optimizer = torch.optim.Adam({"params": list(part.parameters())} for part in self.modules().values())
         self.draws = torch.Generator().manual_seed(config.seed)  # its own, so that every method sees the same data
 

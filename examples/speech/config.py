@@ -27,6 +27,7 @@ class Config(Settings):
     width: int = 64
     dim: int = 32
     num_codewords: int = 1024
+    codebook_lr: float = 3e-2
     stages: int = 8
     rate: int = 8000  # samples per second, of all files
 
