@@ -210,31 +210,6 @@ def test_products_that_err_in_opposite_directions(target: Target) -> None:
 
 
 @on_every_device
-@pytest.mark.parametrize("dim", [3, 16, 70])
-@pytest.mark.parametrize("others", [0, 40])
-def test_segments_from_and_to_codewords_very_far_away(target: Target, others: int, dim: int) -> None:
-    """Rows beside the near end of a segment 10^16 times as long: seen from its far end, they have no digits left.
-
-    With others near 0 the centre is there and the first pass decides; without, it is far away and cannot.
-    """
-    gen = generator()
-    near, far = torch.randn(30 + others, dim, generator=gen), torch.randn(30, dim, generator=gen)
-    far *= 10 ** torch.empty(30, 1).uniform_(15, 17, generator=gen) / far.norm(dim=1, keepdim=True)
-    codebook = torch.cat([near[:others], torch.stack([near[others:], far], dim=1).flatten(0, 1)])
-    j = others + torch.randint(59, (200,), generator=gen)
-    start, end = codebook[:-1].double(), codebook[1:].double()
-    closer = (start.norm(dim=1) < end.norm(dim=1))[:, None]
-    start, end = torch.where(closer, start, end), torch.where(closer, end, start)
-    along = (end - start) / (end - start).norm(dim=1, keepdim=True)
-    beside = 0.01 * torch.randn(200, dim, generator=gen)
-    z = (start[j] + 3 * torch.rand(200, 1, generator=gen) * along[j] + beside).float()
-    found = F.project(z.to(target.device), codebook.to(target.device), backend="cuda").indices.cpu()
-    distances = (z.double()[:, None] - oracle.nearest_point(z.double()[:, None], start, end)[0]).square().sum(-1)
-    chosen, least = distances.gather(1, found[:, None])[:, 0], distances.amin(1)
-    assert (chosen - least <= 1e-4 * z.double().norm(dim=1) ** 2).all()
-
-
-@on_every_device
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("copies", [2, 40])
 def test_the_first_of_equal_codewords(target: Target, precision: str, copies: int) -> None:

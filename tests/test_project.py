@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import ALL_DTYPES, LAYOUTS, Target, eps, generator, lay_out, on_every_target, search_eps
-from oracle import f64, on_segment, polyline_sqdist
+from oracle import f64, nearest_point, on_segment, polyline_sqdist
 from torch import Tensor
 
 import diveq_kernels.functional as F
@@ -238,3 +238,28 @@ def test_crowds_of_equally_near_segments(target: Target) -> None:
     found = check(target, z, pair.repeat(25, 1))
     expected = on_segment(f64(z), f64(pair), torch.zeros(60, dtype=torch.int64))[0]
     torch.testing.assert_close(f64(found.points), expected, rtol=1e-5, atol=1e-5)
+
+
+@on_every_target
+@pytest.mark.parametrize("dim", [3, 16, 70])
+@pytest.mark.parametrize("others", [0, 40])
+def test_segments_from_and_to_codewords_very_far_away(target: Target, others: int, dim: int) -> None:
+    """Rows beside the near end of a segment 10^16 times as long: seen from its far end, they have no digits left.
+
+    With others near 0 the centre is there and the first pass decides; without, it is far away and cannot.
+    """
+    gen = generator()
+    near, far = torch.randn(30 + others, dim, generator=gen), torch.randn(30, dim, generator=gen)
+    far *= 10 ** torch.empty(30, 1).uniform_(15, 17, generator=gen) / far.norm(dim=1, keepdim=True)
+    codebook = torch.cat([near[:others], torch.stack([near[others:], far], dim=1).flatten(0, 1)])
+    j = others + torch.randint(59, (200,), generator=gen)
+    start, end = codebook[:-1].double(), codebook[1:].double()
+    closer = (start.norm(dim=1) < end.norm(dim=1))[:, None]
+    start, end = torch.where(closer, start, end), torch.where(closer, end, start)
+    along = (end - start) / (end - start).norm(dim=1, keepdim=True)
+    beside = 0.01 * torch.randn(200, dim, generator=gen)
+    z = (start[j] + 3 * torch.rand(200, 1, generator=gen) * along[j] + beside).float()
+    found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend).indices.cpu()
+    distances = (z.double()[:, None] - nearest_point(z.double()[:, None], start, end)[0]).square().sum(-1)
+    chosen, least = distances.gather(1, found[:, None])[:, 0], distances.amin(1)
+    assert (chosen - least <= 1e-4 * z.double().norm(dim=1) ** 2).all()

@@ -69,8 +69,14 @@ double position(const float* z, const float* start, const float* end, int64_t di
 
 void consider_segment(OnCurve& best, const Codes& c, const float* z, int64_t j, float* scratch) {
   const float *start = codeword(c, j, scratch), *end = codeword(c, j + 1, scratch + c.dim);
-  double length;
-  const double t = position(z, start, end, c.dim, length);
+  double length, t = position(z, start, end, c.dim, length);
+  const bool to_end = t > 0.5;
+  if (to_end) {  // from the nearer end: seen from that of a very long segment even fp64 has no digits of the row
+    const float* nearer = end;
+    end = start;
+    start = nearer;
+    t = position(z, start, end, c.dim, length);
+  }
   DH total = {};
   int64_t k = 0;
   for (; k + H <= c.dim; k += H) {
@@ -82,7 +88,8 @@ void consider_segment(OnCurve& best, const Codes& c, const float* z, int64_t j, 
     const double d = z[k] - (start[k] + t * ((double)end[k] - start[k]));
     distance += d * d;
   }
-  if (distance < best.distance || (distance == best.distance && j < best.index)) best = {distance, t, (int32_t)j};
+  if (distance < best.distance || (distance == best.distance && j < best.index))
+    best = {distance, to_end ? 1 - t : t, (int32_t)j};
 }
 
 // Half the squared distances of W segments, less ‖z‖²/2.
