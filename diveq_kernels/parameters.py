@@ -16,8 +16,7 @@ def parameter_groups(model: nn.Module, *, codebook_lr: float, **options: Any) ->
 
     Adam moves no parameter by much more than its learning rate in a step. Latents move faster, as all weights of the
     encoder move them, so that codewords at the encoder's rate lag behind early in training. Ten to thirty times that
-    rate let DiVeQ's follow in the examples (examples/README.md); the curves of SF-DiVeQ, which begin in the latents,
-    keep more of their codewords in use at the encoder's.
+    rate let them follow in the examples (examples/README.md).
 
     ```python
     optimizer = torch.optim.AdamW(parameter_groups(model, codebook_lr=1e-2), lr=1e-3)

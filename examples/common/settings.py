@@ -47,8 +47,7 @@ class Settings:
 
     @property
     def quantizer_lr(self) -> float:
-        """SF-DiVeQ's curve learns at the network's rate: at a larger one codewords draw together and fewer are used."""
-        return self.lr if self.method == "sf_diveq" else self.codebook_lr
+        return self.codebook_lr
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -34,3 +34,8 @@ class Config(Settings):
             raise InputError(f"num_codewords must be at least 2; got {self.num_codewords}")
         if self.stride not in (2, 4):
             raise InputError(f"stride must be 2 or 4; got {self.stride}")
+
+    @property
+    def quantizer_lr(self) -> float:
+        """SF-DiVeQ's curve learns at the network's rate: more of its codewords stay in use."""
+        return self.lr if self.method == "sf_diveq" else self.codebook_lr
