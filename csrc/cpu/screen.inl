@@ -81,15 +81,14 @@ inline void look_at(Row& row, const Codes& c, int64_t j, float* scratch) {
   row.ties = kept + 1;
 }
 
-// A bound of ‖c‖²/2 - z·c for a codeword no farther than `upper`; with a fast search, for one worth finding.
-inline float limit_of(const Row& row, bool exact, int64_t dim) {
-  const float upper = exact ? row.upper : row.upper * (1 - 0x1p-6f);
-  return 0.5f * (upper - row.squares) + (dim / 16 + 40) * kUnit * (row.squares + row.upper);
+// A bound of ‖c‖²/2 - z·c for a codeword no farther than `upper`.
+inline float limit_of(const Row& row, int64_t dim) {
+  return 0.5f * (row.upper - row.squares) + (dim / 16 + 40) * kUnit * (row.squares + row.upper);
 }
 
 // Looks at the codewords of a block of panels that can be the nearest, or leaves the row to fp32 if they are many.
-void examine(Row& row, const Codes& c, const Packed& packed, bool exact, int64_t first, int64_t panels,
-             const float* minima, float* errors, float* scratch) {
+void examine(Row& row, const Codes& c, const Packed& packed, int64_t first, int64_t panels, const float* minima,
+             float* errors, float* scratch) {
   const float squaring = (c.dim / 16 + 40) * kUnit, summing = roundings(c.dim) * kUnit;
   const float underflow = roundings(c.dim) * FLT_MIN;
   for (int64_t p = 0; p < panels; p += W) {
@@ -97,7 +96,7 @@ void examine(Row& row, const Codes& c, const Packed& packed, bool exact, int64_t
     const V rounding = squaring * reach * reach + summing * reach * (0.5f * reach + row.length);
     store(errors + p, row.lost * reach + row.length * loss + rounding + underflow * (1 + reach + row.length) + 1e-35f);
   }
-  V highest_of_least = all(limit_of(row, exact, c.dim));
+  V highest_of_least = all(limit_of(row, c.dim));
   for (int64_t p = 0; p < panels; ++p) highest_of_least = minimum(highest_of_least, load(minima + p * W) + errors[p]);
   float limit = lowest(highest_of_least);
   if (!(fabsf(limit) <= FLT_MAX)) {  // beyond the range of fp32, or no codeword
@@ -129,19 +128,22 @@ void examine(Row& row, const Codes& c, const Packed& packed, bool exact, int64_t
     if (!(scores[at] - slack[at] <= limit)) continue;
     look_at(row, c, index[at], scratch);
     look_at(row, c, index[at] + W, scratch);
-    const float lower = limit_of(row, exact, c.dim);
+    const float lower = limit_of(row, c.dim);
     limit = lower < limit ? lower : limit;
   }
 }
 
-// The nearest of those that were found, or -1.
-int32_t settle(Row& row, const Codes& c, bool exact, float* scratch) {
+// The nearest of those that were found, or -1. A fast search is content with fp32, in which equal codewords are equal.
+int32_t settle(const Row& row, const Codes& c, bool exact, float* scratch) {
   if (row.left || row.ties == 0) return -1;
   if (row.ties == 1) return row.index[0];
   Choice choice{INFINITY, INT32_MAX};
   for (int i = 0; i < row.ties; ++i) {
     if (row.lower[i] > row.upper) continue;
-    consider(choice, c, row.z, row.index[i], scratch);
+    if (exact)
+      consider(choice, c, row.z, row.index[i], scratch);
+    else if (row.distance[i] < choice.distance || (row.distance[i] == choice.distance && row.index[i] < choice.index))
+      choice = {row.distance[i], row.index[i]};
   }
   return choice.index;
 }
@@ -182,7 +184,7 @@ int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z,
       for (int r = 0; r < kRows && g * kRows + r < rows; ++r) {
         Row& row = found[g * kRows + r];
         if (!row.left)
-          examine(row, c, packed, exact, first, last - first, minima + r * kBlockPanels * W, errors, codewords);
+          examine(row, c, packed, first, last - first, minima + r * kBlockPanels * W, errors, codewords);
       }
     }
   }
