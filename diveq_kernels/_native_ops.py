@@ -274,7 +274,7 @@ class NativeOperations:
         precision: str,
         is_product: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        stages, codewords = books.shape[0], books.shape[1] - (dither is not None)
+        stages, codewords = books.shape[0], books.shape[1] - int(dither is not None)
         z_q, indices = torch.empty_like(z), _per_row(z, torch.int32, stages)
         counts = torch.zeros((stages, codewords), dtype=torch.int32, device=z.device)
         self._library.composite(
@@ -307,7 +307,7 @@ class NativeOperations:
         need_codebook: bool,
     ) -> tuple[Tensor, Tensor]:
         gradients, indices = _gradients(z, books, need_z, need_codebook), indices.contiguous()
-        weights, count = _plain(dither, torch.float32), books.shape[1] - (dither is not None)
+        weights, count = _plain(dither, torch.float32), books.shape[1] - int(dither is not None)
         arguments = (_narrow(grad), z, books, weights, indices, seed, noise_std, is_product)
         self._backward("composite_backward", *arguments, indices=indices, count=count, gradients=gradients)
         return _finished(z, books, gradients)

@@ -207,7 +207,7 @@ def _backward_project(ctx: Any, grad_points: Tensor, _: None, grad_t: Tensor) ->
 
 
 def _fake_composite(z: Tensor, codebooks: Tensor, dither: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    stages, codewords = codebooks.shape[0], codebooks.shape[1] - (dither is not None)
+    stages, codewords = codebooks.shape[0], codebooks.shape[1] - int(dither is not None)
     return torch.empty_like(z), _empty_indices(z, stages), z.new_empty((stages, codewords), dtype=torch.int32)
 
 

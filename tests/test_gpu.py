@@ -84,7 +84,7 @@ def test_excess_knows_the_nearest() -> None:
 def test_a_step_on_the_cpu(quantizer: Quantizer) -> None:
     """The helpers themselves: what they compare is equal where nothing changes, and differs with the seed."""
     inputs = step_inputs(quantizer, "cpu")
-    step = training_step(quantizer)
+    step = training_step(quantizer, backend="reference")
     first = step(*inputs)
     assert_same_step(step(*inputs), first)
     inputs[2] += 1
@@ -122,9 +122,12 @@ def test_indices(name: str, precision: str, dtype: torch.dtype, dim: int, data: 
     over, scale = excess(z, points, indices, curve)
     rounding = eps(torch.float32) if precision == "exact" else 2.0**-7
     assert (over <= 4 * rounding * scale).all(), float((over / scale).max() / rounding)
-    if precision == "exact":
-        again = getattr(F, name)(z, words, backend="reference").indices if name != "sf_diveq" else indices
-        assert (again != indices).float().mean() < (0.5 if data in ("crowded", "far") else 0.02)
+    if precision == "exact" and name != "sf_diveq":
+        found = getattr(F, name)(z, words, backend="reference")
+        differ = found.indices != indices
+        if curve:  # at a codeword two segments are as near
+            differ &= (found.t > 0) & (found.t < 1)
+        assert differ.float().mean() < (0.5 if data in ("crowded", "far") else 0.02)
 
 
 # ---- what a step does beside its arithmetic ----------------------------------------------------------------------
@@ -325,6 +328,7 @@ def test_projections_repeat() -> None:
 
 
 @gpu
+@pytest.mark.xdist_group("large")  # each wants a good part of the GPU's memory
 @pytest.mark.parametrize("name", ["nearest", "project", "diveq", "sf_diveq", "residual_diveq", "product_diveq"])
 def test_offsets_past_two_to_the_31(name: str) -> None:
     """The last rows of more than 2³¹ numbers, forward and backward, are those of the same rows alone."""

@@ -17,12 +17,18 @@ from cases import (
     generator,
     lay_out,
     on_every_target,
+    same_rows,
     same_sums,
 )
 from oracle import directions, ends, f64, on_segment, quantize, surrogate
 from torch import Tensor
 
 import diveq_kernels.functional as F
+
+
+def order_of_sums(target: Target) -> float:
+    """By how much float64 gradients may differ from run to run: atomics on a GPU add in no order."""
+    return 1e-12 if target.device == "cuda" else 0.0
 
 
 class WithGradientOf(torch.autograd.Function):
@@ -85,7 +91,8 @@ def test_quantizers_against_finite_differences(
 
     torch.testing.assert_close(ours(z, books), by_definition(z, books), rtol=1e-5, atol=1e-5)
     inputs = (by_definition, ours, z.requires_grad_(), books.requires_grad_())
-    assert torch.autograd.gradcheck(WithGradientOf.apply, inputs, atol=5e-6, rtol=1e-4, fast_mode=True)
+    tolerances = {"atol": 5e-6, "rtol": 1e-4, "nondet_tol": order_of_sums(target)}
+    assert torch.autograd.gradcheck(WithGradientOf.apply, inputs, fast_mode=True, **tolerances)
 
 
 @on_every_target
@@ -98,7 +105,7 @@ def test_nearest_against_finite_differences(target: Target) -> None:
         z, codebook = z.to(target.device), codebook.to(target.device)
         return F.nearest(z, codebook, mask=mask, backend=target.backend).sqdist.cpu()
 
-    assert torch.autograd.gradcheck(sqdist, (z, codebook), fast_mode=True)
+    assert torch.autograd.gradcheck(sqdist, (z, codebook), fast_mode=True, nondet_tol=order_of_sums(target))
 
 
 @on_every_target
@@ -128,7 +135,7 @@ def test_project_against_finite_differences(target: Target, output: str) -> None
     positions = on_segment(z, codebook, indices)[1]
     assert (positions == 0).any() and (positions == 1).any() and ((positions > 0) & (positions < 1)).any()
     inputs = (by_definition, ours, z.requires_grad_(), codebook.requires_grad_())
-    assert torch.autograd.gradcheck(WithGradientOf.apply, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(WithGradientOf.apply, inputs, fast_mode=True, nondet_tol=order_of_sums(target))
 
 
 @on_every_target
@@ -294,7 +301,7 @@ def test_only_one_input_needs_a_gradient(target: Target, quantizer: Quantizer) -
     both = z.clone().requires_grad_(), books.clone().requires_grad_()
     expected = torch.autograd.grad(quantizer(*both, **keywords).z_q, both, g)
     only_z = quantizer(both[0], books, **keywords).z_q
-    assert torch.equal(torch.autograd.grad(only_z, both[0], g)[0], expected[0])
+    assert same_rows(target, torch.autograd.grad(only_z, both[0], g)[0], expected[0])
     only_books = quantizer(z, both[1], **keywords).z_q
     assert same_sums(target, torch.autograd.grad(only_books, both[1], g)[0], expected[1])
     found = quantizer(z, books, **keywords)
@@ -315,7 +322,7 @@ def test_only_one_input_of_nearest_and_project_needs_a_gradient(target: Target, 
 
     both = z.clone().requires_grad_(), codebook.clone().requires_grad_()
     expected = torch.autograd.grad(loss(*both), both)
-    assert torch.equal(torch.autograd.grad(loss(both[0], codebook), both[0])[0], expected[0])
+    assert same_rows(target, torch.autograd.grad(loss(both[0], codebook), both[0])[0], expected[0])
     assert same_sums(target, torch.autograd.grad(loss(z, both[1]), both[1])[0], expected[1])
 
 

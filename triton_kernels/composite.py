@@ -149,7 +149,7 @@ def _forward(
     precision: str,
     group: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stages, codewords = codebooks.shape[0], codebooks.shape[1] - (dither is not None)
+    stages, codewords = codebooks.shape[0], codebooks.shape[1] - int(dither is not None)
     z_q, written = output_like(z)
     indices = torch.empty((stages, *z.shape[:-1]), dtype=torch.int32, device=z.device)
     counts = torch.zeros((stages, codewords), dtype=torch.int32, device=z.device)

@@ -103,7 +103,7 @@ def pack(codebooks: Tensor, dither: Tensor | None, product: str, exact: bool, ti
         tiles: The search's configuration.
     """
     stages, count, dim = codebooks.shape
-    count -= dither is not None
+    count -= int(dither is not None)
     device = codebooks.device
     padded_dim = triton.cdiv(dim, tiles["BLOCK_D"]) * tiles["BLOCK_D"]
     padded_count = triton.cdiv(count, tiles["BLOCK_K"]) * tiles["BLOCK_K"]

@@ -62,8 +62,8 @@ def deliver(out: Tensor, written: Rows) -> Tensor:
 
 @triton.jit
 def row_starts(n, inner, outer_stride, inner_stride):
-    """Offset of each row n [BN] from the tensor's first element, 64-bit."""
-    return (n // inner) * outer_stride.to(tl.int64) + (n % inner) * inner_stride.to(tl.int64)
+    """Offset of each row n [BN, 64-bit] from the tensor's first element, 64-bit. (A stride of 1 comes as a constant.)"""
+    return (n // inner) * outer_stride + (n % inner) * inner_stride
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def _add_part(grad_codebook: Tensor, dither: Tensor | None, chosen: Tensor, cont
 
 def _outputs(z: Tensor, codebooks: Tensor, dither: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Room for z_q and the indices, and zeroed counts [Q, K] ([Q, K−1] with dither)."""
-    stages, codewords = codebooks.shape[0], codebooks.shape[1] - (dither is not None)
+    stages, codewords = codebooks.shape[0], codebooks.shape[1] - int(dither is not None)
     indices = torch.empty((stages, *z.shape[:-1]), dtype=torch.int32, device=z.device)
     return torch.empty_like(z), indices, torch.zeros((stages, codewords), dtype=torch.int32, device=z.device)
 
