@@ -305,10 +305,10 @@ def test_every_entry_has_candidates_that_can_run(path: Path) -> None:
 
 def test_tiles_are_forced_for_their_family_alone() -> None:
     device = torch.device("cpu")
-    before = launch.configuration("backward", 64, device)
+    before = launch.configuration("step", 64, device)
     with launch.forced("search_bf16", {"BLOCK_N": 7}):
         assert launch.configuration("search_bf16", 64, device) == {"BLOCK_N": 7}
-        assert launch.configuration("backward", 64, device) == before
+        assert launch.configuration("step", 64, device) == before
     assert launch.configuration("search_bf16", 64, device) != {"BLOCK_N": 7}
 
 

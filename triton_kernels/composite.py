@@ -22,6 +22,7 @@ from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.launch import launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.parts import load_composite
+from diveq_kernels.triton_kernels.product import product_for
 from diveq_kernels.triton_kernels.rows import (
     COLUMNS,
     count_uses,
@@ -33,7 +34,9 @@ from diveq_kernels.triton_kernels.rows import (
     rows_of,
     store_rows,
 )
-from diveq_kernels.triton_kernels.search import Search, nearest_codeword
+from diveq_kernels.triton_kernels.scan import scan
+from diveq_kernels.triton_kernels.search import Search
+from diveq_kernels.triton_kernels.settle import settle
 
 _PROGRAMS = 2048  # more than any GPU runs at once; each has a tile of residuals
 
@@ -91,10 +94,18 @@ def composite_kernel(
                 live = live & (stage < active)
             source = z if GROUP > 0 else residuals
             source_starts = starts + s * GROUP * step if GROUP > 0 else own
-            j, _ = nearest_codeword(
-                source, source_starts, step if GROUP > 0 else 1, live, book, code_stride, code_step, weights,
-                points + s * count * PARTS * PADDED_D, bias + s * count, centre + s * PADDED_D, typical + s, count,
+            of_points = points + s * count * PARTS * PADDED_D
+            of_bias, of_centre = bias + s * count, centre + s * PADDED_D
+            source_step = step if GROUP > 0 else 1
+            best, where, least_hidden, squares = scan(
+                source, source_starts, source_step, live, of_points, of_bias, of_centre, typical + s, count,
                 PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+            GROUPS: tl.constexpr = BLOCK_K // 8
+            j, _, _ = settle(
+                tl.reshape(best, (BLOCK_N, GROUPS)), tl.reshape(where, (BLOCK_N, GROUPS)), least_hidden, squares, live,
+                source, source_starts, source_step, book, code_stride, code_step, weights, of_bias, typical + s, count,
+                PRODUCT, EXACT, KAPPA, False, D, PADDED_D, BLOCK_N, GROUPS,
             )  # fmt: skip
             tl.store(indices + s * rows + n, tl.where(live, j, -1), mask=inside)
             count_uses(counts + s * codewords, indices + s * rows + n, live)
@@ -158,9 +169,9 @@ def _forward(
         dither = None if dither is None else dither.contiguous()
         # The residual is fp32 whatever z is.
         search = (
-            Search(z.dtype, codebooks, dither, precision, "product")
+            Search(product_for(z.dtype, precision), codebooks, dither, precision, "product")
             if group
-            else Search(torch.float32, codebooks, dither, precision, "residual")
+            else Search(product_for(torch.float32, precision), codebooks, dither, precision, "residual")
         )
         programs = min(search.grid(rows)[0], _PROGRAMS)
         tile = programs * search.tiles["BLOCK_N"] * z.shape[-1]

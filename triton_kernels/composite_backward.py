@@ -100,7 +100,7 @@ def _backward(
     total = torch.zeros(codebooks.shape if need_codebook else (0,), dtype=torch.float32, device=z.device)
     rows, dim = math.prod(z.shape[:-1]), z.shape[-1]
     if rows:
-        tile = configuration("backward", dim, z.device)
+        tile = configuration("step", dim, z.device)
         dither = None if dither is None else dither.contiguous()
         launch(
             composite_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,

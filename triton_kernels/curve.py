@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
-from diveq_kernels.triton_kernels.pack import middle
+from diveq_kernels.triton_kernels.middle import middle
 from diveq_kernels.triton_kernels.product import round_for_product
 from diveq_kernels.triton_kernels.rows import load_targets
 

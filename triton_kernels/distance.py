@@ -66,7 +66,7 @@ def nearest_backward(
     rows, dim = indices.numel(), z.shape[-1]
     weights = into.weights(rows)
     if rows:
-        tile = configuration("backward", dim, z.device)
+        tile = configuration("step", dim, z.device)
         launch(
             nearest_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
             grad.contiguous(), *rows_of(z), rows, codebook, *codebook.stride(), indices,

@@ -1,4 +1,7 @@
-"""DiVeQ in one launch: search, z_q = z + m·u with u = (v + d)/‖v + d‖, d = c_i − z and m = ‖d‖, indices, histogram.
+"""DiVeQ after its search: z_q = z + m·u with u = (v + d)/‖v + d‖, d = c_i − z and m = ‖d‖, and the histogram.
+
+A launch of its own, since the search's tiles are the wrong shape for it: there a row's noise does not fit into
+registers and is made twice, and few warps wait for every load. What that costs is one more reading of z and of indices.
 
 Backward in one pass over the rows: the noise is made again, a = (g·u)/m, ∂L/∂z = g − a·d, and ∂L/∂c_i += a·d.
 """
@@ -16,8 +19,6 @@ from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, e
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.rows import (
-    COLUMNS,
-    count_uses,
     deliver,
     load_rows,
     load_targets,
@@ -26,50 +27,68 @@ from diveq_kernels.triton_kernels.rows import (
     rows_of,
     store_rows,
 )
-from diveq_kernels.triton_kernels.search import Search, nearest_codeword
+from diveq_kernels.triton_kernels.search import find
+
+
+@triton.jit
+def end_of_step(
+    z, starts, step, inside, codebook, code_stride, code_step, index, seed, noise_std, n, offset,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """m = ‖d‖, m/‖v + d‖ (0 where v + d = 0) and the last columns of v + d, for the step from rows to c_index."""
+    of_d = tl.zeros((BLOCK_N,), tl.float32)
+    of_sum = tl.zeros((BLOCK_N,), tl.float32)
+    d = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
+        d -= load_rows(z, starts, step, inside, first, D, BLOCK_D)
+        of_d += tl.sum(d * d, axis=1)
+        d = moved(d, seed, noise_std, n, offset, first, D, BLOCK_D)
+        of_sum += tl.sum(d * d, axis=1)
+    m = tl.sqrt(of_d)
+    return m, m / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum)), d
+
+
+@triton.jit
+def along_step(
+    x, d, codebook, code_stride, code_step, index, seed, noise_std, n, offset, first,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Columns of v + d for rows x: ``d`` if they are all that there are, else made again."""
+    if D > BLOCK_D:
+        d = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D) - x
+        d = moved(d, seed, noise_std, n, offset, first, D, BLOCK_D)
+    return d
 
 
 @triton.jit
 def diveq_kernel(
-    z, inner, outer_stride, inner_stride, step, rows, mask, codebook, code_stride, code_step,
-    points, bias, centre, typical, count,
-    z_q, q_inner, q_outer_stride, q_inner_stride, q_step, indices, counts, seed, noise_std,
-    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    z, inner, outer_stride, inner_stride, step, rows, codebook, code_stride, code_step, indices,
+    z_q, q_inner, q_outer_stride, q_inner_stride, q_step, counts, seed, noise_std,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z_q, indices and histogram for BLOCK_N rows."""
+    """z_q and histogram for BLOCK_N rows."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
-    kept = inside
-    if mask is not None:
-        kept = kept & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
+    index = tl.load(indices + n, mask=inside, other=-1)
+    kept = index >= 0
+    index = tl.maximum(index, 0)
+    tl.atomic_add(counts + index, 1, mask=kept, sem="relaxed")
     starts = row_starts(n, inner, outer_stride, inner_stride)
-    index, _ = nearest_codeword(
-        z, starts, step, kept, codebook, code_stride, code_step, None, points, bias, centre, typical, count,
-        PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+    m, scale, d = end_of_step(
+        z, starts, step, inside, codebook, code_stride, code_step, index, seed, noise_std, n, 0, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    tl.store(indices + n, tl.where(kept, index, -1), mask=inside)
-    count_uses(counts, indices + n, kept)
-
-    of_d = tl.zeros((BLOCK_N,), tl.float32)
-    of_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, PADDED_D, COLUMNS):
-        c = load_targets(codebook, code_stride, code_step, None, index, first, D, COLUMNS)
-        d = c - load_rows(z, starts, step, inside, first, D, COLUMNS)
-        of_d += tl.sum(d * d, axis=1)
-        d = moved(d, seed, noise_std, n, 0, first, D, COLUMNS)
-        of_sum += tl.sum(d * d, axis=1)
-    m = tl.sqrt(of_d)
-    scale = m / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum))
     q_starts = row_starts(n, q_inner, q_outer_stride, q_inner_stride)
-    for first in range(0, PADDED_D, COLUMNS):
-        c = load_targets(codebook, code_stride, code_step, None, index, first, D, COLUMNS)
-        x = load_rows(z, starts, step, inside, first, D, COLUMNS)
-        value = c
-        if seed is not None:
-            value = x + scale[:, None] * moved(c - x, seed, noise_std, n, 0, first, D, COLUMNS)
+    for first in range(0, D, BLOCK_D):
+        x = load_rows(z, starts, step, inside, first, D, BLOCK_D)
+        if seed is None:
+            value = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
+        else:
+            value = x + scale[:, None] * along_step(
+                x, d, codebook, code_stride, code_step, index, seed, noise_std, n, 0, first, D, BLOCK_D,
+            )  # fmt: skip
         value = tl.where((m < float("inf"))[:, None], value, float("nan"))
-        store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, COLUMNS)
+        store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, BLOCK_D)
 
 
 def diveq(
@@ -79,14 +98,14 @@ def diveq(
     if compute_dtype(z, codebook) == torch.float64:
         return reference.diveq(z, codebook, mask, seed, noise_std, precision)
     z_q, written = output_like(z)
-    indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
+    indices = find(z, codebook, None, mask, precision)
     counts = torch.zeros(codebook.shape[0], dtype=torch.int32, device=z.device)
-    if indices.numel():
-        search = Search(z.dtype, codebook[None], None, precision)
+    rows, dim = indices.numel(), z.shape[-1]
+    if rows:
+        tile = configuration("step", dim, z.device)
         launch(
-            diveq_kernel, search.grid(indices.numel()), z.device,
-            *rows_of(z), indices.numel(), None if mask is None else mask.contiguous(), codebook, *codebook.stride(),
-            *search.arguments, *written, indices, counts, seed, noise_std, **search.options,
+            diveq_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            *rows_of(z), rows, codebook, *codebook.stride(), indices, *written, counts, seed, noise_std, D=dim, **tile,
         )  # fmt: skip
     return deliver(z_q, written), indices, counts
 
@@ -143,7 +162,7 @@ def diveq_backward(
     rows, dim = indices.numel(), z.shape[-1]
     weights = into.weights(rows)
     if rows:
-        tile = configuration("backward", dim, z.device)
+        tile = configuration("step", dim, z.device)
         launch(
             diveq_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(grad), *rows_of(z), rows, codebook, *codebook.stride(), indices, seed, noise_std,

@@ -4,8 +4,9 @@ Costs K·D once per forward, and takes every mask, stride and dither out of the 
 them. Distances do not change when one vector is subtracted from both sides; what centring removes is the cancellation
 of data far from 0.
 
-A bf16 z is searched as it is, which makes its products exact on that side. For ``fast`` the centre μ stays on the
-codebook's side: ‖z − c‖² is ‖c − μ‖² + 2μ·(c − μ) − 2z·(c − μ) and a constant. For ``exact`` μ = 0.
+In a product ``bf16`` or ``bf16x2`` z is searched as it is, which makes the products exact on that side. For ``fast``
+the centre μ stays on the codebook's side: ‖z − c‖² is ‖c − μ‖² + 2μ·(c − μ) − 2z·(c − μ) and a constant. For ``exact``
+μ = 0.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
-from diveq_kernels.triton_kernels.product import split
+from diveq_kernels.triton_kernels.middle import middle
+from diveq_kernels.triton_kernels.product import scale_of, split
 from diveq_kernels.triton_kernels.rows import load_targets
 
-_SAMPLE = 256  # codewords
+
+def dtype_of(product: str) -> torch.dtype:
+    """What a product multiplies; in the interpreter rounded to that, but stored as fp32, which it multiplies right."""
+    narrow = torch.float16 if product == "fp16" else torch.bfloat16 if product.startswith("bf16") else torch.float32
+    return torch.float32 if INTERPRETED else narrow
 
 
 class Packed(NamedTuple):
@@ -33,6 +39,11 @@ class Packed(NamedTuple):
     typical: Tensor  # a middling ‖c‖, [S]
 
 
+def is_centred(product: str, exact: bool) -> bool:
+    """Whether the centre is not 0."""
+    return product != "bf16x2" and not (product == "bf16" and exact)
+
+
 @triton.jit
 def _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     middle = tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :]
@@ -41,7 +52,8 @@ def _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D
 
 @triton.jit
 def pack_kernel(
-    codebook, stage_stride, code_stride, code_step, dither, dither_stride, centre, points, bias, count, padded_count,
+    codebook, stage_stride, code_stride, code_step, dither, dither_stride, centre, points, bias, typical, too_wide,
+    count, padded_count,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -66,33 +78,36 @@ def pack_kernel(
         if PRODUCT == "bf16":
             squares += 2.0 * tl.sum(c * tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :], axis=1)
     usable = live & (squares < float("inf"))  # false for NaN as well
+    scale = 1.0
+    if PRODUCT == "fp16":
+        middling = tl.load(typical + stage)
+        scale = scale_of(middling)
+        fits = (middling > 2.0**-40) & (middling < 2.0**40)
     tl.store(bias + stage * padded_count + j, tl.where(usable, squares, float("inf")))
     for first in range(0, PADDED_D, BLOCK_D):
         c = _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D, BLOCK_D)
-        high, low = split(tl.where(usable[:, None], -2.0 * c, 0.0), PRODUCT, UPCAST)
+        c = tl.where(usable[:, None], -2.0 * scale * c, 0.0)
+        if PRODUCT == "fp16":
+            fits = fits & (tl.max(tl.max(tl.abs(c), axis=1), axis=0) < 65504.0)
+        high, low = split(c, PRODUCT, UPCAST)
         at = points + (stage * PARTS * padded_count + j)[:, None] * PADDED_D + first + tl.arange(0, BLOCK_D)[None, :]
         tl.store(at, high)
         if PARTS == 2:
             tl.store(at + padded_count.to(tl.int64) * PADDED_D, low)
+    if PRODUCT == "fp16":
+        if not fits:
+            tl.store(too_wide, 1)
 
 
-def middle(codebooks: Tensor, padded_dim: int, centred: bool = True) -> tuple[Tensor, Tensor]:
-    """(centre [S, D'], a middling distance from it [S]) of some codewords: a median, which no diverged one drags away.
-
-    Sorted, because ``median`` refuses to run on CUDA under deterministic algorithms. Any value is right; good ones
-    spare the search its second look.
-    """
-    sample = codebooks[:, :: max(1, codebooks.shape[1] // _SAMPLE)].float().nan_to_num(0.0, 0.0, 0.0)
-    half = sample.shape[1] // 2
-    centre = sample.sort(dim=1, stable=True).values[:, half]
-    if not centred:
-        centre = torch.zeros_like(centre)
-    lengths = torch.linalg.vector_norm(sample - centre[:, None], dim=2).sort(dim=1, stable=True).values[:, half]
-    padding = (0, padded_dim - codebooks.shape[-1])
-    return torch.nn.functional.pad(centre, padding).contiguous(), lengths.clamp(1e-30, 1e30)
-
-
-def pack(codebooks: Tensor, dither: Tensor | None, product: str, exact: bool, tiles: dict[str, int]) -> Packed:
+def pack(
+    codebooks: Tensor,
+    dither: Tensor | None,
+    product: str,
+    exact: bool,
+    tiles: dict[str, int],
+    around: tuple[Tensor, Tensor] | None = None,
+    too_wide: Tensor | None = None,
+) -> Packed:
     """Codebooks [S, K, D] (any strides), or their dithered points, ready to be searched.
 
     Args:
@@ -101,23 +116,20 @@ def pack(codebooks: Tensor, dither: Tensor | None, product: str, exact: bool, ti
         product: What the search will multiply in, see product.py.
         exact: Whether ``bias`` is to be that of the points as they are, not as they are multiplied.
         tiles: The search's configuration.
+        around: ``middle`` of these codebooks, where it is known.
+        too_wide: int32, becomes 1 if the points do not fit into the range of the product ``fp16``.
     """
     stages, count, dim = codebooks.shape
     count -= int(dither is not None)
     device = codebooks.device
     padded_dim = triton.cdiv(dim, tiles["BLOCK_D"]) * tiles["BLOCK_D"]
     padded_count = triton.cdiv(count, tiles["BLOCK_K"]) * tiles["BLOCK_K"]
-    narrow = product.startswith("bf16") and not INTERPRETED  # the interpreter's bf16 product is wrong
     parts = 2 if product in ("bf16x3", "bf16x2") else 1
     dither = None if dither is None else dither.contiguous()
-    centre, typical = middle(codebooks, padded_dim, product != "bf16x2")
     packed = Packed(
-        torch.empty(
-            (stages, parts, padded_count, padded_dim), dtype=torch.bfloat16 if narrow else torch.float32, device=device
-        ),
+        torch.empty((stages, parts, padded_count, padded_dim), dtype=dtype_of(product), device=device),
         torch.empty((stages, padded_count), dtype=torch.float32, device=device),
-        centre,
-        typical,
+        *(around or middle(codebooks, padded_dim, is_centred(product, exact))),
     )
     tile = configuration("pack", dim, device)
     launch(
@@ -125,7 +137,7 @@ def pack(codebooks: Tensor, dither: Tensor | None, product: str, exact: bool, ti
         (triton.cdiv(padded_count, tile["BLOCK_K"]), stages),
         device,
         codebooks, *codebooks.stride(), dither, 0 if dither is None else dither.stride(0),
-        packed.centre, packed.points, packed.bias, count, padded_count,
+        packed.centre, packed.points, packed.bias, packed.typical, too_wide, count, padded_count,
         PRODUCT=product, EXACT=exact, UPCAST=INTERPRETED, D=dim, PADDED_D=padded_dim,
         BLOCK_D=min(tiles["BLOCK_D"], 64), **tile,
     )  # fmt: skip

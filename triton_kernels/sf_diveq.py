@@ -1,4 +1,4 @@
-"""SF-DiVeQ in one launch: search among the dithered codewords c̃_j = (1−λ_j)c_j + λ_j c_{j+1}, then a step to both ends.
+"""SF-DiVeQ: after a search among the dithered codewords c̃_j = (1−λ_j)c_j + λ_j c_{j+1}, a step to both ends.
 
 z_q = z + (1−λ_i)·m1·u1 + λ_i·m2·u2, with d1 = c_i − z, d2 = c_{i+1} − z and noise of its own for each direction.
 Backward in one pass over the rows, as for DiVeQ, weighted (1−λ_i) and λ_i.
@@ -15,12 +15,10 @@ from torch import Tensor
 
 from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels.triton_kernels.diveq import along_step, end_of_step
 from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, end_of_row
 from diveq_kernels.triton_kernels.launch import configuration, launch
-from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.rows import (
-    COLUMNS,
-    count_uses,
     deliver,
     load_rows,
     load_targets,
@@ -29,71 +27,46 @@ from diveq_kernels.triton_kernels.rows import (
     rows_of,
     store_rows,
 )
-from diveq_kernels.triton_kernels.search import Search, nearest_codeword
-
-
-@triton.jit
-def _lengths(
-    z, starts, step, inside, codebook, code_stride, code_step, index, seed, noise_std, n, offset,
-    PADDED_D: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """m = ‖d‖ and m/‖v + d‖ for d = c_index − z (0 where v + d = 0)."""
-    of_d = tl.zeros((BLOCK_N,), tl.float32)
-    of_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, PADDED_D, COLUMNS):
-        c = load_targets(codebook, code_stride, code_step, None, index, first, D, COLUMNS)
-        d = c - load_rows(z, starts, step, inside, first, D, COLUMNS)
-        of_d += tl.sum(d * d, axis=1)
-        d = moved(d, seed, noise_std, n, offset, first, D, COLUMNS)
-        of_sum += tl.sum(d * d, axis=1)
-    m = tl.sqrt(of_d)
-    return m, m / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum))
+from diveq_kernels.triton_kernels.search import find
 
 
 @triton.jit
 def sf_diveq_kernel(
-    z, inner, outer_stride, inner_stride, step, rows, mask, codebook, code_stride, code_step, dither,
-    points, bias, centre, typical, count,
-    z_q, q_inner, q_outer_stride, q_inner_stride, q_step, indices, counts, seed, noise_std, second,
-    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    z, inner, outer_stride, inner_stride, step, rows, codebook, code_stride, code_step, dither, indices,
+    z_q, q_inner, q_outer_stride, q_inner_stride, q_step, counts, seed, noise_std, second,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z_q, segment indices and histogram for BLOCK_N rows."""
+    """z_q and histogram for BLOCK_N rows."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < rows
-    kept = inside
-    if mask is not None:
-        kept = kept & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
+    i = tl.load(indices + n, mask=inside, other=-1)
+    kept = i >= 0
+    i = tl.maximum(i, 0)
+    tl.atomic_add(counts + i, 1, mask=kept, sem="relaxed")
     starts = row_starts(n, inner, outer_stride, inner_stride)
-    i, _ = nearest_codeword(
-        z, starts, step, kept, codebook, code_stride, code_step, dither, points, bias, centre, typical, count,
-        PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+    m1, scale1, d1 = end_of_step(
+        z, starts, step, inside, codebook, code_stride, code_step, i, seed, noise_std, n, 0, D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    tl.store(indices + n, tl.where(kept, i, -1), mask=inside)
-    count_uses(counts, indices + n, kept)
-
-    m1, scale1 = _lengths(
-        z, starts, step, inside, codebook, code_stride, code_step, i, seed, noise_std, n, 0,
-        PADDED_D, D, BLOCK_N,
-    )  # fmt: skip
-    m2, scale2 = _lengths(
+    m2, scale2, d2 = end_of_step(
         z, starts, step, inside, codebook, code_stride, code_step, i + 1, seed, noise_std, n, second,
-        PADDED_D, D, BLOCK_N,
+        D, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     weight = tl.load(dither + i).to(tl.float32)
     finite = m1 + m2 < float("inf")
     q_starts = row_starts(n, q_inner, q_outer_stride, q_inner_stride)
-    for first in range(0, PADDED_D, COLUMNS):
-        x = load_rows(z, starts, step, inside, first, D, COLUMNS)
+    for first in range(0, D, BLOCK_D):
+        x = load_rows(z, starts, step, inside, first, D, BLOCK_D)
         if seed is None:
-            value = load_targets(codebook, code_stride, code_step, dither, i, first, D, COLUMNS)
+            value = load_targets(codebook, code_stride, code_step, dither, i, first, D, BLOCK_D)
         else:
-            c = load_targets(codebook, code_stride, code_step, None, i, first, D, COLUMNS)
-            value = x + ((1.0 - weight) * scale1)[:, None] * moved(c - x, seed, noise_std, n, 0, first, D, COLUMNS)
-            c = load_targets(codebook, code_stride, code_step, None, i + 1, first, D, COLUMNS)
-            value += (weight * scale2)[:, None] * moved(c - x, seed, noise_std, n, second, first, D, COLUMNS)
+            value = x + ((1.0 - weight) * scale1)[:, None] * along_step(
+                x, d1, codebook, code_stride, code_step, i, seed, noise_std, n, 0, first, D, BLOCK_D,
+            )  # fmt: skip
+            value += (weight * scale2)[:, None] * along_step(
+                x, d2, codebook, code_stride, code_step, i + 1, seed, noise_std, n, second, first, D, BLOCK_D,
+            )  # fmt: skip
         value = tl.where(finite[:, None], value, float("nan"))
-        store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, COLUMNS)
+        store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, BLOCK_D)
 
 
 def _second_offset(z: Tensor) -> int:
@@ -114,15 +87,15 @@ def sf_diveq(
     if compute_dtype(z, codebook) == torch.float64:
         return reference.sf_diveq(z, codebook, dither, mask, seed, noise_std, precision)
     z_q, written = output_like(z)
-    indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
+    indices = find(z, codebook, dither, mask, precision)
     counts = torch.zeros(codebook.shape[0] - 1, dtype=torch.int32, device=z.device)
-    if indices.numel():
-        dither = dither.contiguous()
-        search = Search(z.dtype, codebook[None], dither[None], precision)
+    rows, dim = indices.numel(), z.shape[-1]
+    if rows:
+        tile = configuration("step", dim, z.device)
         launch(
-            sf_diveq_kernel, search.grid(indices.numel()), z.device,
-            *rows_of(z), indices.numel(), None if mask is None else mask.contiguous(), codebook, *codebook.stride(),
-            dither, *search.arguments, *written, indices, counts, seed, noise_std, _second_offset(z), **search.options,
+            sf_diveq_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            *rows_of(z), rows, codebook, *codebook.stride(), dither.contiguous(), indices,
+            *written, counts, seed, noise_std, _second_offset(z), D=dim, **tile,
         )  # fmt: skip
     return deliver(z_q, written), indices, counts
 
@@ -192,7 +165,7 @@ def sf_diveq_backward(
     rows, dim = indices.numel(), z.shape[-1]
     weights = into.weights(rows)
     if rows:
-        tile = configuration("backward", dim, z.device)
+        tile = configuration("step", dim, z.device)
         launch(
             sf_diveq_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(grad), *rows_of(z), rows, codebook, *codebook.stride(), dither.contiguous(), indices, seed,

@@ -1,0 +1,64 @@
+"""Where a codebook lies: a median codeword, coordinate by coordinate, and a median distance from it.
+
+Of a sample, and medians, which no diverged codeword drags away. Any value is right; good ones spare the search its
+second look.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diveq_kernels.triton_kernels.launch import launch
+
+_SAMPLE = tl.constexpr(32)  # codewords
+_COLUMNS = 32
+
+
+@triton.jit
+def _median(x):
+    """Of [_SAMPLE, columns] over the first: the value that has half of the others below it, ties in order."""
+    order = tl.arange(0, _SAMPLE)
+    before = (x[:, None, :] < x[None, :, :]) | (
+        (x[:, None, :] == x[None, :, :]) & (order[:, None] < order[None, :])[:, :, None]
+    )
+    rank = tl.sum(before.to(tl.int32), axis=0)
+    return tl.sum(tl.where(rank == _SAMPLE // 2, x, 0.0), axis=0)
+
+
+@triton.jit
+def middle_kernel(
+    codebooks, stage_stride, code_stride, code_step, count, centre, typical,
+    CENTRED: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Both for one codebook; the centre is 0 unless CENTRED."""
+    stage = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, _SAMPLE).to(tl.int64) * count // _SAMPLE
+    squares = tl.zeros((_SAMPLE,), tl.float32)
+    for first in range(0, PADDED_D, BLOCK_D):
+        k = first + tl.arange(0, BLOCK_D)
+        at = codebooks + stage * stage_stride + (j * code_stride)[:, None] + (k.to(tl.int64) * code_step)[None, :]
+        c = tl.load(at, mask=(k < D)[None, :], other=0.0).to(tl.float32)
+        c = tl.where(tl.abs(c) < 1e18, c, 0.0)  # false for NaN as well
+        middle = tl.zeros((BLOCK_D,), tl.float32)
+        if CENTRED:
+            middle = _median(c)
+        tl.store(centre + stage * PADDED_D + k, middle, mask=k < PADDED_D)
+        squares += tl.sum((c - middle[None, :]) * (c - middle[None, :]), axis=1)
+    length = tl.max(_median(tl.sqrt(squares)[:, None]), axis=0)
+    tl.store(typical + stage, tl.minimum(tl.maximum(length, 1e-30), 1e30))
+
+
+def middle(codebooks: Tensor, padded_dim: int, centred: bool = True) -> tuple[Tensor, Tensor]:
+    """(centre [S, padded_dim], a middling distance from it [S]) of codebooks [S, K, D], any strides."""
+    stages, count, dim = codebooks.shape
+    centre = torch.empty((stages, padded_dim), dtype=torch.float32, device=codebooks.device)
+    typical = torch.empty((stages,), dtype=torch.float32, device=codebooks.device)
+    launch(
+        middle_kernel, (stages,), codebooks.device,
+        codebooks, *codebooks.stride(), count, centre, typical,
+        CENTRED=centred, D=dim, PADDED_D=padded_dim, BLOCK_D=min(padded_dim, _COLUMNS), num_warps=8,
+    )  # fmt: skip
+    return centre, typical

@@ -1,0 +1,170 @@
+"""Scores of all codewords in tiles of the codebook, the N×K scores never stored: what is left for settle.py to decide.
+
+1. **Scores.** T_j = ρ‖c_j‖² + (−2 z·c_j), the product from tensor cores (product.py), one multiply-add on top.
+2. **Groups.** The tensor cores leave 8 columns of a tile's every 32 with one thread: those that differ in bits 0, 3
+   and 4. Only the minimum of such a group is kept, and of the groups in the same place of different tiles only the
+   best, with its tile: BLOCK_K / 8 pairs per row, no index arithmetic per distance. (A thread of sm_100 holds a whole
+   row: the groups are as good there.) Of all others, the lowest score is remembered.
+
+**Why** ``exact`` **is exact.** Let x be the centred row, κ the product's bound, u = 2⁻²⁴. For any s > 0
+
+    |T_j − (‖c_j‖² − 2 x·c_j)| ≤ κ₁ 2‖x‖‖c_j‖ + κ₂‖c_j‖² ≤ κ₁‖x‖²/s + (κ₁s + κ₂)‖c_j‖²      (at ρ = 1)
+
+with κ₁ = κ + 4u and κ₂ = (D + √D + 8)u: ‖c‖² in fp32, the multiply-add, what is subnormal in fp16, and the rounding of
+the centring, which moves x and c by a unit and so the distance by 2u(‖x‖ + ‖c‖)²; its part 2u‖x‖² joins the row's. So
+with ρ = 1 − (κ₁s + κ₂) no T_j exceeds the true score by more than E = κ₁‖x‖²/s + 2u‖x‖², and the best group's codeword
+has a true score of at most T + E + 2(κ₁s + κ₂)‖c‖². What lies more than 2E + 2(κ₁s + κ₂)‖c‖² above the best T cannot be
+the nearest. s = ‖x‖ over a typical ‖c‖ makes the bound nearly 2κ‖x‖‖c‖ at no cost per distance, and codewords far
+from all others do not widen it for the rest.
+
+A product in fp16 has x and c at scales α and β (product.py), so the scores at αβ; ρ takes that along. Its E has another
+√D·2⁻²²·‖x‖ times a typical ‖c‖ for what is subnormal.
+
+**Tiles.** The more rows in a tile, the less often the codebook comes from L2: once per tile, which at 128 rows is near
+what L2 can deliver. Two or more blocks per SM let one multiply while another takes minima. A row is held whole up to
+D = 256 (``BLOCK_D`` ≥ D), chunked beyond. `benchmarks/sass.py` prints instructions per distance.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from diveq_kernels.triton_kernels.product import centred_rows, multiply, operands, scale_of
+from diveq_kernels.triton_kernels.rows import row_starts
+
+
+@triton.jit
+def bounds(squares, middling, PRODUCT: tl.constexpr, KAPPA: tl.constexpr, D: tl.constexpr):
+    """(error of a score relative to ‖c‖², error of a row's scores) for rows with ‖x‖² = ``squares``."""
+    ROOT_D: tl.constexpr = D**0.5
+    MOST: tl.constexpr = 2.0**8 if PRODUCT == "fp16" else 2.0**12  # so that ρ stays well above 0
+    KAPPA_1: tl.constexpr = KAPPA + 4 * 2.0**-24
+    KAPPA_2: tl.constexpr = (D + ROOT_D + 8) * 2.0**-24
+    s = tl.minimum(tl.maximum(tl.sqrt(squares) / middling, 1.0 / MOST), MOST)
+    of_c = (KAPPA_1 * s + KAPPA_2) * 1.001  # for the rounding of this line and the next
+    of_x = (KAPPA_1 / s + 2.0**-23) * 1.001 * squares + D * 2.0**-122  # the last: products that underflow
+    if PRODUCT == "fp16":
+        of_x += ROOT_D * 2.0**-22 * middling * scaled_length(squares, middling)
+    return of_c, of_x
+
+
+@triton.jit
+def scaled_length(squares, middling):
+    """The length by which a row is scaled: its own, unless that is next to nothing."""
+    return tl.maximum(tl.maximum(tl.sqrt(squares), middling * 2.0**-40), 1e-30)
+
+
+@triton.jit
+def _group_minima(
+    high, low, weight, scale, z, starts, step, live, centre, points, part, bias, first,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Least ρ‖c‖² − 2 z·c of each group of codewords from ``first`` on: [BN, BK / 32, 4]."""
+    j = first + tl.arange(0, BLOCK_K)
+    along = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    if PADDED_D == BLOCK_D:
+        along = multiply(high, low, points, part, j, 0, along, PRODUCT, PADDED_D, BLOCK_D)
+    else:
+        for begin in range(0, PADDED_D, BLOCK_D):
+            x = centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, BLOCK_D)
+            high, low = operands(x, scale, PRODUCT, UPCAST)
+            if EXACT:
+                chunk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+                chunk = multiply(high, low, points, part, j, begin, chunk, PRODUCT, PADDED_D, BLOCK_D)
+                along = tl.fma(chunk, 1.0, along)  # a plain sum would be folded into the product's accumulation
+            else:
+                along = multiply(high, low, points, part, j, begin, along, PRODUCT, PADDED_D, BLOCK_D)
+    # Not as the sum that the product begins with: the tensor cores would wait for this load.
+    score = tl.fma(tl.load(bias + j)[None, :], weight[:, None] if EXACT else 1.0, along)
+    groups = tl.reshape(score, (BLOCK_N, BLOCK_K // 32, 4, 4, 2))
+    return tl.min(tl.min(groups, axis=4), axis=2)
+
+
+@triton.jit
+def scan(
+    z, starts, step, live, points, bias, centre, typical, count,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """For rows at ``starts``: the least score in each place, the first codeword of its tile, the least hidden, ‖x‖².
+
+    The first two are [BN, BLOCK_K / 32, 4]. ‖x‖² is +Inf in rows that are not finite.
+    """
+    part = count.to(tl.int64) * PADDED_D
+    CHUNK: tl.constexpr = min(BLOCK_D, 64)  # more columns of fp32 at a time would cost registers
+    squares = tl.zeros((BLOCK_N,), tl.float32)
+    for begin in range(0, PADDED_D, CHUNK):
+        x = centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, CHUNK)
+        squares += tl.sum(x * x, axis=1)
+    squares = tl.where(squares < float("inf"), squares, float("inf"))  # NaN as well
+
+    middling = tl.load(typical)
+    usual = tl.where(squares < float("inf"), squares, 0.0)
+    of_c, _ = bounds(usual, middling, PRODUCT, KAPPA, D)
+    weight = 1.0 - of_c
+    scale = 1.0
+    if PRODUCT == "fp16":
+        scale = scale_of(scaled_length(usual, middling))
+        weight *= scale * scale_of(middling)
+    x = centred_rows(z, starts, step, live, centre, 0, PRODUCT, D, BLOCK_D)
+    high, low = operands(x, scale, PRODUCT, UPCAST)
+
+    best = tl.full((BLOCK_N, BLOCK_K // 32, 4), float("inf"), tl.float32)
+    where = tl.zeros((BLOCK_N, BLOCK_K // 32, 4), tl.int32)
+    hidden = tl.full((BLOCK_N, 4), float("inf"), tl.float32)
+    # One turn, in which the operands are loop-carried values: such go to shared memory once, and Hopper's tensor cores
+    # read them from there. Else every turn of the inner loop would load them into registers.
+    for _ in tl.range(0, count, count):
+        for first in tl.range(0, count, BLOCK_K):
+            minima = _group_minima(
+                high, low, weight, scale, z, starts, step, live, centre, points, part, bias, first,
+                PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+            if EXACT:
+                hidden = tl.minimum(hidden, tl.min(tl.maximum(best, minima), axis=1))
+            where = tl.where(minima < best, first, where)
+            best = tl.minimum(best, minima)
+        high = tl.zeros_like(high)
+        low = tl.zeros_like(low)
+    least_hidden = tl.min(hidden, axis=1)
+    if PRODUCT == "fp16":
+        back = scale_of(scale) * scale_of(scale_of(middling))
+        best *= back[:, None, None]
+        least_hidden *= back
+    return best, where, least_hidden, squares
+
+
+@triton.jit
+def scan_kernel(
+    z, inner, outer_stride, inner_stride, step, rows, mask, points, bias, centre, typical, count,
+    left, counters, scores, tiles, hidden, squares,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``scan`` of BLOCK_N rows, or of those ``left``, ``counters[0]`` in number, by an earlier pass."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if left is not None:
+        rows = tl.load(counters)
+        if tl.program_id(0) * BLOCK_N >= rows:
+            return
+    inside = at < rows
+    n = at
+    if left is not None:
+        n = tl.load(left + at, mask=inside, other=0).to(tl.int64)
+    live = inside
+    if mask is not None:
+        live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
+    starts = row_starts(n, inner, outer_stride, inner_stride)
+    best, where, least_hidden, of_x = scan(
+        z, starts, step, live, points, bias, centre, typical, count,
+        PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+    place = tl.arange(0, BLOCK_K // 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    to = (at * (BLOCK_K // 8))[:, None, None] + place
+    tl.store(scores + to, best, mask=inside[:, None, None])
+    tl.store(tiles + to, where, mask=inside[:, None, None])
+    tl.store(squares + at, of_x, mask=inside)
+    if EXACT:
+        tl.store(hidden + at, least_hidden, mask=inside)
