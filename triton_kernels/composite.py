@@ -104,8 +104,8 @@ def composite_kernel(
             GROUPS: tl.constexpr = BLOCK_K // 8
             j, _, _ = settle(
                 tl.reshape(best, (BLOCK_N, GROUPS)), tl.reshape(where, (BLOCK_N, GROUPS)), least_hidden, squares, live,
-                source, source_starts, source_step, book, code_stride, code_step, weights, of_bias, typical + s, count,
-                PRODUCT, EXACT, KAPPA, False, D, PADDED_D, BLOCK_N, GROUPS,
+                source, source_starts, source_step, book, code_stride, code_step, weights, of_bias, typical + s,
+                codewords, PRODUCT, EXACT, KAPPA, False, D, PADDED_D, BLOCK_N, GROUPS,
             )  # fmt: skip
             tl.store(indices + s * rows + n, tl.where(live, j, -1), mask=inside)
             count_uses(counts + s * codewords, indices + s * rows + n, live)

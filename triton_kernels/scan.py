@@ -83,6 +83,28 @@ def _group_minima(
 
 
 @triton.jit
+def _scan_tiles(
+    high, low, weight, scale, z, starts, step, live, centre, points, part, bias, count,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The least score in each place, the first codeword of its tile, and the least of the others."""
+    best = tl.full((BLOCK_N, BLOCK_K // 32, 4), float("inf"), tl.float32)
+    where = tl.zeros((BLOCK_N, BLOCK_K // 32, 4), tl.int32)
+    hidden = tl.full((BLOCK_N, 4), float("inf"), tl.float32)
+    for first in tl.range(0, count, BLOCK_K):
+        minima = _group_minima(
+            high, low, weight, scale, z, starts, step, live, centre, points, part, bias, first,
+            PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        if EXACT:
+            hidden = tl.minimum(hidden, tl.min(tl.maximum(best, minima), axis=1))
+        where = tl.where(minima < best, first, where)
+        best = tl.minimum(best, minima)
+    return best, where, hidden
+
+
+@triton.jit
 def scan(
     z, starts, step, live, points, bias, centre, typical, count,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
@@ -111,23 +133,25 @@ def scan(
     x = centred_rows(z, starts, step, live, centre, 0, PRODUCT, D, BLOCK_D)
     high, low = operands(x, scale, PRODUCT, UPCAST)
 
-    best = tl.full((BLOCK_N, BLOCK_K // 32, 4), float("inf"), tl.float32)
-    where = tl.zeros((BLOCK_N, BLOCK_K // 32, 4), tl.int32)
-    hidden = tl.full((BLOCK_N, 4), float("inf"), tl.float32)
-    # One turn, in which the operands are loop-carried values: such go to shared memory once, and Hopper's tensor cores
-    # read them from there. Else every turn of the inner loop would load them into registers.
-    for _ in tl.range(0, count, count):
-        for first in tl.range(0, count, BLOCK_K):
-            minima = _group_minima(
-                high, low, weight, scale, z, starts, step, live, centre, points, part, bias, first,
+    if PRODUCT == "bf16":
+        best, where, hidden = _scan_tiles(
+            high, low, weight, scale, z, starts, step, live, centre, points, part, bias, count,
+            PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+    else:
+        best = tl.full((BLOCK_N, BLOCK_K // 32, 4), float("inf"), tl.float32)
+        where = tl.zeros((BLOCK_N, BLOCK_K // 32, 4), tl.int32)
+        hidden = tl.full((BLOCK_N, 4), float("inf"), tl.float32)
+        # One turn, in which the operands are loop-carried values: such go to shared memory once, and Hopper's tensor
+        # cores read them from there, as they do with rows that nothing was done to. Else every turn of the inner loop
+        # would load them into registers.
+        for _ in tl.range(0, count, count):
+            best, where, hidden = _scan_tiles(
+                high, low, weight, scale, z, starts, step, live, centre, points, part, bias, count,
                 PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
             )  # fmt: skip
-            if EXACT:
-                hidden = tl.minimum(hidden, tl.min(tl.maximum(best, minima), axis=1))
-            where = tl.where(minima < best, first, where)
-            best = tl.minimum(best, minima)
-        high = tl.zeros_like(high)
-        low = tl.zeros_like(low)
+            high = tl.zeros_like(high)
+            low = tl.zeros_like(low)
     least_hidden = tl.min(hidden, axis=1)
     if PRODUCT == "fp16":
         back = scale_of(scale) * scale_of(scale_of(middling))

@@ -92,6 +92,8 @@ def find(
     dither = None if dither is None else dither.contiguous()
     mask = None if mask is None else mask.contiguous()
 
+    real = codebook.shape[0] - int(dither is not None)
+
     def decide(search: Search, left: Tensor | None, counters: Tensor | None, first: bool) -> None:
         groups, options = search.tiles["BLOCK_K"] // 8, search.options
         points, bias, centre, typical, count = search.arguments
@@ -106,7 +108,7 @@ def find(
         launch(
             settle_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
             scores, tiles, hidden, squares, *rows_of(z), rows, mask,
-            codebook, *codebook.stride(), dither, bias, typical, count, left, counters, indices, sqdist,
+            codebook, *codebook.stride(), dither, bias, typical, real, left, counters, indices, sqdist,
             FIRST=first, GROUPS=groups, **{name: options[name] for name in _OF_SETTLE}, **tile,
         )  # fmt: skip
 

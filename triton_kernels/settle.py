@@ -20,10 +20,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diveq_kernels.triton_kernels.rows import COLUMNS, load_points, row_starts
+from diveq_kernels.triton_kernels.rows import load_points, row_starts
 from diveq_kernels.triton_kernels.scan import bounds
 
 _LOOKS = tl.constexpr(3)  # groups that a first pass measures for a row; one with more is left to the second
+
+
+@triton.jit
+def _hidden_from_compiler(PADDED_D: tl.constexpr, positive):
+    """PADDED_D, as a number that the compiler does not know: it would unroll the loop, and spill."""
+    return tl.minimum(PADDED_D, PADDED_D + positive)
 
 
 @triton.jit
@@ -40,23 +46,27 @@ def _load_members(codebook, code_stride, code_step, dither, j, live, k, inside):
 
 @triton.jit
 def _measure_group(
-    begin, active, z, starts, step, codebook, code_stride, code_step, dither, bias,
+    begin, active, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(nearest codeword, its squared distance, largest ‖c‖²) of the groups that begin at ``begin`` [BN]."""
-    CHUNK: tl.constexpr = max(4, min(32, 512 // BLOCK_N))  # so many loads of all 8 are under way
+    """(nearest codeword, its squared distance, largest ‖c‖²) of the groups that begin at ``begin`` [BN].
+
+    Codewords from ``real`` on are padding, and are not there.
+    """
+    CHUNK: tl.constexpr = max(4, min(16, 256 // BLOCK_N))  # so many loads of all 8 are under way
     member = tl.arange(0, 8)
     j = begin[:, None] + (member // 2 * 8 + member % 2)[None, :]  # [BN, 8]
-    of_j = tl.load(bias + j, mask=active[:, None], other=float("inf"))
-    there = of_j < float("inf")  # neither padding nor a codeword that is not finite
+    loaded = active[:, None] & (j < real)
+    of_j = tl.load(bias + j, mask=loaded, other=float("inf"))
     total = tl.zeros((BLOCK_N, 8), tl.float32)
-    for first in range(0, PADDED_D, CHUNK):
+    for first in range(0, _hidden_from_compiler(PADDED_D, real), CHUNK):
         k = (first + tl.arange(0, CHUNK))[None, None, :]
-        inside = there[:, :, None] & (k < D)
-        c = _load_members(codebook, code_stride, code_step, dither, j[:, :, None], there[:, :, None], k, inside)
+        inside = loaded[:, :, None] & (k < D)
+        c = _load_members(codebook, code_stride, code_step, dither, j[:, :, None], loaded[:, :, None], k, inside)
         at = z + tl.broadcast_to(starts[:, None, None] + k.to(tl.int64) * step, (BLOCK_N, 8, CHUNK))
         d = c - tl.load(at, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(d * d, axis=2)
+    there = of_j < float("inf")  # nor a codeword that is not finite
     total = tl.where(there, total, float("inf"))
     least = tl.min(total, axis=1)
     nearest = tl.min(tl.where(total == least[:, None], j, 2147483647), axis=1)
@@ -66,7 +76,7 @@ def _measure_group(
 @triton.jit
 def look_again(
     scores, where, index, distance, limit, of_c, of_x, z, starts, step,
-    codebook, code_stride, code_step, dither, bias, MOST: tl.constexpr,
+    codebook, code_stride, code_step, dither, bias, real, MOST: tl.constexpr,
     EXACT: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """(index, distance, limit, active) after measuring each row's groups with a score up to its limit.
@@ -87,7 +97,7 @@ def look_again(
         chosen = place == column[:, None]
         begin = tl.sum(tl.where(chosen, begins, 0), axis=1)
         j, d, heaviest = _measure_group(
-            begin, active, z, starts, step, codebook, code_stride, code_step, dither, bias,
+            begin, active, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
             D, PADDED_D, BLOCK_N,
         )  # fmt: skip
         closer = (d < distance) | ((d == distance) & (j < index))
@@ -109,11 +119,13 @@ def look_again(
 
 @triton.jit
 def measure_all(
-    again, index, distance, z, starts, step, codebook, code_stride, code_step, dither, bias, count,
+    again, index, distance, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(index, distance) after measuring every codeword for the rows ``again``, one row at a time: they are rare."""
-    LANES: tl.constexpr = 128
+    # What is under way at a time, if there are registers for it.
+    LANES: tl.constexpr = 64 if BLOCK_N <= 32 else 128
+    COLUMNS: tl.constexpr = 32 if BLOCK_N <= 32 and dither is None else 16
     lane = tl.arange(0, LANES)
     number = tl.arange(0, BLOCK_N)
     left = again.to(tl.int32)
@@ -122,12 +134,12 @@ def measure_all(
         start = tl.sum(tl.where(row, starts, 0), axis=0)
         best = tl.full((LANES,), float("inf"), tl.float32)
         found = tl.zeros((LANES,), tl.int32)
-        for first in range(0, count, LANES):
+        for first in range(0, real, LANES):
             j = first + lane
-            there = tl.load(bias + j, mask=j < count, other=float("inf")) < float("inf")
+            there = tl.load(bias + j, mask=j < real, other=float("inf")) < float("inf")
             at = tl.where(there, j, 0)
             total = tl.zeros((LANES,), tl.float32)
-            for begin in range(0, PADDED_D, COLUMNS):
+            for begin in range(0, _hidden_from_compiler(PADDED_D, real), COLUMNS):
                 k = begin + tl.arange(0, COLUMNS)
                 x = tl.load(z + start + k.to(tl.int64) * step, mask=k < D, other=0.0).to(tl.float32)
                 d = load_points(codebook, code_stride, code_step, dither, at, there, begin, D, COLUMNS) - x[None, :]
@@ -146,7 +158,7 @@ def measure_all(
 @triton.jit
 def settle(
     scores, where, least_hidden, squares, live, z, starts, step,
-    codebook, code_stride, code_step, dither, bias, typical, count,
+    codebook, code_stride, code_step, dither, bias, typical, real,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr, LEAVE: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -161,13 +173,14 @@ def settle(
     limit = tl.where(live, float("inf"), float("-inf"))
     index, distance, limit, undecided = look_again(
         scores, where, index, distance, limit, of_c, of_x, z, starts, step,
-        codebook, code_stride, code_step, dither, bias, _LOOKS if LEAVE else 0, EXACT, D, PADDED_D, BLOCK_N, GROUPS,
+        codebook, code_stride, code_step, dither, bias, real, _LOOKS if LEAVE else 0,
+        EXACT, D, PADDED_D, BLOCK_N, GROUPS,
     )  # fmt: skip
     if EXACT:
         undecided = undecided | (live & (least_hidden <= limit) & (limit < float("inf")))
         if not LEAVE:
             index, distance = measure_all(
-                undecided, index, distance, z, starts, step, codebook, code_stride, code_step, dither, bias, count,
+                undecided, index, distance, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
                 D, PADDED_D, BLOCK_N,
             )  # fmt: skip
     return index, distance, undecided
@@ -176,7 +189,7 @@ def settle(
 @triton.jit
 def settle_kernel(
     scores, tiles, hidden, squares, z, inner, outer_stride, inner_stride, step, rows, mask,
-    codebook, code_stride, code_step, dither, bias, typical, count, left, counters, indices, sqdist,
+    codebook, code_stride, code_step, dither, bias, typical, real, left, counters, indices, sqdist,
     FIRST: tl.constexpr, PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +222,7 @@ def settle_kernel(
     starts = row_starts(n, inner, outer_stride, inner_stride)
     index, distance, undecided = settle(
         best, where, least_hidden, of_x, live, z, starts, step,
-        codebook, code_stride, code_step, dither, bias, typical, count,
+        codebook, code_stride, code_step, dither, bias, typical, real,
         PRODUCT, EXACT, KAPPA, FIRST, D, PADDED_D, BLOCK_N, GROUPS,
     )  # fmt: skip
     if FIRST:
