@@ -62,7 +62,7 @@ def deliver(out: Tensor, written: Rows) -> Tensor:
 
 @triton.jit
 def row_starts(n, inner, outer_stride, inner_stride):
-    """Offset of each row n [BN, 64-bit] from the tensor's first element, 64-bit. (A stride of 1 comes as a constant.)"""
+    """Offset of each row n [BN, 64-bit] from the tensor's first element, 64-bit; a stride of 1 is a constant here."""
     return (n // inner) * outer_stride + (n % inner) * inner_stride
 
 
