@@ -122,7 +122,7 @@ def not_run(report: Path, command: list[str]) -> list[str]:
         for case in cases
         for element in case.iter("skipped")
     ]
-    # With several processes pytest says nothing of a file that is skipped as a whole.
+    # The report says nothing of a file without tests, or of one whose tests were all left out.
     modules = {part for case in cases for part in (case.get("classname") or "").split(".")}
     files = [Path(part) for part in command if part.endswith(".py")]
     return lines + [f"{file.name}: none of its tests ran" for file in files if file.stem not in modules]
