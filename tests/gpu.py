@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +56,19 @@ def commands(name: str, processes: int) -> list[list[str]]:
     """What to run for a backend, the most telling first."""
     workers = ["-n", str(processes), "--dist", "loadgroup"] if processes > 1 else ["-p", "no:xdist"]
     # All files in one command, so that no process waits for the last tests of one of them.
-    tests = ["-q", "-rs", *workers, "test_gpu.py", *FILES, "-k", f"test_gpu.py or {name}-cuda"]
+    tests = ["-q", "-rs", "-p", "gpu", *workers, "test_gpu.py", *FILES, "-k", f"test_gpu.py or {name}-cuda"]
     return [
         [sys.executable, "-m", "diveq_kernels", "check", "--backend", name],
         [sys.executable, "-m", "pytest", *tests],
     ]
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Mixes the tests, for pytest, to which this file is a plugin.
+
+    Neighbours have the same kernels, which several processes would compile at once, each for itself.
+    """
+    items.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
 
 
 def why_no_gpu() -> str | None:

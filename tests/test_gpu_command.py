@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import gpu
@@ -33,7 +35,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_files(monkeypatch: pytest.MonkeyPatch, folder: Path, *sources: str, processes: int = 0) -> int:
     """The exit status when these are the first backend's files: one command each, or one with so many processes."""
-    workers = ["-n", str(processes), "--dist", "loadgroup"] if processes else ["-p", "no:xdist"]
+    workers = ["-p", "gpu", "-n", str(processes), "--dist", "loadgroup"] if processes else ["-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", "-q", *workers, "-p", "no:cacheprovider", "--rootdir", str(folder)]
     paths = [folder / f"test_file_{i}.py" for i in range(len(sources))]
     for path, source in zip(paths, sources, strict=True):
@@ -113,35 +115,69 @@ def test_how_many_processes(fake_gpu: None, monkeypatch: pytest.MonkeyPatch) -> 
     assert plan(4, 79) == (4, 1, True)
     assert plan(16, 47) == (14, 14, False)  # not two of the large tests at once
     assert plan(16, 23) == (1, 1, False)
-    workers = gpu.commands("triton", 14)[1][5:9]
-    assert workers == ["-n", "14", "--dist", "loadgroup"] and "no:xdist" in gpu.commands("cuda", 1)[1]
+    workers = gpu.commands("triton", 14)[1][5:11]
+    assert workers == ["-p", "gpu", "-n", "14", "--dist", "loadgroup"] and "no:xdist" in gpu.commands("cuda", 1)[1]
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     assert plan(16, 79) == (1, 1, True)
 
 
+def test_tests_that_are_alike_are_not_neighbours() -> None:
+    """In every process the same order."""
+    items = [types.SimpleNamespace(nodeid=f"test_values[{i}-triton-cuda]") for i in range(50)]
+    mixed, again = list(items), items[::-1]
+    for each in (mixed, again):
+        gpu.pytest_collection_modifyitems(each)
+    places = [items.index(item) for item in mixed]
+    assert mixed == again and sorted(places) == list(range(50))
+    assert sum(abs(a - b) == 1 for a, b in itertools.pairwise(places)) < 15
+
+
 @pytest.mark.parametrize("memory", [80, 40])
-def test_backends_side_by_side(memory: int, fake_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_side_by_side(
+    memory: int, fake_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Where two large tests fit into the GPU's memory; else one after the other."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, memory << 30))
-    command = [sys.executable, "-c", "import time; time.sleep(2)"]
-    monkeypatch.setattr(gpu, "commands", lambda name, _: [command])
-    begin = time.monotonic()
-    assert gpu.main() == 0
-    assert (time.monotonic() - begin < 3.9) == (memory == 80)
+    meet = (
+        "import pathlib, sys, time\n"
+        "own, other, seconds = sys.argv[1:]\n"
+        "pathlib.Path(own).touch()\n"
+        "end = time.monotonic() + float(seconds)\n"
+        "while not pathlib.Path(other).exists():\n"
+        "    assert time.monotonic() < end, 'the other has not begun'\n"
+        "    time.sleep(0.05)\n"
+    )
+    mark = {name: str(tmp_path / name) for name in ("triton", "cuda")}
+    other = {"triton": mark["cuda"], "cuda": mark["triton"]}
+    seconds = "60" if memory == 80 else "2"
+    monkeypatch.setattr(
+        gpu, "commands", lambda name, _: [[sys.executable, "-c", meet, mark[name], other[name], seconds]]
+    )
+    assert gpu.main() == (0 if memory == 80 else 1)
 
 
 def test_an_interrupt_stops_what_runs(fake_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    mark = tmp_path / "alive"
-    late = f"import time, pathlib; time.sleep(6); pathlib.Path({str(mark)!r}).touch()"
-    interrupt = f"import time, os, signal; time.sleep(1); os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
+    mark = tmp_path / "process"
+    late = (
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(120)\n"
+    )
+    interrupt = (
+        "import os, pathlib, signal, time\n"
+        f"while not pathlib.Path({str(mark)!r}).exists() or not pathlib.Path({str(mark)!r}).read_text():\n"
+        "    time.sleep(0.05)\n"
+        f"os.kill({os.getpid()}, signal.SIGINT)\n"
+        "time.sleep(120)\n"
+    )
     step = {"triton": late, "cuda": interrupt}
     monkeypatch.setattr(gpu, "commands", lambda name, _: [[sys.executable, "-c", step[name]]] * 2)
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         gpu.main()
-    assert time.monotonic() - begin < 5
-    time.sleep(max(0.0, begin + 8 - time.monotonic()))
-    assert not mark.exists()
+    assert time.monotonic() - begin < 60
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
 
 
 def test_what_commands_see(
