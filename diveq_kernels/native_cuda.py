@@ -8,6 +8,7 @@ is added up by atomics, in any order.
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from diveq_kernels import _native
 from diveq_kernels._native_ops import NativeOperations
@@ -56,10 +57,11 @@ def why_unusable(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, or None if they can."""
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch finds no GPU"
-    if torch.ops.diveq_cuda.can_run_on(torch.empty(0, device=device)):
-        return None
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    return (
-        f"this installation has no kernels for {name} (compute capability {capability[0]}.{capability[1]}): it was "
-        f"{describe()}; TORCH_CUDA_ARCH_LIST says for what it is built"
-    )
+    with _disable_current_modes():  # whoever asks first may be tracing a graph, whose tensors are not real ones
+        if torch.ops.diveq_cuda.can_run_on(torch.empty(0, device=device)):
+            return None
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        return (
+            f"this installation has no kernels for {name} (compute capability {capability[0]}.{capability[1]}): it was "
+            f"{describe()}; TORCH_CUDA_ARCH_LIST says for what it is built"
+        )

@@ -49,12 +49,16 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         yield stack.enter_context(FakeTensorMode(shape_env=ShapeEnv()))
 
 
-def rows_of_any_number(mode: FakeTensorMode, dim: int, dtype: torch.dtype) -> Tensor:
-    """A fake CUDA tensor [N, dim] whose N is a symbol."""
+def of_any_size(
+    mode: FakeTensorMode, name: str, shape: tuple[int, ...], dtype: torch.dtype, dims: tuple[int, ...] | None = None
+) -> Tensor:
+    """A fake CUDA tensor whose sizes are symbols: all of them, or those of ``dims``. ``shape`` is an example."""
     with unset_fake_temporarily():
-        shape = torch.empty(100, dim, dtype=dtype, device="meta")
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    fake = mode.from_tensor(shape, symbolic_context=context, source=ConstantSource("z"))
+        example = torch.empty(shape, dtype=dtype, device="meta")
+    symbols = range(len(shape)) if dims is None else dims
+    sizes = [DimDynamic.DYNAMIC if dim in symbols else DimDynamic.STATIC for dim in range(len(shape))]
+    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    fake = mode.from_tensor(example, symbolic_context=context, source=ConstantSource(name))
     return torch.empty_like(fake, device="cuda")
 
 

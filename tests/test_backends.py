@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 import diveq_kernels.functional as F
-from diveq_kernels import BackendUnavailableError, backends, reference, use_backend
+from diveq_kernels import BackendUnavailableError, _native, backends, reference, use_backend
 
 Z, CODEBOOK = torch.zeros(3, 4), torch.zeros(5, 4)
 
@@ -131,6 +134,48 @@ def test_each_gpu_has_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         for cached in (backends._load, backends._choose):
             cached.cache_clear()
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_first_use_while_a_graph_is_traced(
+    served: bool, broken_backend: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA library is asked whether it serves a GPU with a real tensor, although torch.compile's are not."""
+
+    def can_run_on(tensor: torch.Tensor) -> bool:
+        if isinstance(tensor, (FakeTensor, FunctionalTensor)):
+            raise RuntimeError("expected CUDA tensors")
+        asked.append(tensor)
+        return served
+
+    asked: list[torch.Tensor] = []
+    namespace = f"diveq_stand_in_{served}"
+    library = torch.library.Library(namespace, "DEF")
+    library.define("can_run_on(Tensor t) -> bool")
+    library.impl("can_run_on", can_run_on, "CompositeExplicitAutograd")
+    library.define("architectures() -> str")
+    library.impl("architectures", lambda: "sm_90 compute_90", "CompositeExplicitAutograd")
+    monkeypatch.setattr(_native, "load", lambda name: None)
+    monkeypatch.setattr(torch.ops, "diveq_cuda", getattr(torch.ops, namespace))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    spec = importlib.util.find_spec("diveq_kernels.native_cuda")
+    native_cuda = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(native_cuda)
+    broken_backend.why_unusable = native_cuda.why_unusable  # type: ignore[attr-defined]
+
+    with FakeTensorMode(), FunctionalTensorMode():
+        reason = native_cuda.why_unusable(torch.device("cpu"))
+    told = "no kernels for Old GPU (compute capability 7.5): it was built for sm_90, compute_90;"
+    assert (reason is None) if served else (told in reason)
+    compiled = torch.compile(lambda z: F.nearest(z, CODEBOOK, backend="cpu").indices, backend="aot_eager")
+    if served:
+        assert torch.equal(compiled(Z), torch.zeros(3, dtype=torch.int32))
+    else:
+        with pytest.raises(Exception, match="no kernels for Old GPU"):
+            compiled(Z)
+    assert len(asked) == 2
+    torch._dynamo.reset()
 
 
 def test_an_operation_asks_for_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,3 +64,20 @@ def test_what_rows_share_is_added_to_by_atomics(tmp_path: Path) -> None:
     gradients = [types for name, types in added.items() if "gradient_kernel" in name]
     assert len(steps) >= 7 and all(types == {"u32"} for types in steps)
     assert len(gradients) >= 9 and all(types == {"f32", "v4.f32"} for types in gradients)
+
+
+def test_the_arrays_of_kernels_leave_room_for_what_launches_add(tmp_path: Path) -> None:
+    """48 KiB of both is what a launch has unless it asks for more, as device.cuh does above a size of its own part.
+
+    The emulator gives as much as is asked for, and a launch that has too little fails on a GPU only.
+    """
+    sources = {path.name: path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu*")}
+    asks_above = int(re.search(r"if \(shared_bytes > (\d+) << 10\)", sources.pop("device.cuh"))[1]) << 10
+    assert [name for name, text in sources.items() if "DIVEQ_SHARED(" in text] == ["search_product.cuh"]
+    command = ["nvcc", "-std=c++20", "-O3", "-Icsrc", "-Xptxas=-v", "-cubin", "-arch=sm_90", "csrc/cuda/search.cu"]
+    done = subprocess.run(
+        [*command, "-o", tmp_path / "search.cubin"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    kernels = [text for text in done.stderr.split("Compiling entry function '")[1:] if "search_product_kernel" in text]
+    own = [int(re.search(r"(\d+) bytes smem", text)[1]) for text in kernels]
+    assert len(own) == 3 and all(0 < size <= (48 << 10) - asks_above for size in own), own

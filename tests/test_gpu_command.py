@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import gpu
@@ -27,18 +29,19 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a fake GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (78 << 30, 80 << 30))
     monkeypatch.setattr(backends, "why_unavailable", lambda name, device: None)
 
 
-def run_files(monkeypatch: pytest.MonkeyPatch, folder: Path, *sources: str) -> int:
-    """The exit status when these are the files, one command each, for the first backend."""
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    steps = []
-    for i, source in enumerate(sources):
-        path = folder / f"test_file_{i}.py"
+def run_files(monkeypatch: pytest.MonkeyPatch, folder: Path, *sources: str, processes: int = 0) -> int:
+    """The exit status when these are the first backend's files: one command each, or one with so many processes."""
+    workers = ["-p", "gpu", "-n", str(processes), "--dist", "loadgroup"] if processes else ["-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", *workers, "-p", "no:cacheprovider", "--rootdir", str(folder)]
+    paths = [folder / f"test_file_{i}.py" for i in range(len(sources))]
+    for path, source in zip(paths, sources, strict=True):
         path.write_text(source)
-        steps.append([*pytest_command, "--rootdir", str(folder), str(path)])
-    monkeypatch.setattr(gpu, "commands", lambda name: steps if name == "triton" else [])
+    steps = [[*command, *map(str, paths)]] if processes else [[*command, str(path)] for path in paths]
+    monkeypatch.setattr(gpu, "commands", lambda name, _: steps if name == "triton" else [])
     return gpu.main()
 
 
@@ -72,10 +75,132 @@ def test_only_what_ran_and_passed_passes(
     assert told in out and ("everything ran and passed" in out) == (status == 0)
 
 
+@pytest.mark.parametrize(
+    ("sources", "status", "told"),
+    [
+        ((PASSES, PASSES), 0, "everything ran and passed"),
+        ((PASSES, SKIPS), 3, "test_skips: needs two devices"),
+        ((PASSES, MODULE_SKIPS), 3, "test_file_1.py: none of its tests ran"),
+        ((PASSES, "# no tests\n"), 3, "test_file_1.py: none of its tests ran"),
+        ((PASSES, EXPECTED_TO_FAIL), 3, "test_known"),
+        ((PASSES, FAILS), 1, "exit status 1"),
+        ((PASSES, CRASHES), 1, "exit status 1"),
+        ((PASSES, "import no_such_module_anywhere\n"), 1, "exit status 1"),
+    ],
+)
+def test_so_it_is_with_several_processes(
+    sources: tuple[str, ...],
+    status: int,
+    told: str,
+    fake_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("xdist")
+    assert run_files(monkeypatch, tmp_path, *sources, processes=2) == status
+    out = capfd.readouterr().out
+    assert told in out and ("everything ran and passed" in out) == (status == 0)
+
+
+def test_how_many_processes(fake_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(cores: int, memory: int) -> tuple[int, int, bool]:
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, memory << 30))
+        processes, at_once = gpu.plan()
+        return processes["triton"], processes["cuda"], at_once
+
+    pytest.importorskip("xdist")
+    assert plan(16, 79) == (14, 3, True)
+    assert plan(4, 79) == (4, 1, True)
+    assert plan(16, 47) == (14, 14, False)  # not two of the large tests at once
+    assert plan(16, 23) == (1, 1, False)
+    workers = gpu.commands("triton", 14)[1][5:11]
+    assert workers == ["-p", "gpu", "-n", "14", "--dist", "loadgroup"] and "no:xdist" in gpu.commands("cuda", 1)[1]
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    assert plan(16, 79) == (1, 1, True)
+
+
+def test_tests_that_are_alike_are_not_neighbours() -> None:
+    """In every process the same order."""
+    items = [types.SimpleNamespace(nodeid=f"test_values[{i}-triton-cuda]") for i in range(50)]
+    mixed, again = list(items), items[::-1]
+    for each in (mixed, again):
+        gpu.pytest_collection_modifyitems(each)
+    places = [items.index(item) for item in mixed]
+    assert mixed == again and sorted(places) == list(range(50))
+    assert sum(abs(a - b) == 1 for a, b in itertools.pairwise(places)) < 15
+
+
+@pytest.mark.parametrize("memory", [80, 40])
+def test_backends_side_by_side(
+    memory: int, fake_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where two large tests fit into the GPU's memory; else one after the other."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, memory << 30))
+    meet = (
+        "import pathlib, sys, time\n"
+        "own, other, seconds = sys.argv[1:]\n"
+        "pathlib.Path(own).touch()\n"
+        "end = time.monotonic() + float(seconds)\n"
+        "while not pathlib.Path(other).exists():\n"
+        "    assert time.monotonic() < end, 'the other has not begun'\n"
+        "    time.sleep(0.05)\n"
+    )
+    mark = {name: str(tmp_path / name) for name in ("triton", "cuda")}
+    other = {"triton": mark["cuda"], "cuda": mark["triton"]}
+    seconds = "60" if memory == 80 else "2"
+    monkeypatch.setattr(
+        gpu, "commands", lambda name, _: [[sys.executable, "-c", meet, mark[name], other[name], seconds]]
+    )
+    assert gpu.main() == (0 if memory == 80 else 1)
+
+
+def test_an_interrupt_stops_what_runs(fake_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mark = tmp_path / "process"
+    late = (
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(120)\n"
+    )
+    interrupt = (
+        "import os, pathlib, signal, time\n"
+        f"while not pathlib.Path({str(mark)!r}).exists() or not pathlib.Path({str(mark)!r}).read_text():\n"
+        "    time.sleep(0.05)\n"
+        f"os.kill({os.getpid()}, signal.SIGINT)\n"
+        "time.sleep(120)\n"
+    )
+    step = {"triton": late, "cuda": interrupt}
+    monkeypatch.setattr(gpu, "commands", lambda name, _: [[sys.executable, "-c", step[name]]] * 2)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    assert time.monotonic() - begin < 60
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+
+
+def test_what_commands_see(
+    fake_gpu: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Their backend, and a limit on Inductor's processes that somebody else may have set."""
+    names = ("DIVEQ_BACKEND", "TORCHINDUCTOR_COMPILE_THREADS")
+    command = [sys.executable, "-c", f"import os; print(*(os.environ[name] for name in {names}))"]
+    monkeypatch.setattr(gpu, "commands", lambda name, _: [command])
+    for given, expected in ((None, "2"), ("5", "5")):
+        if given is None:
+            monkeypatch.delenv(names[1], raising=False)
+        else:
+            monkeypatch.setenv(names[1], given)
+        assert gpu.main() == 0
+        out = capfd.readouterr().out
+        assert f"triton {expected}\n" in out and f"cuda {expected}\n" in out
+
+
 def test_a_command_that_is_not_pytest(fake_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for status in (0, 1, 2):
         command = [sys.executable, "-c", f"raise SystemExit({status})"]
-        monkeypatch.setattr(gpu, "commands", lambda name, command=command: [command])
+        monkeypatch.setattr(gpu, "commands", lambda name, _, command=command: [command])
         assert gpu.main() == (1 if status else 0)
 
 
@@ -88,12 +213,12 @@ def test_time_is_up(
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     second = [sys.executable, "-c", f"import pathlib; pathlib.Path({str(tmp_path / 'begun')!r}).touch()"]
     monkeypatch.setattr(gpu, "LIMIT", 3.0)
-    monkeypatch.setattr(gpu, "commands", lambda name: [[sys.executable, "-c", parent], second])
+    monkeypatch.setattr(gpu, "commands", lambda name, _: [[sys.executable, "-c", parent], second])
     begin = time.monotonic()
     assert gpu.main() == 3
     assert time.monotonic() - begin < 8
     out = capfd.readouterr().out
-    assert out.count("stopped, the 3 s are over") == 1 and out.count("not begun, the 3 s are over") == 3
+    assert out.count("stopped, the 3 s are over") == 2 and out.count("not begun, the 3 s are over") == 2
     time.sleep(max(0.0, begin + 12 - time.monotonic()))
     assert not mark.exists() and not (tmp_path / "begun").exists()
 
@@ -128,10 +253,10 @@ def test_without_a_gpu() -> None:
 
 def test_every_file_is_there_and_has_tests_for_each_backend() -> None:
     for name in ("triton", "cuda"):
-        check, *tests = gpu.commands(name)
+        check, *tests = gpu.commands(name, 1)
         assert check[-2:] == ["--backend", name]
         for command in tests:
             files = [part for part in command if part.endswith(".py")]
-            assert files and all((gpu.TESTS / file).is_file() for file in files)
+            assert files == ["test_gpu.py", *gpu.FILES] and all((gpu.TESTS / file).is_file() for file in files)
     for file in gpu.FILES:
         assert "@on_every_target" in (gpu.TESTS / file).read_text(encoding="utf-8"), file

@@ -157,9 +157,9 @@ def test_project_on_a_segment_of_no_length(target: Target) -> None:
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_values_in_every_dtype(target: Target, quantizer: Quantizer, noise_std: float, dtype: torch.dtype) -> None:
     gen = generator()
-    z = torch.randn(300, 10, generator=gen).to(dtype)
-    books = torch.randn(quantizer.books_shape(12, 10), generator=gen).to(dtype)
-    g = torch.randn(300, 10, generator=gen).to(dtype)
+    z = torch.randn(300, 6, generator=gen).to(dtype)
+    books = torch.randn(quantizer.books_shape(12, 6), generator=gen).to(dtype)
+    g = torch.randn(300, 6, generator=gen).to(dtype)
     dither = quantizer.dither(books, gen)
     results = gradients(target, quantizer, z, books, g, noise_std=noise_std, seed=23, **dither)
     expected = by_autograd(quantizer, z, books, g, results[2], noise_std=noise_std, seed=23, **dither)

@@ -161,7 +161,7 @@ def test_equal_codewords_tie_to_the_lowest(target: Target, codewords: int, dtype
     which = torch.randint(len(distinct), (codewords,), generator=gen)
     codebook = distinct[which]
     first = (which[:, None] == which[None, :]).int().argmax(1)
-    z = torch.randn(333 if codewords < 1000 else 2000, 19, generator=gen).to(dtype)
+    z = torch.randn(333 if codewords < 1000 else 2001, 19, generator=gen).to(dtype)
     found = F.nearest(z.to(target.device), codebook.to(target.device), backend=target.backend).indices.cpu()
     assert torch.equal(found, first[found])
     equal = codebook[:1].expand(codewords, 19).to(target.device)

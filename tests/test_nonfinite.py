@@ -24,9 +24,9 @@ def test_bad_rows(
     target: Target, quantizer: Quantizer, bad: float, dtype: torch.dtype, noise_std: float
 ) -> None:
     gen = generator()
-    z = torch.randn(60, 8, generator=gen).to(dtype).to(target.device)
-    books = torch.randn(quantizer.books_shape(9, 8), generator=gen).to(dtype).to(target.device)
-    g = torch.randn(60, 8, generator=gen).to(dtype).to(target.device)
+    z = torch.randn(60, 6, generator=gen).to(dtype).to(target.device)
+    books = torch.randn(quantizer.books_shape(9, 6), generator=gen).to(dtype).to(target.device)
+    g = torch.randn(60, 6, generator=gen).to(dtype).to(target.device)
     keywords = {"noise_std": noise_std, "seed": 6, "backend": target.backend, **quantizer.dither(books, gen)}
     rows = torch.zeros(60, dtype=torch.bool, device=target.device)
     rows[[0, 17, 59]] = True

@@ -105,8 +105,8 @@ def test_more_than_one_block(
 )
 def test_mixed_dtypes(target: Target, quantizer: Quantizer, of_z: torch.dtype, of_books: torch.dtype) -> None:
     gen = generator()
-    z = torch.randn(100, 12, generator=gen).to(of_z)
-    books = torch.randn(quantizer.books_shape(30, 12), generator=gen, dtype=torch.float64).to(of_books)
+    z = torch.randn(100, 8, generator=gen).to(of_z)
+    books = torch.randn(quantizer.books_shape(30, 8), generator=gen, dtype=torch.float64).to(of_books)
     dither = quantizer.dither(books, gen).get("dither")
     check(target, quantizer, z, books, dither=dither, noise_std=0.1, seed=5)
 
@@ -128,8 +128,8 @@ def test_numbers_of_stages_and_groups(target: Target, quantizer: Quantizer, stac
 def test_layouts(target: Target, quantizer: Quantizer, of_z: str, of_books: str) -> None:
     """Strides change nothing, neither in the values nor in the noise, and a dense z gives z_q its own strides."""
     gen = generator()
-    z = torch.randn(4, 13, 10, generator=gen).to(target.device)
-    books = torch.randn(quantizer.books_shape(20, 10), generator=gen).to(target.device)
+    z = torch.randn(4, 13, 6, generator=gen).to(target.device)
+    books = torch.randn(quantizer.books_shape(20, 6), generator=gen).to(target.device)
     keywords = {"seed": 11, "noise_std": 0.5, "backend": target.backend, **quantizer.dither(books, gen)}
     expected = quantizer(z, books, **keywords)
     laid_out = lay_out(z, of_z)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from fake_cuda import fake_cuda, rows_of_any_number, traced  # noqa: E402
+from fake_cuda import fake_cuda, of_any_size, traced  # noqa: E402
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
 import diveq_kernels.functional as F  # noqa: E402, F401  (registers the operations)
@@ -31,15 +31,18 @@ WRITTEN = {"z_q", "points", "sqdist", "indices", "counts", "position", "bias", "
 WRITTEN |= {"residuals", "grad_z", "grad_codebook", "grad_codebooks", "weights"}
 
 
-def calls(name: str, mode: Any, dtype: torch.dtype, backend: str) -> list[tuple[Any, list[Tensor]]]:
-    """(function, tensors) forward and backward, for rows of any number."""
-    z = rows_of_any_number(mode, DIM, dtype)
+def calls(
+    name: str, mode: Any, dtype: torch.dtype, backend: str, *, all_sizes: bool = False
+) -> list[tuple[Any, list[Tensor]]]:
+    """(function, tensors) forward and backward, for rows of any number; ``all_sizes``: every size is a symbol."""
+    z = of_any_size(mode, "z", (100, DIM), dtype, None if all_sizes else (0,))
     mask = z.new_empty(z.shape[:-1], dtype=torch.bool)
     shape = {"residual": (3, CODEWORDS, DIM), "product": (2, CODEWORDS, DIM // 2)}.get(name, (CODEWORDS, DIM))
-    books, seed = torch.empty(shape, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    books = of_any_size(mode, "books", shape, torch.float32, None if all_sizes else ())
+    shape, seed = books.shape, torch.zeros((), dtype=torch.int64, device="cuda")
     of_rows = z.new_empty(z.shape[:-1], dtype=torch.float32)
     indices = z.new_empty((*shape[:-2], *z.shape[:-1]), dtype=torch.int32)
-    dither = torch.empty((*shape[:-2], CODEWORDS - 1), device="cuda")
+    dither = torch.empty((*shape[:-2], shape[-2] - 1), device="cuda")
     forward, backward = getattr(torch.ops.diveq, name), getattr(torch.ops.diveq, f"{name}_backward")
     end = ("exact", backend)
     gradients = (True, True, backend)
@@ -84,6 +87,21 @@ def launched(graph: torch.fx.GraphModule) -> tuple[list[str], set[str]]:
     return names, written
 
 
+def constants_of(graph: torch.fx.GraphModule) -> list[dict[str, Any]]:
+    """What each launch of a graph is compiled for: the kernel's ``tl.constexpr`` arguments."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    found = []
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional:
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            kernel = kernel.fn if isinstance(kernel, Autotuner) else kernel
+            others = kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])
+            arguments = {**node.kwargs["kwargs"], **others}
+            found.append({each.name: arguments[each.name] for each in kernel.params if each.is_constexpr})
+    return found
+
+
 def opaque(graph: torch.fx.GraphModule) -> list[str]:
     """The operations of this package that are left in a graph."""
     targets = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
@@ -103,8 +121,28 @@ def test_kernels_are_in_the_graph(name: str, dtype: torch.dtype, backend: str) -
             assert written and written <= WRITTEN, written - WRITTEN
             for found, fake in zip(results, function(*tensors), strict=True):
                 assert (found.dtype, found.device, found.stride()) == (fake.dtype, fake.device, fake.stride())
-        # One graph for all N: the symbol has not become a number.
-        assert not mode.shape_env.replacements, mode.shape_env.replacements
+        # One graph for all N: the symbol has not become a number, nor does the graph hold for a range of it only.
+        assert not mode.shape_env.replacements and not mode.shape_env.guards, mode.shape_env.guards
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_size_is_a_symbol(name: str, dtype: torch.dtype) -> None:
+    """``torch.compile(dynamic=True)``: D and the number of codebooks become numbers, N and K stay symbols."""
+    with fake_cuda() as mode:
+        for (function, tensors), expected in zip(
+            calls(name, mode, dtype, "", all_sizes=True), KERNELS[name], strict=True
+        ):
+            graph, _ = traced(function, *tensors)
+            names, written = launched(graph)
+            assert names == expected and not opaque(graph)
+            assert written and written <= WRITTEN, written - WRITTEN
+            for constants in constants_of(graph):
+                assert constants["D"] in (DIM, tensors[1].shape[-1]) and constants["BLOCK_D"] > 0
+                assert all(type(value) in (int, float, bool, str) for value in constants.values()), constants
+        rows, codewords = tensors[0].shape[0], tensors[2 + (name == "project")].shape[-2]
+        for size in (rows, codewords):
+            assert size.node.expr.is_symbol and size.node.expr not in mode.shape_env.replacements, size
 
 
 @pytest.mark.parametrize("name", KERNELS)

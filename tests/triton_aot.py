@@ -15,8 +15,9 @@ from unittest import mock
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
 
@@ -95,12 +96,30 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[t
     return signature, constants, attributes
 
 
+def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """The kernel with its arguments' types, and the options to compile it with."""
+    signature, constants, attributes = _signature(launch)
+    options = {name: launch.options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.options}
+    return ASTSource(launch.kernel, signature, constants, attributes), options
+
+
 def build_for(launch: Launch, architecture: int) -> Any:
     """Triton's compiled kernel."""
-    signature, constants, attributes = _signature(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {name: launch.options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.options}
+    source, options = _source(launch)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def translate(launch: Launch, architecture: int) -> str:
+    """The kernel in Triton's own IR: the first step of compiling it, in which arguments that are constants show."""
+    source, options = _source(launch)
+    target = GPUTarget("cuda", architecture, 32)
+    backend = make_backend(target)
+    parsed = backend.parse_options({**options, **source.parse_options()})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(parsed), backend.get_module_map()
+    return str(source.make_ir(target, parsed, functions, modules, context))
 
 
 def compile_for(launch: Launch, architecture: int) -> Compiled:

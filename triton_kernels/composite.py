@@ -173,7 +173,7 @@ def _forward(
             if group
             else Search(product_for(torch.float32, precision), codebooks, dither, precision, "residual")
         )
-        programs = min(search.grid(rows)[0], _PROGRAMS)
+        programs = torch.sym_min(search.grid(rows)[0], _PROGRAMS)  # min would make a graph for few rows, one for many
         tile = programs * search.tiles["BLOCK_N"] * z.shape[-1]
         residuals = torch.empty(tile, dtype=torch.float32, device=z.device) if not group else None
         launch(

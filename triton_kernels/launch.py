@@ -42,11 +42,14 @@ def _entry(architecture: str, kind: str, dim: int) -> dict[str, int]:
 
 
 def configuration(kind: str, dim: int, device: torch.device) -> dict[str, int]:
-    """Tile sizes and launch options for rows of ``dim``: the first entry of the table whose ``max_dim`` holds it."""
+    """Tile sizes and launch options for rows of ``dim``: the first entry of the table whose ``max_dim`` holds it.
+
+    A graph of any N is one for this ``dim``, should it be a symbol.
+    """
     instead = _forced.get()
     if instead is not None and instead[0] == kind:
         return dict(instead[1])
-    return dict(_entry(architecture_of(device), kind, dim))
+    return dict(_entry(architecture_of(device), kind, int(dim)))
 
 
 @contextlib.contextmanager
@@ -69,9 +72,17 @@ def in_graph() -> Iterator[None]:
         _in_graph.reset(token)
 
 
+def _number(value: Any) -> Any:
+    """A constant of a kernel as a number: a graph that has a symbol for it holds for its present value only."""
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    return int(value) if isinstance(value, torch.SymInt) else value
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the current stream of the device that holds its tensors."""
+    """Run a kernel on the current stream of the device that holds its tensors; its constants are ``options``."""
     if _in_graph.get():  # what runs the graph sees to device and stream
+        options = {name: _number(value) for name, value in options.items()}
         torch.library.wrap_triton(kernel)[grid](*arguments, **options)
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
