@@ -13,31 +13,46 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from triton_aot import SHARED_LIMIT, Compiled, compile_for, launches_of  # noqa: E402
+from triton_aot import SHARED_LIMIT, Compiled, Launch, compile_for, launches_of  # noqa: E402
 from triton_sass import instructions_per_pair  # noqa: E402
 
 from diveq_kernels import triton_kernels  # noqa: E402
+from diveq_kernels.triton_kernels.search import ROWS_FOR_TWO_PASSES  # noqa: E402
 
-ROWS, CODEWORDS = 65536, 8192
-EXACT, FAST, HALF = ("exact", torch.float32), ("fast", torch.float32), ("fast", torch.bfloat16)
+ROWS, FEW_ROWS, CODEWORDS = ROWS_FOR_TWO_PASSES, 4096, 8192
+ARCHITECTURES = (80, 90, 100)
+# (precision, dtype of z, dtype of the codebook)
+EXACT, FAST = ("exact", torch.float32, torch.float32), ("fast", torch.float32, torch.float32)
+HALF, EXACT_HALF = ("fast", torch.bfloat16, torch.float32), ("exact", torch.bfloat16, torch.bfloat16)
 # (D, precision and dtype, architecture): rows that fit one chunk, just one of 16, and many chunks.
 CASES = [
-    *((64, how, architecture) for how in (EXACT, HALF) for architecture in (80, 90, 100)),
+    *((64, how, architecture) for how in (EXACT, HALF) for architecture in ARCHITECTURES),
     (64, FAST, 90),
+    (64, EXACT_HALF, 90),
     (16, EXACT, 90),
     (512, EXACT, 90),
     (512, HALF, 90),
 ]
 
+# What is searched with a product, and in how many rows.
+HOW = {
+    "fp16": [(ROWS, EXACT), (ROWS, ("exact", torch.bfloat16, torch.float32))],
+    "bf16x3": [(FEW_ROWS, EXACT), (ROWS, EXACT)],  # alone, and as the second pass
+    "bf16x2": [(FEW_ROWS, ("exact", torch.bfloat16, torch.float32))],
+    "tf32": [(FEW_ROWS, FAST)],
+    "bf16": [(ROWS, HALF), (ROWS, EXACT_HALF)],
+}
 
-HOW = {"bf16x3": EXACT, "bf16x2": ("exact", torch.bfloat16), "tf32": FAST, "bf16": HALF}
+
+def table(architecture: int) -> dict[str, list[dict[str, int]]]:
+    path = Path(triton_kernels.__file__).parent / "configs" / f"sm_{architecture}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def configurations() -> Iterator[tuple[int, str, str, int]]:
     """(architecture, kind, product, D) for each entry of the tables with a search, D the largest it is for."""
-    for architecture in (80, 90, 100):
-        path = Path(triton_kernels.__file__).parent / "configs" / f"sm_{architecture}.json"
-        for name, entries in json.loads(path.read_text(encoding="utf-8")).items():
+    for architecture in ARCHITECTURES:
+        for name, entries in table(architecture).items():
             kind, _, product = name.partition("_")
             if kind in ("search", "residual", "product"):
                 for entry in entries:
@@ -48,65 +63,103 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def call_everything(dim: int, precision: str, dtype: torch.dtype) -> None:
-    z, codebook, dither = meta(ROWS, dim, dtype=dtype), meta(CODEWORDS, dim), meta(CODEWORDS - 1)
-    seed, indices = meta(dtype=torch.int64), meta(ROWS, dtype=torch.int32)
+def steps(z: Tensor, codebook: Tensor, precision: str) -> None:
+    """The searches of one codebook, what follows them, and the gradients."""
+    (rows, dim), codewords = z.shape, len(codebook)
+    dither, seed, indices = meta(codewords - 1), meta(dtype=torch.int64), meta(rows, dtype=torch.int32)
     triton_kernels.nearest(z, codebook, None, precision)
-    triton_kernels.nearest_backward(meta(ROWS), z, codebook, indices, True, True)
+    triton_kernels.nearest_backward(meta(rows), z, codebook, indices, True, True)
     triton_kernels.diveq(z, codebook, None, seed, 1e-3, precision)
     triton_kernels.diveq_backward(z, z, codebook, indices, seed, 1e-3, True, True)
     triton_kernels.sf_diveq(z, codebook, dither, None, seed, 1e-3, precision)
     triton_kernels.sf_diveq_backward(z, z, codebook, dither, indices, seed, 1e-3, True, True)
+
+
+def call_everything(
+    dim: int, precision: str, dtype: torch.dtype, of_codebook: torch.dtype = torch.float32, rows: int = ROWS
+) -> None:
+    z, seed = meta(rows, dim, dtype=dtype), meta(dtype=torch.int64)
+    steps(z, meta(CODEWORDS, dim, dtype=of_codebook), precision)
     for group, (forward, backward) in {
         dim: (triton_kernels.residual, triton_kernels.residual_backward),
         dim // 4: (triton_kernels.product, triton_kernels.product_backward),
     }.items():
-        books, weights = meta(4, 1024, group), meta(4, 1023) if dim == 64 else None
+        books, weights = meta(4, 1024, group, dtype=of_codebook), meta(4, 1023) if dim == 64 else None
         active = (None,) if group == dim else ()
-        codes = meta(4, ROWS, dtype=torch.int32)
+        codes = meta(4, rows, dtype=torch.int32)
         forward(z, books, weights, *active, None, seed, 1e-3, precision)
         backward(z, z, books, weights, codes, seed, 1e-3, True, True)
 
 
-def compiled(dim: int, precision: str, dtype: torch.dtype, architecture: int) -> list[Compiled]:
-    launches = launches_of(lambda: call_everything(dim, precision, dtype), architecture)
-    return [compile_for(launch, architecture) for launch in launches]
+def check_fits(launches: list[Launch], architecture: int) -> list[Compiled]:
+    """Each as compiled: without spills, within shared memory, on tensor cores if it searches."""
+    different = {(x.kernel.__name__, str(x.arguments), str(x.options)): x for x in launches}
+    kernels = [compile_for(launch, architecture) for launch in different.values()]
+    for kernel in kernels:
+        assert kernel.spilled == 0, (kernel.name, kernel.registers, kernel.spilled)
+        assert kernel.shared <= SHARED_LIMIT[architecture], (kernel.name, kernel.shared)
+        searches = kernel.name in ("scan_kernel", "composite_kernel")
+        assert bool(re.search(r"\b(mma|wgmma|tcgen05)\b", kernel.ptx)) == searches, kernel.name
+    return kernels
 
 
 @pytest.mark.parametrize(("dim", "how", "architecture"), CASES, ids=str)
-def test_compiles_without_spills(dim: int, how: tuple[str, torch.dtype], architecture: int) -> None:
-    for kernel in compiled(dim, *how, architecture):
-        assert kernel.spilled == 0, (kernel.name, kernel.registers, kernel.spilled)
-        assert kernel.shared <= SHARED_LIMIT[architecture], (kernel.name, kernel.shared)
-        searches = kernel.name in ("nearest_kernel", "diveq_kernel", "sf_diveq_kernel", "composite_kernel")
-        assert bool(re.search(r"\b(mma|wgmma|tcgen05)\b", kernel.ptx)) == searches, kernel.name
+def test_compiles_without_spills(
+    dim: int, how: tuple[str, torch.dtype, torch.dtype], architecture: int
+) -> None:
+    launches = launches_of(lambda: call_everything(dim, *how), architecture)
+    names = {kernel.name for kernel in check_fits(launches, architecture)}
+    assert {"middle_kernel", "pack_kernel", "scan_kernel", "settle_kernel", "composite_kernel"} <= names
 
 
 @pytest.mark.parametrize(("architecture", "kind", "product", "dim"), configurations())
 def test_every_configuration_compiles_without_spills(architecture: int, kind: str, product: str, dim: int) -> None:
-    """In the kernel that does most after its search."""
-    precision, dtype = HOW[product]
-    seed, books = meta(dtype=torch.int64), meta(4, 1024, dim)
+    """With the dither, which asks for the most registers. Composites search in one pass, however many the rows."""
+    for rows, (precision, dtype, of_codebook) in HOW[product] if kind == "search" else HOW[product][:1]:
+        seed, books = meta(dtype=torch.int64), meta(4, 1024, dim, dtype=of_codebook)
+        dither = meta(4, 1023)
 
-    def call() -> None:
-        if kind == "search":
-            triton_kernels.diveq(meta(ROWS, dim, dtype=dtype), books[0], None, seed, 1e-3, precision)
-        elif kind == "residual":
-            triton_kernels.residual(meta(ROWS, dim, dtype=dtype), books, None, None, None, seed, 1e-3, precision)
-        else:
-            triton_kernels.product(meta(ROWS, 4 * dim, dtype=dtype), books, None, None, seed, 1e-3, precision)
+        def call() -> None:
+            z = meta(rows, dim, dtype=dtype)
+            if kind == "search":
+                triton_kernels.nearest(z, books[0], None, precision)
+                if of_codebook == torch.float32:
+                    triton_kernels.sf_diveq(z, books[0], dither[0], None, seed, 1e-3, precision)
+            elif kind == "residual":
+                triton_kernels.residual(z, books, dither, None, None, seed, 1e-3, precision)
+            else:
+                z = meta(rows, 4 * dim, dtype=dtype)
+                triton_kernels.product(z, books, dither, None, seed, 1e-3, precision)
 
-    launch = launches_of(call, architecture)[-1]
-    assert launch.options["PRODUCT"] == product
-    kernel = compile_for(launch, architecture)
-    assert kernel.spilled == 0, (kernel.name, kernel.registers, kernel.spilled)
-    assert kernel.shared <= SHARED_LIMIT[architecture], (kernel.name, kernel.shared)
-    assert re.search(r"\b(mma|wgmma|tcgen05)\b", kernel.ptx), kernel.name
+        launches = [x for x in launches_of(call, architecture) if x.options.get("PRODUCT") == product]
+        assert launches, (product, rows)
+        check_fits(launches, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_compile_without_spills(architecture: int, dtype: torch.dtype) -> None:
+    """What follows a search, and the gradients, in every tile of theirs."""
+    tiled = {"diveq_kernel", "sf_diveq_kernel", "nearest_backward_kernel"}
+    tiled |= {"diveq_backward_kernel", "sf_diveq_backward_kernel", "composite_backward_kernel"}
+    for entry in table(architecture)["step"]:
+        dim = min(entry["max_dim"], 512)
+        z, books, seed = meta(FEW_ROWS, dim, dtype=dtype), meta(4, CODEWORDS, dim), meta(dtype=torch.int64)
+        weights, codes = meta(4, CODEWORDS - 1), meta(4, FEW_ROWS, dtype=torch.int32)
+
+        def call(z: Tensor = z, books: Tensor = books, seed: Tensor = seed) -> None:
+            steps(z, books[0], "fast")
+            triton_kernels.residual_backward(z, z, books, weights, codes, seed, 1e-3, True, True)
+
+        launches = [x for x in launches_of(call, architecture) if x.kernel.__name__ in tiled]
+        assert {x.kernel.__name__ for x in launches} == tiled
+        check_fits(launches, architecture)
 
 
 def test_instructions_per_distance() -> None:
     """The epilogue bounds small D, not the product: 4 instructions a distance on sm_90 at most."""
-    z, codebook = meta(ROWS, 64, dtype=torch.bfloat16), meta(CODEWORDS, 64)
-    launches = launches_of(lambda: triton_kernels.nearest(z, codebook, None, "fast"), 90)
-    count = instructions_per_pair(launches[-1], 90)
-    assert count is not None and count.per_pair <= 4.0, count
+    for rows, (precision, dtype, of_codebook) in (*HOW["bf16"], *HOW["fp16"]):
+        z, codebook = meta(rows, 64, dtype=dtype), meta(CODEWORDS, 64, dtype=of_codebook)
+        launches = launches_of(lambda z=z, c=codebook, p=precision: triton_kernels.nearest(z, c, None, p), 90)
+        counts = [instructions_per_pair(x, 90) for x in launches if x.kernel.__name__ == "scan_kernel"]
+        assert counts and counts[0] is not None and counts[0].per_pair <= 4.0, counts

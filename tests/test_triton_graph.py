@@ -14,20 +14,23 @@ from fake_cuda import fake_cuda, of_any_size, traced  # noqa: E402
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
 import diveq_kernels.functional as F  # noqa: E402, F401  (registers the operations)
-from diveq_kernels.triton_kernels import INTERPRETED  # noqa: E402
+from diveq_kernels.triton_kernels import INTERPRETED, search  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton interprets: nothing is compiled")
 
 CODEWORDS, DIM = 48, 8
+PACK, SEARCH = ["middle_kernel", "pack_kernel"], ["scan_kernel", "settle_kernel"]
 KERNELS = {
-    "nearest": (["pack_kernel", "nearest_kernel"], ["nearest_backward_kernel"]),
-    "project": (["curve_kernel", "project_kernel"], ["project_backward_kernel"]),
-    "diveq": (["pack_kernel", "diveq_kernel"], ["diveq_backward_kernel"]),
-    "sf_diveq": (["pack_kernel", "sf_diveq_kernel"], ["sf_diveq_backward_kernel"]),
-    "residual": (["pack_kernel", "composite_kernel"], ["composite_backward_kernel"]),
-    "product": (["pack_kernel", "composite_kernel"], ["composite_backward_kernel"]),
+    "nearest": ([*PACK, *SEARCH], ["nearest_backward_kernel"]),
+    "project": (["middle_kernel", "curve_kernel", "project_kernel"], ["project_backward_kernel"]),
+    "diveq": ([*PACK, *SEARCH, "diveq_kernel"], ["diveq_backward_kernel"]),
+    "sf_diveq": ([*PACK, *SEARCH, "sf_diveq_kernel"], ["sf_diveq_backward_kernel"]),
+    "residual": ([*PACK, "composite_kernel"], ["composite_backward_kernel"]),
+    "product": ([*PACK, "composite_kernel"], ["composite_backward_kernel"]),
 }
+SECOND_PASS = ["pack_kernel", *SEARCH]
 WRITTEN = {"z_q", "points", "sqdist", "indices", "counts", "position", "bias", "segments", "table"}
+WRITTEN |= {"centre", "typical", "scores", "tiles", "hidden", "squares", "left", "counters", "too_wide"}
 WRITTEN |= {"residuals", "grad_z", "grad_codebook", "grad_codebooks", "weights"}
 
 
@@ -143,6 +146,23 @@ def test_every_size_is_a_symbol(name: str, dtype: torch.dtype) -> None:
         rows, codewords = tensors[0].shape[0], tensors[2 + (name == "project")].shape[-2]
         for size in (rows, codewords):
             assert size.node.expr.is_symbol and size.node.expr not in mode.shape_env.replacements, size
+
+
+@pytest.mark.parametrize("name", ["nearest", "diveq", "sf_diveq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_passes_are_in_the_graph(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for rows enough for two passes; which they are is decided once for a graph."""
+    monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 0)
+    first = len(PACK + SEARCH)
+    with fake_cuda() as mode:
+        function, tensors = calls(name, mode, dtype, "")[0]
+        graph, results = traced(function, *tensors)
+        names, written = launched(graph)
+        assert names == [*KERNELS[name][0][:first], *SECOND_PASS, *KERNELS[name][0][first:]] and not opaque(graph)
+        assert {"left", "counters", "indices"} <= written <= WRITTEN, written - WRITTEN
+        for found, fake in zip(results, function(*tensors), strict=True):
+            assert (found.dtype, found.device, found.stride()) == (fake.dtype, fake.device, fake.stride())
+        assert not mode.shape_env.replacements, mode.shape_env.replacements
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -24,6 +24,7 @@ from diveq_kernels.triton_kernels.rows import load_points, row_starts
 from diveq_kernels.triton_kernels.scan import bounds
 
 _LOOKS = tl.constexpr(3)  # groups that a first pass measures for a row; one with more is left to the second
+_LEFT = tl.constexpr(-2)  # the index of such a row until then
 
 
 @triton.jit
@@ -225,11 +226,17 @@ def settle_kernel(
         codebook, code_stride, code_step, dither, bias, typical, real,
         PRODUCT, EXACT, KAPPA, FIRST, D, PADDED_D, BLOCK_N, GROUPS,
     )  # fmt: skip
+    found = tl.where(live, index, -1)
     if FIRST:
         undecided = (undecided | (tl.load(counters + 1) != 0)) & live
-        slot = tl.atomic_add(counters + tl.zeros_like(index), 1, mask=undecided, sem="relaxed")
+        found = tl.where(undecided, _LEFT, found)
+    tl.store(indices + n, found, mask=inside)
+    if FIRST:
+        # Read back because of ``torch.compile``, as in count_uses: else it would take z and the codebook for written.
+        tl.debug_barrier()
+        undecided = tl.load(indices + n, mask=inside, other=0) == _LEFT
+        slot = tl.atomic_add(counters + tl.zeros((BLOCK_N,), tl.int32), 1, mask=undecided, sem="relaxed")
         tl.store(left + slot, n.to(tl.int32), mask=undecided)
         inside = inside & (undecided == 0)
-    tl.store(indices + n, tl.where(live, index, -1), mask=inside)
     if sqdist is not None:
         tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)
