@@ -72,17 +72,9 @@ def in_graph() -> Iterator[None]:
         _in_graph.reset(token)
 
 
-def _number(value: Any) -> Any:
-    """A constant of a kernel as a number: a graph that has a symbol for it holds for its present value only."""
-    if isinstance(value, torch.SymFloat):
-        return float(value)
-    return int(value) if isinstance(value, torch.SymInt) else value
-
-
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
-    """Run a kernel on the current stream of the device that holds its tensors; its constants are ``options``."""
+    """Run a kernel on the current stream of the device that holds its tensors."""
     if _in_graph.get():  # what runs the graph sees to device and stream
-        options = {name: _number(value) for name, value in options.items()}
         torch.library.wrap_triton(kernel)[grid](*arguments, **options)
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
