@@ -15,6 +15,7 @@ import torch
 from diveq_kernels import backends, reference
 
 _SEED = "DIVEQ_TEST_SEED"
+_TWO_PASSES = "DIVEQ_TEST_TWO_PASSES"  # 1: Triton searches in two passes, as few as the rows may be
 # One seed per run. Set in the environment before xdist starts its workers, so that they inherit it.
 os.environ.setdefault(_SEED, str(secrets.randbits(32)))
 
@@ -57,6 +58,13 @@ def generator(rng_seed: int) -> torch.Generator:
 @pytest.fixture(autouse=True)
 def _seed_torch(rng_seed: int) -> None:
     torch.manual_seed(rng_seed)
+
+
+@pytest.fixture(autouse=os.environ.get(_TWO_PASSES, "0") not in ("", "0"))
+def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton search leaves rows to a second pass, whatever their number."""
+    search = pytest.importorskip("diveq_kernels.triton_kernels.search", reason="needs Triton")
+    monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 0)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from diveq_kernels.triton_kernels import INTERPRETED, nearest, search  # noqa: E402
+from diveq_kernels.triton_kernels import INTERPRETED, nearest, scan, search  # noqa: E402
+from diveq_kernels.triton_kernels.middle import middle  # noqa: E402
 from diveq_kernels.triton_kernels.product import error_bound  # noqa: E402
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (TRITON_INTERPRET=1)")
@@ -78,26 +79,80 @@ def test_products_keep_their_bound(product: str, data: str, step: int) -> None:
         assert float(lost.max()) > error_bound(product, dim, dim)  # one product alone would be seen
 
 
+def fp16_scale(length: Tensor) -> Tensor:
+    """The power of two that brings lengths to [1, 2)."""
+    return 2.0 ** (1 - torch.frexp(length.double()).exponent).double()
+
+
+def fp16_bounds(x: Tensor, c: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """(error of −2 x·c in fp16, what scan.py allows for it) beside a middling codeword of length 1."""
+    length = x.norm(dim=1)
+    scaled = length.clamp_min(2.0**-40)
+    scale = fp16_scale(scaled)
+    rows, codewords = (x * scale[:, None]).half(), (-2 * c).half()
+    assert rows.isfinite().all() and codewords.isfinite().all()
+    along = accumulate(torch.zeros(len(x), dtype=torch.float64), rows.double(), codewords.double(), 16)
+    error = (along / scale + 2 * (x * c).sum(1)).abs()
+    kappa, s = error_bound("fp16", dim, dim), length.clamp(2.0**-8, 2.0**8)
+    return error, kappa * (length**2 / s + s * c.norm(dim=1) ** 2) + dim**0.5 * 2.0**-22 * scaled
+
+
+@pytest.mark.parametrize("data", ["plain", "one sign", "all cut", "growing"])
+@pytest.mark.parametrize("of_x", [2.0**-60, 1e-12, 1e-9, 1e-5, 1.0, 1e6, 1e12])
+def test_fp16_keeps_its_bound(data: str, of_x: float) -> None:
+    """Rows of any length, and codewords far shorter and far longer than the middling one."""
+    for dim in (16, 64, 256):
+        x, c = (each[:200].double() for each in pairs(data, dim))
+        if data == "all cut":  # for fp16: halfway between two numbers, always
+            x, c = (torch.full_like(each, 1 + 2.0**-11) for each in (x, c))
+        else:
+            x, c = (each / each.norm(dim=1, keepdim=True) for each in (x, c))
+        for of_c in (2.0**-30, 2.0**-20, 2.0**-12, 1.0, 2.0**10):
+            error, allowed = fp16_bounds(of_x * x, of_c * c, dim)
+            assert (error <= allowed).all(), (dim, of_c, float((error / allowed).max()))
+
+
+def test_fp16_needs_its_bound() -> None:
+    """All that is lost in one direction comes near to it; and subnormal numbers need the part of theirs."""
+    x = torch.full((1, 64), (1 + 2.0**-11 * 0.999) / 8, dtype=torch.float64)
+    error, allowed = fp16_bounds(x, x, 64)
+    assert float(error / allowed) > 0.8
+    tiny = torch.full((1, 64), 1.499 * 2.0**-25, dtype=torch.float64)  # to 2⁻²⁴, once doubled
+    error, allowed = fp16_bounds(x, tiny, 64)
+    kappa = error_bound("fp16", 64, 64)
+    assert float(error) > 2 * kappa * float(x.norm() * tiny.norm())
+    assert float(error) <= float(allowed)
+
+
 # ---- the search with products in error -----------------------------------------------------------------------------
 
 
-def crowded(rows: int, codewords: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Rows near clusters of codewords that differ by about as much as the bound, the members of a cluster far apart."""
+def crowded(rows: int, codewords: int, dim: int, apart: float) -> tuple[Tensor, Tensor]:
+    """Rows near clusters of codewords, the members of a cluster far from each other in the codebook.
+
+    ``apart`` is about how much the members differ: as much as the bound, for products to mislead.
+    """
     gen = generator()
     centres = torch.randn(5, dim, generator=gen)
     codebook = centres[torch.randint(0, 5, (codewords,), generator=gen)]
-    codebook = codebook + 1e-3 * torch.randn(codewords, dim, generator=gen)
+    codebook = codebook + apart * torch.randn(codewords, dim, generator=gen)
     return centres[torch.randint(0, 5, (rows,), generator=gen)] + 0.05 * torch.randn(rows, dim, generator=gen), codebook
 
 
-def moved_products(z: Tensor, codebook: Tensor, kappa: float) -> Any:
+def moved_products(z: Tensor, codebook: Tensor) -> Any:
     """``multiply`` with the worst error: κ‖z‖‖c‖ up for each row's nearest codeword, and down for all others."""
-    original = search.multiply
+    original = scan.multiply
+    centre, typical = (x[0].double() for x in middle(codebook[None], codebook.shape[1]))
+    dim = codebook.shape[1]
 
     def multiply(high: Any, low: Any, points: Any, part: Any, j: Any, first: Any, along: Any, *shape: Any) -> Any:
+        product, _, width = map(getattr, shape, 3 * ["value"]) if hasattr(shape[0], "value") else shape
         exact = original(high, low, points, part, j, first, along, *shape)
         parts = [torch.from_numpy(np.array(x.handle.data)).double() for x in (high, low)]
-        x = sum(parts)
+        x, scale = sum(parts), 1.0
+        if product == "fp16":  # rows at scales of their own; all of them are in the one tile
+            assert len(x := torch.nn.functional.pad(z.double() - centre, (0, x.shape[1] - dim, 0, len(x) - len(z))))
+            scale = fp16_scale(x.norm(dim=1).clamp_min(1e-30))[:, None] * fp16_scale(typical)
         wanted = torch.from_numpy(np.array(j.handle.data)).long()
         centred = codebook.double() - centre
         there = wanted < len(centred)
@@ -105,13 +160,11 @@ def moved_products(z: Tensor, codebook: Tensor, kappa: float) -> Any:
         c = torch.nn.functional.pad(c, (0, x.shape[1] - c.shape[1]))
         nearest_c = torch.cdist(x, torch.nn.functional.pad(centred, (0, x.shape[1] - centred.shape[1]))).argmin(1)
         sign = torch.where(wanted[None] == nearest_c[:, None], 1.0, -1.0)
-        error = 2 * kappa * x.norm(dim=1)[:, None] * c.norm(dim=1)[None] * sign
+        kappa = error_bound(product, dim, width)
+        error = 2 * kappa * x.norm(dim=1)[:, None] * c.norm(dim=1)[None] * sign * scale
         exact.handle.data = exact.handle.data + error.float().numpy()
         return exact
 
-    from diveq_kernels.triton_kernels.pack import middle
-
-    centre = middle(codebook[None], codebook.shape[1])[0][0].double()
     return multiply
 
 
@@ -125,15 +178,14 @@ def excess(z: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
 
 @interpreted
 @pytest.mark.parametrize("target", ["triton-cpu"])
+@pytest.mark.parametrize(("passes", "apart"), [(1, 1e-3), (2, 1e-3), (2, 0.03)])
 @pytest.mark.parametrize("shape", [(70, 300, 16), (40, 70, 50)], ids=str)
 def test_products_in_error_cost_no_index(
-    shape: tuple[int, int, int], target: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], passes: int, apart: float, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, codewords, dim = shape
-    z, codebook = crowded(rows, codewords, dim)
-    width = 16 if dim <= 16 else 64
-    kappa = error_bound("bf16x3", dim, width)
-    monkeypatch.setattr(search, "multiply", moved_products(z, codebook, kappa))
+    z, codebook = crowded(*shape, apart)
+    monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 0 if passes == 2 else 1 << 16)
+    monkeypatch.setattr(scan, "multiply", moved_products(z, codebook))
     found = nearest(z, codebook, None, "exact")[1]
     assert float(excess(z, codebook, found).max()) <= 4.0
     # So much error does mislead a search that does not allow for it.
