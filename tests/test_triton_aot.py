@@ -92,8 +92,10 @@ def call_everything(
 
 
 def check_fits(launches: list[Launch], architecture: int) -> list[Compiled]:
-    """Each as compiled: without spills (settle_kernel's have a test of their own), within shared memory, on tensor
-    cores if it searches."""
+    """Each as compiled: without spills, within shared memory, on tensor cores if it searches.
+
+    What settle_kernel spills has a test of its own.
+    """
     different = {(x.kernel.__name__, str(x.arguments), str(x.options)): x for x in launches}
     kernels = [compile_for(launch, architecture) for launch in different.values()]
     for kernel in kernels:
