@@ -32,10 +32,9 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     launches = launches_of(lambda: call_everything(options.dim, options.precision, dtype), options.architecture)
     launches += launches_of_projection(options.dim, options.precision, dtype, options.architecture)
-    for launch in launches:
-        count = instructions_per_pair(launch, options.architecture)
-        if count is not None:
-            print(count)
+    counts = (instructions_per_pair(launch, options.architecture) for launch in launches)
+    for line in dict.fromkeys(map(str, filter(None, counts))):  # several operations begin with the same search
+        print(line)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from diveq_kernels import triton_kernels
 from diveq_kernels.benchmark.cases import Case, Inputs
 from diveq_kernels.triton_kernels.launch import forced
+from diveq_kernels.triton_kernels.search import ROWS_FOR_TWO_PASSES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -31,6 +32,7 @@ STAGES = 8
 _ROWS, _CODEWORDS, _STAGE_CODEWORDS = 1 << 17, 8187, 1019  # no whole number of any tile
 _ELEMENTS = 1 << 25  # of z at most
 _HOW = {
+    "fp16": ("exact", "float32"),  # the first of two passes; of fewer rows, all are bf16x3's
     "bf16x3": ("exact", "float32"),
     "tf32x3": ("exact", "float32"),
     "bf16x2": ("exact", "bfloat16"),
@@ -50,6 +52,7 @@ class Family(NamedTuple):
         precision: "exact" or "fast".
         dtype: Of z and the codebook.
         deterministic: Whether the kernels run only under deterministic algorithms.
+        passes: Of a search: 1 or 2 decides how many rows there are, 0 leaves it open.
     """
 
     operations: tuple[str, ...]
@@ -57,13 +60,18 @@ class Family(NamedTuple):
     precision: str = "exact"
     dtype: str = "float32"
     deterministic: bool = False
+    passes: int = 0
 
 
 _OTHERS = {
     "pack": Family(("search", "residual"), ("pack_kernel",)),
-    "backward": Family(
+    "settle": Family(("search", "train", "sf_train"), ("settle_kernel",)),
+    "step": Family(
         ("train", "sf_train", "residual"),
-        ("diveq_backward_kernel", "sf_diveq_backward_kernel", "composite_backward_kernel", "nearest_backward_kernel"),
+        (
+            "diveq_kernel", "sf_diveq_kernel", "diveq_backward_kernel", "sf_diveq_backward_kernel",
+            "composite_backward_kernel", "nearest_backward_kernel",
+        ),  # fmt: skip
     ),
     "segments": Family(("train", "sf_train"), ("segment_kernel",), deterministic=True),
     "curve": Family(("project",), ("curve_kernel",)),
@@ -82,11 +90,13 @@ def family(name: str) -> Family:
         return _OTHERS[name]
     kind, _, product = name.partition("_")
     if product in _HOW and kind == "search":
-        kernels = ("nearest_kernel", "diveq_kernel", "sf_diveq_kernel")
-        return Family(("search", "train", "sf_train"), kernels, *_HOW[product])
-    if product in _HOW and kind in ("residual", "product"):
+        passes = {"fp16": 2, "bf16": 0}.get(product, 1)
+        # Of bf16 rows only dithered codewords are searched exactly with bf16x2: those of the cases are bf16 too.
+        operations = ("sf_train",) if product == "bf16x2" else ("search", "train", "sf_train")
+        return Family(operations, ("scan_kernel",), *_HOW[product], passes=passes)
+    if product in _HOW and product != "fp16" and kind in ("residual", "product"):
         return Family((kind,), ("composite_kernel",), *_HOW[product])
-    if product in _HOW and kind == "project":
+    if product in _HOW and product != "fp16" and kind == "project":
         return Family((kind,), ("project_kernel",), *_HOW[product])
     raise ValueError(f"families must be keys of the tables that can be tuned, got {name!r}")
 
@@ -134,7 +144,7 @@ def _allowed(name: str, max_dim: int, tiles: Tiles, table: Table) -> bool:
     widest = max(16, 1 << (min(max_dim, 512) - 1).bit_length())
     multiplies = name in searches or name in projections
     limits = {
-        "BLOCK_N": (16 if multiplies else 4, 256),
+        "BLOCK_N": (16 if multiplies else 4, 64 if name == "settle" else 256),
         "BLOCK_K": ((32 if name in searches else 16) if multiplies else 8, 256),
         "BLOCK_D": (16, widest),
         "num_warps": (4 if multiplies else 1, 8),
@@ -178,13 +188,18 @@ def candidates(part: Part, table: Table) -> list[Tiles]:
 # ---- what they run in ------------------------------------------------------------------------------------------------
 
 
-def case_of(operation: str, dim: int, dtype: str) -> Case:
+def case_of(about: Family, operation: str, dim: int) -> Case:
     """A case large enough to fill a GPU; ``dim`` is that of a group for a product."""
     stacked = operation in ("residual", "product")
     width = dim * STAGES if operation == "product" else dim
-    rows = min(_ROWS, _ELEMENTS // width) - 48  # a multiple of 16, as the compiler likes to see, and of no tile
+    rows = min(_ROWS, _ELEMENTS // width)
+    if about.passes == 2:
+        rows = max(rows, ROWS_FOR_TWO_PASSES + 48)
+    elif about.passes == 1:
+        rows = min(rows, ROWS_FOR_TWO_PASSES)
+    rows -= 48  # a multiple of 16, as the compiler likes to see, and of no tile
     codewords, parts = (_STAGE_CODEWORDS, STAGES) if stacked else (_CODEWORDS, 1)
-    return Case("project" if operation == "project_train" else operation, rows, codewords, width, dtype, parts)
+    return Case("project" if operation == "project_train" else operation, rows, codewords, width, about.dtype, parts)
 
 
 def _call(operation: str, case: Case, inputs: Inputs, precision: str) -> None:
@@ -235,7 +250,7 @@ def launches(
 ) -> list[Launch]:
     """Everything that an operation would launch with these tiles, recorded; on meta tensors without inputs."""
     about = family(name)
-    case = case_of(operation, dim, about.dtype)
+    case = case_of(about, operation, dim)
     inputs = inputs or _described(case)
     with forced(name, tiles), algorithms(about.deterministic):
         return launches_of(lambda: _call(operation, case, inputs, about.precision), architecture)

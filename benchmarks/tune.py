@@ -40,7 +40,7 @@ from diveq_kernels.triton_kernels import launch
 
 SPILLS, TOO_LARGE, NO_COMPILE = "spills", "too much shared memory", "does not compile"
 ABOUT = "tiles of the Triton kernels"
-_FIRST = ("nearest_kernel", "project_kernel", "composite_kernel")  # most of the time of most users is theirs
+_FIRST = ("scan_kernel", "project_kernel", "composite_kernel")  # most of the time of most users is theirs
 _WORTH = 0.01  # of the time: what is gained by less is left as it is
 Record = dict[str, Any]
 
@@ -116,7 +116,7 @@ class Bench:
 
     def judge_of(self, operation: str, dim: int) -> Judge:
         if (operation, dim) not in self.judges:
-            case = tiles.case_of(operation, dim, self.about.dtype)
+            case = tiles.case_of(self.about, operation, dim)
             self.judges[operation, dim] = Judge(case, make_inputs(case, self.device))
         return self.judges[operation, dim]
 
@@ -288,7 +288,7 @@ class Tuning:
         for record, times in zip(ready, bench.times([r["tiles"] for r in ready], self.options.seconds), strict=True):
             record |= {"status": MEASURED, "times": {dim: each._asdict() for dim, each in times.items()}}
         chosen = self.settle(records, bench)
-        cases = [tiles.case_of(bench.about.operations[0], dim, bench.about.dtype)._asdict() for dim in part.dims]
+        cases = [tiles.case_of(bench.about, bench.about.operations[0], dim)._asdict() for dim in part.dims]
         about = {"part": str(part), "family": part.family, "max_dim": part.max_dim, "cases": cases}
         return about | {"timed": bench.about.kernels[0], "chosen": chosen, "candidates": records}
 

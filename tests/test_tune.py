@@ -303,6 +303,23 @@ def test_every_entry_has_candidates_that_can_run(path: Path) -> None:
                         assert all(e["BLOCK_K"] % after[packer][0]["BLOCK_K"] == 0 for e in after[user]), (part, these)
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("sm_*.json")), ids=lambda path: path.stem)
+def test_what_is_timed_has_the_tiles_tried(path: Path) -> None:
+    """The first launch of a family's first kernel, at every D: in a search of one pass or of two, as it is used."""
+    table, architecture = json.loads(path.read_text(encoding="utf-8")), int(path.stem[3:])
+    for name in filter(tiles.can_be_tuned, table):
+        about = tiles.family(name)
+        for part in tiles.parts_of(name, table[name]):
+            these = tiles.candidates(part, table)[0]
+            for dim in part.compiled_dims:
+                found = [tiles.launches(name, each, dim, these, architecture) for each in about.operations]
+                timed = next(one for one in found[0] if one.kernel.__name__ == about.kernels[0])
+                assert these.items() <= timed.options.items(), (part, dim)
+                if name.startswith("search_"):
+                    assert timed.options["PRODUCT"] == name.removeprefix("search_"), (part, dim)
+                assert {one.kernel.__name__ for each in found for one in each} >= set(about.kernels), (part, dim)
+
+
 def test_tiles_are_forced_for_their_family_alone() -> None:
     device = torch.device("cpu")
     before = launch.configuration("step", 64, device)
@@ -312,7 +329,10 @@ def test_tiles_are_forced_for_their_family_alone() -> None:
     assert launch.configuration("search_bf16", 64, device) != {"BLOCK_N": 7}
 
 
-@pytest.mark.parametrize(("name", "operation"), [("backward", "train"), ("product_bf16", "product")])
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [("step", "train"), ("settle", "search"), ("search_fp16", "search"), ("product_bf16", "product")],
+)
 def test_a_gpu_finds_in_the_cache_what_is_compiled_ahead(name: str, operation: str) -> None:
     """Compiling in many processes would else be for nothing: the launches of a session would compile it all again."""
     mocked = lambda x: MockTensor(x.dtype, list(x.shape)) if isinstance(x, torch.Tensor) else x  # noqa: E731

@@ -56,4 +56,5 @@ def instructions_per_pair(launch: Launch, architecture: int) -> Count | None:
     tile = launch.options
     pairs = tile["BLOCK_N"] * tile["BLOCK_K"] / (32 * tile["num_warps"])
     chunks = -(-tile["PADDED_D"] // tile["BLOCK_D"])
-    return Count(kernel.name, len(found[0]), chunks, len(found[0]) / pairs, kernel.registers)
+    name = f"{kernel.name}, {tile['PRODUCT']}"
+    return Count(name, len(found[0]), chunks, len(found[0]) / pairs, kernel.registers)

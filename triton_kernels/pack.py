@@ -126,6 +126,8 @@ def pack(
     padded_count = triton.cdiv(count, tiles["BLOCK_K"]) * tiles["BLOCK_K"]
     parts = 2 if product in ("bf16x3", "bf16x2") else 1
     dither = None if dither is None else dither.contiguous()
+    if around is not None and around[0].shape[-1] < padded_dim:  # another product's tiles pad less
+        around = (torch.nn.functional.pad(around[0], (0, padded_dim - around[0].shape[-1])), around[1])
     packed = Packed(
         torch.empty((stages, parts, padded_count, padded_dim), dtype=dtype_of(product), device=device),
         torch.empty((stages, padded_count), dtype=torch.float32, device=device),

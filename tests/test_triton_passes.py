@@ -1,0 +1,137 @@
+"""The Triton search's two passes: which rows the first leaves, and that the second finds theirs. By the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import generator
+from oracle import sqdist
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from diveq_kernels.triton_kernels import INTERPRETED, search  # noqa: E402
+from diveq_kernels.triton_kernels.launch import forced  # noqa: E402
+from diveq_kernels.triton_kernels.middle import middle  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (TRITON_INTERPRET=1)"),
+    pytest.mark.parametrize("target", ["triton-cpu"]),
+]
+TILE = {"BLOCK_N": 16, "BLOCK_K": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """The rows that each search leaves to its second pass. Everything is in two passes, and memory begins as junk."""
+    found: list[set[int]] = []
+    launch, empty = search.launch, torch.empty
+
+    def junk(*shape: Any, **keywords: Any) -> Tensor:
+        return empty(*shape, **keywords).fill_(17 if keywords["dtype"] == torch.int32 else float("nan"))
+
+    def watched(kernel: Any, grid: Any, device: Any, *arguments: Any, **options: Any) -> None:
+        launch(kernel, grid, device, *arguments, **options)
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        if kernel is search.scan_kernel and named["left"] is not None:  # no more than those left are scanned
+            assert named["squares"][int(named["counters"][0]) :].isnan().all()
+        if kernel is search.settle_kernel and options["FIRST"]:
+            number = int(named["counters"][0])
+            rows = named["left"][:number].tolist()
+            assert len(set(rows)) == number and all(0 <= row < named["rows"] for row in rows)
+            found.append(set(rows))
+
+    monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 0)
+    monkeypatch.setattr(search, "launch", watched)
+    monkeypatch.setattr(search.torch, "empty", junk)
+    return found
+
+
+def find(z: Tensor, codebook: Tensor, mask: Tensor | None = None, dither: Tensor | None = None) -> Tensor:
+    distances = torch.full(z.shape[:-1], 7.0)
+    with forced("search_bf16x3", TILE):  # tiles that the few rows left fill in part
+        found = search.find(z, codebook, dither, mask, "exact", distances)
+    if dither is not None:
+        codebook = torch.lerp(codebook[:-1], codebook[1:], dither[:, None])
+    expected = sqdist(z, codebook)
+    kept = torch.ones(len(z), dtype=torch.bool) if mask is None else mask
+    assert torch.equal(found[kept].long(), expected.argmin(1)[kept])
+    torch.testing.assert_close(distances[kept].double(), expected.amin(1)[kept], rtol=1e-5, atol=1e-9)
+    assert (found[~kept] == -1).all() and (distances[~kept] == 0).all()
+    return found
+
+
+def clusters(rows: int, dim: int = 12) -> tuple[Tensor, Tensor]:
+    """Rows each beside a codeword of its own, all far from each other."""
+    gen = generator()
+    codebook = 8 * torch.randn(96, dim, generator=gen)
+    return codebook[torch.randint(96, (rows,), generator=gen)] + 0.01 * torch.randn(rows, dim, generator=gen), codebook
+
+
+def test_no_row_is_left_where_none_is_open(left: list[set[int]], target: str) -> None:
+    find(*clusters(150))
+    assert left == [set()]
+
+
+def test_rows_with_many_equal_groups_are_left(left: list[set[int]], target: str) -> None:
+    """Five copies in five groups are more than a first pass looks at; of the copies the first is chosen."""
+    z, codebook = clusters(150)
+    codebook[[6, 21, 36, 51]] = codebook[3].clone()  # of one tile, so that none hides another
+    open_rows = torch.arange(150) % 13 == 5
+    z[open_rows] = codebook[3] + 0.01
+    found = find(z, codebook)
+    assert left[0] >= set(open_rows.nonzero()[:, 0].tolist()) and len(left[0]) < 50
+    assert (found[open_rows] == 3).all()
+
+
+def test_rows_whose_nearest_may_be_hidden_are_left(left: list[set[int]], target: str) -> None:
+    """One group's place in two tiles: but one of them is kept."""
+    z, codebook = clusters(150)
+    codebook = torch.cat([codebook, codebook + 3.0, codebook - 3.0])
+    codebook[256 + 6] = codebook[6].clone()  # the same place, whatever the tile: 64 or 128 apart
+    z[::20] = codebook[6] + 0.01
+    found = find(z, codebook)
+    assert left[0] >= set(range(0, 150, 20)) and len(left[0]) < 100
+    assert (found[::20] == 6).all()
+
+
+@pytest.mark.parametrize("outlier", [3e4, 1e8, 1e15])
+def test_all_rows_are_left_where_a_codeword_does_not_fit(outlier: float, left: list[set[int]], target: str) -> None:
+    z, codebook = clusters(40)
+    codebook[17] = outlier * codebook[17].norm()
+    mask = torch.arange(40) % 3 != 0
+    z[~mask] = float("nan")
+    z[mask & (z - codebook[17]).norm(dim=1).lt(1)] = 0.0
+    find(z, codebook, mask)
+    assert left[0] == set(mask.nonzero()[:, 0].tolist())
+
+
+def test_rows_of_any_length_about_the_centre(left: list[set[int]], target: str) -> None:
+    """In fp16 each has a scale of its own; one that is the centre itself has none."""
+    gen = generator()
+    codebook = torch.randn(300, 12, generator=gen)
+    codebook[3] = 0.0  # near the middle
+    centre = middle(codebook[None], 16)[0][0, :12]
+    z = centre + torch.randn(120, 12, generator=gen) * torch.logspace(-7, 3, 120)[:, None]
+    z[7] = centre
+    find(z, codebook)
+    assert len(left[0]) < 60
+
+
+def test_dithered_codewords_and_strided_rows(left: list[set[int]], target: str) -> None:
+    gen = generator()
+    z, codebook = torch.randn(20, 150, generator=gen).T, torch.randn(300, 20, generator=gen)
+    find(z, codebook, torch.arange(150) % 4 != 1, torch.rand(299, generator=gen))
+
+
+def test_a_second_pass_with_wider_tiles_of_the_row(left: list[set[int]], target: str) -> None:
+    """Columns past those that the first pass has padded to."""
+    gen = generator()
+    z, codebook = torch.randn(60, 20, generator=gen), torch.randn(300, 20, generator=gen)
+    codebook[40] = 1e9  # all rows to the second
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TILE, "BLOCK_D", 64)
+        find(z, codebook)
+    assert len(left[0]) == 60
