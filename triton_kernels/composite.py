@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels.triton_kernels.exhaust import exhaust_rows
 from diveq_kernels.triton_kernels.launch import launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.parts import load_composite
@@ -102,11 +103,16 @@ def composite_kernel(
                 PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             GROUPS: tl.constexpr = BLOCK_K // 8
-            j, _, _ = settle(
+            j, _, undecided = settle(
                 tl.reshape(best, (BLOCK_N, GROUPS)), tl.reshape(where, (BLOCK_N, GROUPS)), least_hidden, squares, live,
                 source, source_starts, source_step, book, code_stride, code_step, weights, of_bias, typical + s,
-                codewords, PRODUCT, EXACT, KAPPA, False, D, PADDED_D, BLOCK_N, GROUPS,
+                codewords, PRODUCT, EXACT, KAPPA, 0, D, PADDED_D, BLOCK_N, GROUPS,
             )  # fmt: skip
+            if EXACT:
+                j = exhaust_rows(
+                    undecided, j, source, source_starts, source_step, book, code_stride, code_step, weights, of_bias,
+                    codewords, D, PADDED_D, BLOCK_N,
+                )  # fmt: skip
             tl.store(indices + s * rows + n, tl.where(live, j, -1), mask=inside)
             count_uses(counts + s * codewords, indices + s * rows + n, live)
             if GROUP == 0:

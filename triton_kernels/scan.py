@@ -163,20 +163,20 @@ def scan(
 @triton.jit
 def scan_kernel(
     z, inner, outer_stride, inner_stride, step, rows, mask, points, bias, centre, typical, count,
-    left, counters, scores, tiles, hidden, squares,
+    taken, taken_count, scores, tiles, hidden, squares,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``scan`` of BLOCK_N rows, or of those ``left``, ``counters[0]`` in number, by an earlier pass."""
+    """``scan`` of BLOCK_N rows; if ``taken`` is there, of those that it lists."""
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if left is not None:
-        rows = tl.load(counters)
+    if taken is not None:
+        rows = tl.load(taken_count)
         if tl.program_id(0) * BLOCK_N >= rows:
             return
     inside = at < rows
     n = at
-    if left is not None:
-        n = tl.load(left + at, mask=inside, other=0).to(tl.int64)
+    if taken is not None:
+        n = tl.load(taken + at, mask=inside, other=0)
     live = inside
     if mask is not None:
         live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)

@@ -3,6 +3,7 @@
 1. pack.py: the codebook as the scan reads it.
 2. scan.py: the best few groups of codewords of every row, by tensor cores.
 3. settle.py: the codewords of these groups measured in fp32, all that may be the nearest.
+4. exhaust.py: all codewords measured for the rows that this cannot decide.
 
 **Two passes.** An exact search must know the products to fp32's precision, or know which rows that matters for. Three
 bf16 products tell nearly all rows' codewords apart; one product in fp16, a third of the work, all but a few per cent of
@@ -12,12 +13,15 @@ is the three bf16 products again; how many there are only the GPU knows. It cost
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels.triton_kernels.exhaust import PROGRAMS, WARPS, exhaust_kernel
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
 from diveq_kernels.triton_kernels.pack import Packed, pack
 from diveq_kernels.triton_kernels.product import error_bound, product_for
@@ -26,7 +30,18 @@ from diveq_kernels.triton_kernels.scan import scan_kernel
 from diveq_kernels.triton_kernels.settle import settle_kernel
 
 ROWS_FOR_TWO_PASSES = 1 << 16  # the second has few rows, but takes as long as one tile does
+_LOOKS = 3  # groups that a first pass measures for a row; one with more is left to the second
 _OF_SETTLE = ("PRODUCT", "EXACT", "KAPPA", "D", "PADDED_D")
+
+
+class _Listed(NamedTuple):
+    """Rows that a kernel takes or leaves: their numbers int64 [N], and how many there are int32 [1]."""
+
+    rows: Tensor | None
+    count: Tensor | None
+
+
+_ALL = _Listed(None, None)
 
 
 class Search:
@@ -94,7 +109,7 @@ def find(
 
     real = codebook.shape[0] - int(dither is not None)
 
-    def decide(search: Search, left: Tensor | None, counters: Tensor | None, first: bool) -> None:
+    def decide(search: Search, taken: _Listed, left: _Listed, most: int, too_wide: Tensor | None = None) -> None:
         groups, options = search.tiles["BLOCK_K"] // 8, search.options
         points, bias, centre, typical, count = search.arguments
         scores, tiles = (torch.empty((rows, groups), dtype=t, device=z.device) for t in (torch.float32, torch.int32))
@@ -102,27 +117,43 @@ def find(
         launch(
             scan_kernel, search.grid(rows), z.device,
             *rows_of(z), rows, mask, points, bias, centre, typical, count,
-            None if first else left, counters, scores, tiles, hidden, squares, **options,
+            *taken, scores, tiles, hidden, squares, **options,
         )  # fmt: skip
         tile = configuration("settle", options["D"], z.device)
         launch(
             settle_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
             scores, tiles, hidden, squares, *rows_of(z), rows, mask,
-            codebook, *codebook.stride(), dither, bias, typical, real, left, counters, indices, sqdist,
-            FIRST=first, GROUPS=groups, **{name: options[name] for name in _OF_SETTLE}, **tile,
+            codebook, *codebook.stride(), dither, bias, typical, real, *taken, *left, too_wide, indices, sqdist,
+            MOST=most, GROUPS=groups, **{name: options[name] for name in _OF_SETTLE}, **tile,
+        )  # fmt: skip
+
+    def exhaust(search: Search, taken: _Listed) -> None:
+        launch(
+            exhaust_kernel, (torch.sym_min(rows, PROGRAMS),), z.device,
+            *rows_of(z), codebook, *codebook.stride(), dither, search.packed.bias, real, *taken, indices, sqdist,
+            D=search.options["D"], PADDED_D=search.options["PADDED_D"], LANES=32 * WARPS, num_warps=WARPS,
         )  # fmt: skip
 
     books, weights = codebook[None], None if dither is None else dither[None]
     product = product_for(z.dtype, precision, torch.float32 if dither is not None else codebook.dtype)
-    if product not in ("bf16", "ieee") and ROWS_FOR_TWO_PASSES <= rows < 2**31:
-        counters = torch.zeros(2, dtype=torch.int32, device=z.device)
-        left = torch.empty(rows, dtype=torch.int32, device=z.device)
-        coarse = Search("fp16", books, weights, "exact", too_wide=counters[1:])
-        decide(coarse, left, counters, True)
+    in_two_passes = product not in ("bf16", "ieee") and rows >= ROWS_FOR_TWO_PASSES
+    if precision == "fast" and not in_two_passes:
+        decide(Search(product, books, weights, precision), _ALL, _ALL, 0)
+        return indices
+    counters = torch.zeros(3, dtype=torch.int32, device=z.device)
+    open_rows, hard_rows = (
+        _Listed(torch.empty(rows, dtype=torch.int64, device=z.device), counters[i:]) for i in range(2)
+    )
+    if in_two_passes:
+        coarse = Search("fp16", books, weights, "exact", too_wide=counters[2:])
+        decide(coarse, _ALL, open_rows, _LOOKS, counters[2:])
         around = (coarse.packed.centre, coarse.packed.typical)
-        decide(Search("bf16x3", books, weights, "exact", around=around), left, counters, False)
+        search = Search("bf16x3", books, weights, "exact", around=around)
+        decide(search, open_rows, hard_rows, 0)
     else:
-        decide(Search(product, books, weights, precision), None, None, False)
+        search = Search(product, books, weights, precision)
+        decide(search, _ALL, hard_rows, 0)
+    exhaust(search, hard_rows)
     return indices
 
 

@@ -7,8 +7,8 @@ taken in order of their score, until no row has one within its limit; each group
 rows that are done are masked: they cost instructions, no traffic.
 
 A group can hide another in the same place of another tile. The lowest score hidden is kept, and a row for which it is
-within the bound is measured against the whole codebook, or left to a second pass. Data far from 0, clusters far apart
-and diverged codewords thus make rows slower, not wrong.
+within the bound is left to a second pass, and what that leaves to exhaust.py. Data far from 0, clusters far apart and
+diverged codewords thus make rows slower, not wrong.
 
 What this waits for are loads that nothing foretells: many at a time, and the row in the shape of its codewords, since
 one in a shape of its own would go through shared memory at every step. Inside of the scan it would wait with few warps;
@@ -20,15 +20,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diveq_kernels.triton_kernels.rows import load_points, row_starts
+from diveq_kernels.triton_kernels.rows import row_starts
 from diveq_kernels.triton_kernels.scan import bounds
 
-_LOOKS = tl.constexpr(3)  # groups that a first pass measures for a row; one with more is left to the second
-_LEFT = tl.constexpr(-2)  # the index of such a row until then
+_LEFT = tl.constexpr(-2)  # the index of a row that is left to another kernel, until then
 
 
 @triton.jit
-def _hidden_from_compiler(PADDED_D: tl.constexpr, positive):
+def hidden_from_compiler(PADDED_D: tl.constexpr, positive):
     """PADDED_D, as a number that the compiler does not know: it would unroll the loop, and spill."""
     return tl.minimum(PADDED_D, PADDED_D + positive)
 
@@ -59,14 +58,15 @@ def _measure_group(
     j = begin[:, None] + (member // 2 * 8 + member % 2)[None, :]  # [BN, 8]
     loaded = active[:, None] & (j < real)
     of_j = tl.load(bias + j, mask=loaded, other=float("inf"))
-    total = tl.zeros((BLOCK_N, 8), tl.float32)
-    for first in range(0, _hidden_from_compiler(PADDED_D, real), CHUNK):
+    total = tl.zeros((BLOCK_N, 8, CHUNK // 4), tl.float32)  # four columns are one thread's: added up at the end
+    for first in range(0, hidden_from_compiler(PADDED_D, real), CHUNK):
         k = (first + tl.arange(0, CHUNK))[None, None, :]
         inside = loaded[:, :, None] & (k < D)
         c = _load_members(codebook, code_stride, code_step, dither, j[:, :, None], loaded[:, :, None], k, inside)
         at = z + tl.broadcast_to(starts[:, None, None] + k.to(tl.int64) * step, (BLOCK_N, 8, CHUNK))
         d = c - tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(d * d, axis=2)
+        total += tl.sum(tl.reshape(d * d, (BLOCK_N, 8, CHUNK // 4, 4)), axis=3)
+    total = tl.sum(total, axis=2)
     there = of_j < float("inf")  # nor a codeword that is not finite
     total = tl.where(there, total, float("inf"))
     least = tl.min(total, axis=1)
@@ -119,51 +119,13 @@ def look_again(
 
 
 @triton.jit
-def measure_all(
-    again, index, distance, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(index, distance) after measuring every codeword for the rows ``again``, one row at a time: they are rare."""
-    # What is under way at a time, if there are registers for it.
-    LANES: tl.constexpr = 64 if BLOCK_N <= 32 else 128
-    COLUMNS: tl.constexpr = 32 if BLOCK_N <= 32 and dither is None else 16
-    lane = tl.arange(0, LANES)
-    number = tl.arange(0, BLOCK_N)
-    left = again.to(tl.int32)
-    while tl.max(left, axis=0) > 0:
-        row = number == tl.argmax(left, axis=0)
-        start = tl.sum(tl.where(row, starts, 0), axis=0)
-        best = tl.full((LANES,), float("inf"), tl.float32)
-        found = tl.zeros((LANES,), tl.int32)
-        for first in range(0, real, LANES):
-            j = first + lane
-            there = tl.load(bias + j, mask=j < real, other=float("inf")) < float("inf")
-            at = tl.where(there, j, 0)
-            total = tl.zeros((LANES,), tl.float32)
-            for begin in range(0, _hidden_from_compiler(PADDED_D, real), COLUMNS):
-                k = begin + tl.arange(0, COLUMNS)
-                x = tl.load(z + start + k.to(tl.int64) * step, mask=k < D, other=0.0).to(tl.float32)
-                d = load_points(codebook, code_stride, code_step, dither, at, there, begin, D, COLUMNS) - x[None, :]
-                total += tl.sum(d * d, axis=1)
-            closer = there & (total < best)
-            found = tl.where(closer, j, found)
-            best = tl.where(closer, total, best)
-        least = tl.min(best, axis=0)
-        lowest = tl.min(tl.where(best == least, found, 2147483647), axis=0)
-        index = tl.where(row, lowest, index)
-        distance = tl.where(row, least, distance)
-        left = tl.where(row, 0, left)
-    return index, distance
-
-
-@triton.jit
 def settle(
     scores, where, least_hidden, squares, live, z, starts, step,
     codebook, code_stride, code_step, dither, bias, typical, real,
-    PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr, LEAVE: tl.constexpr,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr, MOST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """(index of the nearest searched point, its squared distance, whether ``LEAVE`` left it open) for scanned rows.
+    """(index of the nearest searched point, its squared distance, whether another may be nearer) for scanned rows.
 
     ``scores`` and ``where`` are [BN, GROUPS]. Rows that are not finite get index 0 and distance Inf.
     """
@@ -174,42 +136,36 @@ def settle(
     limit = tl.where(live, float("inf"), float("-inf"))
     index, distance, limit, undecided = look_again(
         scores, where, index, distance, limit, of_c, of_x, z, starts, step,
-        codebook, code_stride, code_step, dither, bias, real, _LOOKS if LEAVE else 0,
+        codebook, code_stride, code_step, dither, bias, real, MOST,
         EXACT, D, PADDED_D, BLOCK_N, GROUPS,
     )  # fmt: skip
     if EXACT:
         undecided = undecided | (live & (least_hidden <= limit) & (limit < float("inf")))
-        if not LEAVE:
-            index, distance = measure_all(
-                undecided, index, distance, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
-                D, PADDED_D, BLOCK_N,
-            )  # fmt: skip
     return index, distance, undecided
 
 
 @triton.jit
 def settle_kernel(
     scores, tiles, hidden, squares, z, inner, outer_stride, inner_stride, step, rows, mask,
-    codebook, code_stride, code_step, dither, bias, typical, real, left, counters, indices, sqdist,
-    FIRST: tl.constexpr, PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr,
+    codebook, code_stride, code_step, dither, bias, typical, real,
+    taken, taken_count, left, left_count, too_wide, indices, sqdist,
+    MOST: tl.constexpr, PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Index and squared distance of the nearest point for BLOCK_N scanned rows.
+    """Index and squared distance of the nearest point for BLOCK_N scanned rows, those ``taken`` if it is there.
 
-    A ``FIRST`` pass adds the rows that stay open to ``left`` [N], and their number to ``counters`` [2], of which the
-    other is 1 where the points do not fit into the product's range: then all rows stay open. After a second pass,
-    the rows scanned are those ``left``.
+    Rows that stay open, or that have more than ``MOST`` groups to measure, are added to ``left``, and their number to
+    ``left_count``. Where ``too_wide`` is 1, the points do not fit into the product's range: then all rows stay open.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    SECOND: tl.constexpr = (left is not None) and (not FIRST)
-    if SECOND:
-        rows = tl.load(counters)
+    if taken is not None:
+        rows = tl.load(taken_count)
         if tl.program_id(0) * BLOCK_N >= rows:
             return
     inside = at < rows
     n = at
-    if SECOND:
-        n = tl.load(left + at, mask=inside, other=0).to(tl.int64)
+    if taken is not None:
+        n = tl.load(taken + at, mask=inside, other=0)
     live = inside
     if mask is not None:
         live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
@@ -224,19 +180,20 @@ def settle_kernel(
     index, distance, undecided = settle(
         best, where, least_hidden, of_x, live, z, starts, step,
         codebook, code_stride, code_step, dither, bias, typical, real,
-        PRODUCT, EXACT, KAPPA, FIRST, D, PADDED_D, BLOCK_N, GROUPS,
+        PRODUCT, EXACT, KAPPA, MOST, D, PADDED_D, BLOCK_N, GROUPS,
     )  # fmt: skip
     found = tl.where(live, index, -1)
-    if FIRST:
-        undecided = (undecided | (tl.load(counters + 1) != 0)) & live
+    if left is not None:
+        if too_wide is not None:
+            undecided = (undecided | (tl.load(too_wide) != 0)) & live
         found = tl.where(undecided, _LEFT, found)
     tl.store(indices + n, found, mask=inside)
-    if FIRST:
+    if left is not None:
         # Read back because of ``torch.compile``, as in count_uses: else it would take z and the codebook for written.
         tl.debug_barrier()
         undecided = tl.load(indices + n, mask=inside, other=0) == _LEFT
-        slot = tl.atomic_add(counters + tl.zeros((BLOCK_N,), tl.int32), 1, mask=undecided, sem="relaxed")
-        tl.store(left + slot, n.to(tl.int32), mask=undecided)
+        slot = tl.atomic_add(left_count + tl.zeros((BLOCK_N,), tl.int32), 1, mask=undecided, sem="relaxed")
+        tl.store(left + slot, n, mask=undecided)
         inside = inside & (undecided == 0)
     if sqdist is not None:
         tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)

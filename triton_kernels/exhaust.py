@@ -1,0 +1,79 @@
+"""The last resort of an exact search: rows measured against the whole codebook, Σ(z − c)² in fp32, one by one.
+
+They are those for which settle.py cannot rule out that a better group of codewords was hidden: a few in a thousand on
+ordinary data. One row keeps a program busy for as long as the codebook takes to come from L2, so they are spread over
+the GPU, not measured where they are found. How many there are only the GPU knows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from diveq_kernels.triton_kernels.rows import load_points
+from diveq_kernels.triton_kernels.settle import hidden_from_compiler
+
+PROGRAMS = 512  # a few for every SM
+WARPS = 8
+
+
+@triton.jit
+def nearest_of_all(
+    z, start, step, codebook, code_stride, code_step, dither, bias, real,
+    D: tl.constexpr, PADDED_D: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """(index of the nearest point, its squared distance) for the row that begins at ``start``."""
+    COLUMNS: tl.constexpr = 32 if LANES >= 256 and dither is None else 16  # what is under way at a time
+    lane = tl.arange(0, LANES)
+    best = tl.full((LANES,), float("inf"), tl.float32)
+    found = tl.zeros((LANES,), tl.int32)
+    for first in range(0, real, LANES):
+        j = first + lane
+        there = tl.load(bias + j, mask=j < real, other=float("inf")) < float("inf")
+        total = tl.zeros((LANES,), tl.float32)
+        for begin in range(0, hidden_from_compiler(PADDED_D, real), COLUMNS):
+            k = begin + tl.arange(0, COLUMNS)
+            x = tl.load(z + start + k.to(tl.int64) * step, mask=k < D, other=0.0).to(tl.float32)
+            c = load_points(codebook, code_stride, code_step, dither, j, j < real, begin, D, COLUMNS)
+            total += tl.sum((c - x[None, :]) * (c - x[None, :]), axis=1)
+        closer = there & (total < best)
+        found = tl.where(closer, j, found)
+        best = tl.where(closer, total, best)
+    least = tl.min(best, axis=0)
+    return tl.min(tl.where(best == least, found, 2147483647), axis=0), least
+
+
+@triton.jit
+def exhaust_rows(
+    these, index, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``index`` [BN] with the nearest of all in the rows ``these``: for a kernel that must know it to go on."""
+    number = tl.arange(0, BLOCK_N)
+    left = these.to(tl.int32)
+    while tl.max(left, axis=0) > 0:
+        row = number == tl.argmax(left, axis=0)
+        start = tl.sum(tl.where(row, starts, 0), axis=0)
+        nearest, _ = nearest_of_all(
+            z, start, step, codebook, code_stride, code_step, dither, bias, real, D, PADDED_D, 128,
+        )  # fmt: skip
+        index = tl.where(row, nearest, index)
+        left = tl.where(row, 0, left)
+    return index
+
+
+@triton.jit
+def exhaust_kernel(
+    z, inner, outer_stride, inner_stride, step, codebook, code_stride, code_step, dither, bias, real,
+    taken, taken_count, indices, sqdist, D: tl.constexpr, PADDED_D: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Index and squared distance of the nearest point for the rows ``taken``."""
+    for i in range(tl.program_id(0), tl.load(taken_count), tl.num_programs(0)):
+        n = tl.load(taken + i)
+        start = (n // inner) * outer_stride + (n % inner) * inner_stride
+        index, distance = nearest_of_all(
+            z, start, step, codebook, code_stride, code_step, dither, bias, real, D, PADDED_D, LANES,
+        )  # fmt: skip
+        tl.store(indices + n, index)
+        if sqdist is not None:
+            tl.store(sqdist + n, distance)
