@@ -20,18 +20,18 @@ from diveq_kernels.triton_kernels.search import ROWS_FOR_TWO_PASSES  # noqa: E40
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton interprets: nothing is compiled")
 
 CODEWORDS, DIM = 48, 8
-PACK, SEARCH = ["middle_kernel", "pack_kernel"], ["scan_kernel", "settle_kernel"]
+PACK, SEARCH, LAST = ["middle_kernel", "pack_kernel"], ["scan_kernel", "settle_kernel"], "exhaust_kernel"
 KERNELS = {
-    "nearest": ([*PACK, *SEARCH], ["nearest_backward_kernel"]),
+    "nearest": ([*PACK, *SEARCH, LAST], ["nearest_backward_kernel"]),
     "project": (["middle_kernel", "curve_kernel", "project_kernel"], ["project_backward_kernel"]),
-    "diveq": ([*PACK, *SEARCH, "diveq_kernel"], ["diveq_backward_kernel"]),
-    "sf_diveq": ([*PACK, *SEARCH, "sf_diveq_kernel"], ["sf_diveq_backward_kernel"]),
+    "diveq": ([*PACK, *SEARCH, LAST, "diveq_kernel"], ["diveq_backward_kernel"]),
+    "sf_diveq": ([*PACK, *SEARCH, LAST, "sf_diveq_kernel"], ["sf_diveq_backward_kernel"]),
     "residual": ([*PACK, "composite_kernel"], ["composite_backward_kernel"]),
     "product": ([*PACK, "composite_kernel"], ["composite_backward_kernel"]),
 }
 SECOND_PASS = ["pack_kernel", *SEARCH]
 WRITTEN = {"z_q", "points", "sqdist", "indices", "counts", "position", "bias", "segments", "table"}
-WRITTEN |= {"centre", "typical", "scores", "tiles", "hidden", "squares", "left", "counters", "too_wide"}
+WRITTEN |= {"centre", "typical", "scores", "tiles", "hidden", "squares", "left", "left_count", "too_wide"}
 WRITTEN |= {"residuals", "grad_z", "grad_codebook", "grad_codebooks", "weights"}
 
 
@@ -162,7 +162,7 @@ def test_both_passes_are_in_the_graph(name: str, dtype: torch.dtype, monkeypatch
         graph, results = traced(function, *tensors)
         names, written = launched(graph)
         assert names == [*KERNELS[name][0][:first], *SECOND_PASS, *KERNELS[name][0][first:]] and not opaque(graph)
-        assert {"left", "counters", "indices"} <= written <= WRITTEN, written - WRITTEN
+        assert {"left", "left_count", "indices"} <= written <= WRITTEN, written - WRITTEN
         for found, fake in zip(results, function(*tensors), strict=True):
             assert (found.dtype, found.device, found.stride()) == (fake.dtype, fake.device, fake.stride())
         assert not mode.shape_env.replacements, mode.shape_env.replacements

@@ -30,15 +30,15 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     launch, empty = search.launch, torch.empty
 
     def junk(*shape: Any, **keywords: Any) -> Tensor:
-        return empty(*shape, **keywords).fill_(17 if keywords["dtype"] == torch.int32 else float("nan"))
+        return empty(*shape, **keywords).fill_(float("nan") if keywords["dtype"].is_floating_point else 17)
 
     def watched(kernel: Any, grid: Any, device: Any, *arguments: Any, **options: Any) -> None:
         launch(kernel, grid, device, *arguments, **options)
         named = dict(zip(kernel.arg_names, arguments, strict=False))
-        if kernel is search.scan_kernel and named["left"] is not None:  # no more than those left are scanned
-            assert named["squares"][int(named["counters"][0]) :].isnan().all()
-        if kernel is search.settle_kernel and options["FIRST"]:
-            number = int(named["counters"][0])
+        if kernel is search.scan_kernel and named["taken"] is not None:  # no more than those left are scanned
+            assert named["squares"][int(named["taken_count"][0]) :].isnan().all()
+        if kernel is search.settle_kernel and named["taken"] is None:
+            number = int(named["left_count"][0])
             rows = named["left"][:number].tolist()
             assert len(set(rows)) == number and all(0 <= row < named["rows"] for row in rows)
             found.append(set(rows))
