@@ -8,12 +8,13 @@ select the old codebook. On the CPU they look at the step counter and return ear
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diveq_kernels import distributed, philox
+from diveq_kernels import backends, distributed, philox
 from diveq_kernels._dtypes import compute_dtype
 
 # ---- replacement -----------------------------------------------------------------------------------------------------
@@ -24,14 +25,33 @@ def replacement_due(iter_counter: Tensor, replacement_iters: int) -> Tensor:
     return (iter_counter > 0) & (iter_counter % replacement_iters == 0)
 
 
-def _draw_used(usage: Tensor, used: Tensor, seed: Tensor) -> Tensor:
-    """For each codeword [Q, K] a used one of its own codebook, drawn in proportion to use (inverse CDF) -> int64."""
-    cumulative = torch.where(used, usage, 0).long().cumsum(dim=-1)  # [Q, K]
-    offsets = torch.arange(usage.numel(), device=usage.device).view_as(usage)
+def _draw_used(cumulative: Tensor, seed: Tensor) -> Tensor:
+    """For each codeword [Q, K] one of its own codebook, in proportion to use (inverse CDF) -> int64."""
+    offsets = torch.arange(cumulative.numel(), device=cumulative.device).view_as(cumulative)
     high, low, *_ = philox.randint4x(seed, offsets)
     # 63 random bits: the modulus is exact on every device, and its bias below 2**-20.
     target = ((high & 0x7FFFFFFF) << 32 | low) % cumulative[..., -1:].clamp_min(1)
-    return torch.searchsorted(cumulative, target, right=True).clamp_max(usage.shape[-1] - 1)
+    return torch.searchsorted(cumulative, target, right=True).clamp_max(cumulative.shape[-1] - 1)
+
+
+def _replace(books: Tensor, replaced: Tensor, cumulative: Tensor, seed: Tensor, perturb_eps: float) -> Tensor:
+    """Books [Q, K, D] with copies drawn by ``cumulative`` use where ``replaced`` [Q, K]."""
+    dtype = compute_dtype(books)
+    fresh = books.gather(1, _draw_used(cumulative, seed)[..., None].expand_as(books)).to(dtype)
+    if perturb_eps:
+        # Counters after those of the draws: neither depends on the other.
+        noise = philox.noise(seed, 0, replaced.numel(), books.shape[-1], offset=replaced.numel())
+        fresh += perturb_eps * noise.view_as(fresh).to(dtype)
+    return torch.where(replaced[..., None], fresh.to(books.dtype), books).contiguous()
+
+
+def _implementation(books: Tensor) -> Callable[..., Tensor]:
+    """One Triton kernel where Triton runs the operations on these tensors by default; else ``_replace``."""
+    name, device = backends.check_name(None), books.device
+    chosen = name == "triton" or (not name and device.type in backends.BACKENDS["triton"].automatic_on)
+    if not chosen or books.dtype == torch.float64 or backends.why_unavailable("triton", device, "replace"):
+        return _replace
+    return backends.select("replace", device, "triton")
 
 
 @torch.library.custom_op(
@@ -73,18 +93,12 @@ def replace_unused(
     used = usage.double() / replacement_iters >= threshold  # [Q, K]
     replaced = due & ~used & used.any(dim=-1, keepdim=True)
 
-    source = _draw_used(usage, used, seed)
-    dtype = compute_dtype(codebook)
-    fresh = books.gather(1, source[..., None].expand_as(books)).to(dtype)
-    if perturb_eps:
-        # Counters after those of the draws: neither depends on the other.
-        noise = philox.noise(seed, 0, usage.numel(), books.shape[-1], offset=usage.numel())
-        fresh += perturb_eps * noise.view_as(fresh).to(dtype)
-    codebook_now = torch.where(replaced[..., None], fresh.to(codebook.dtype), books).reshape(codebook.shape)
+    cumulative = torch.where(used, usage, 0).long().cumsum(dim=-1)  # [Q, K]
+    codebook_now = _implementation(books)(books, replaced, cumulative, seed, perturb_eps).view(codebook.shape)
     num_replaced = replaced.sum(dtype=torch.int32)
     if verbose and num_replaced.device.type == "cpu" and num_replaced:
         print(f"diveq_kernels: replaced {int(num_replaced)} unused codewords")
-    return codebook_now.contiguous(), num_replaced
+    return codebook_now, num_replaced
 
 
 @replace_unused.register_fake

@@ -172,6 +172,21 @@ def test_steps_compile_without_spills(architecture: int, dtype: torch.dtype) -> 
         check_fits(launches, architecture)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [*((each, torch.float32) for each in ARCHITECTURES), (90, torch.float16)], ids=str
+)
+def test_replacement_compiles_without_spills(architecture: int, dtype: torch.dtype) -> None:
+    """In every tile of its, with noise and without."""
+    with recorded(architecture) as launches:
+        for entry in table(architecture)["step"]:
+            books = meta(4, CODEWORDS, min(entry["max_dim"], 512), dtype=dtype)
+            replaced, uses = meta(4, CODEWORDS, dtype=torch.bool), meta(4, CODEWORDS, dtype=torch.int64)
+            for perturb_eps in (0.0, 1e-6):
+                triton_kernels.replace(books, replaced, uses, meta(dtype=torch.int64), perturb_eps)
+    kernels = check_fits(launches, architecture)
+    assert {kernel.name for kernel in kernels} == {"replace_kernel"} and len(kernels) == len(launches)
+
+
 def test_instructions_per_distance() -> None:
     """The epilogue bounds small D, not the product: 4 instructions a distance on sm_90 at most."""
     for rows, (precision, dtype, of_codebook) in (*HOW["bf16"], *HOW["fp16"]):

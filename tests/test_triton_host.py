@@ -22,8 +22,8 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from triton_aot import recorded  # noqa: E402
 
-from diveq_kernels import triton_kernels  # noqa: E402
-from diveq_kernels.triton_kernels import launch  # noqa: E402
+from diveq_kernels import codebook, triton_kernels  # noqa: E402
+from diveq_kernels.triton_kernels import launch, replace  # noqa: E402
 
 ROWS, CODEWORDS, DIM = 300, 70, 24
 FUNCTIONS = ("nearest", "project", "diveq", "sf_diveq", "residual", "residual sf", "product", "product sf")
@@ -104,6 +104,15 @@ def test_nothing_waits_for_the_device(name: str, dtype: torch.dtype, determinist
             with no_waiting():
                 call()
             assert len(launches) > before or by_reference
+
+
+def test_replacement_waits_for_nothing() -> None:
+    """The operation's part that is the host's, too: what it does on a device, where it does not look at the counter."""
+    books, usage = meta(3, CODEWORDS, DIM), meta(3, CODEWORDS, dtype=torch.int32)
+    counter, seed = meta(1, dtype=torch.int32), meta(dtype=torch.int64)
+    with recorded(90) as launches, no_waiting(), mock.patch.object(codebook, "_implementation", lambda _: replace):
+        codebook.replace_unused._init_fn(books, usage, counter, seed, 10, 0.1, 1e-3, True)
+    assert [launch.kernel.__name__ for launch in launches] == ["replace_kernel"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ SELECTION = {
     "test_project_gradients.py": "float32",
     "test_ties.py": "not 140",
     "test_triton_bound.py": "no_index",
+    "test_triton_replace.py": "triton",
 }
 # The same again where every search leaves rows to a second pass, however few there are.
 IN_TWO_PASSES = {

@@ -53,7 +53,8 @@ LAYOUTS = {
     "batch last": Layout(
         lambda: meta(65, 8, 2).movedim(2, 0),
         lambda dim: meta(65, dim, 3).movedim(2, 0),
-        {"outer_stride", "q_outer_stride", "p_outer_stride", "g_outer_stride", "d_outer_stride", "stage_stride"},
+        {"outer_stride", "q_outer_stride", "p_outer_stride", "g_outer_stride", "d_outer_stride", "stage_stride"}
+        | {"book_stride"},
     ),
     "one row": Layout(
         lambda: meta(1, 4),
@@ -86,6 +87,8 @@ def launches(layout: Layout, deterministic: bool) -> list[Launch]:
             triton_kernels.project_backward(z, of_rows, z, book, indices, *need)
             triton_kernels.sf_diveq(z, book, dithers[1][0], None, seed, sigma, how)
             triton_kernels.sf_diveq_backward(z, z, book, dithers[1][0], indices, seed, sigma, *need)
+        uses = meta(stages, codewords, dtype=torch.int64)
+        triton_kernels.replace(books, meta(stages, codewords, dtype=torch.bool), uses, seed, sigma)
         if deterministic:  # the composites' gradients are then the reference's
             return
         of_groups = layout.books(dim // groups)[:groups]

@@ -1,7 +1,8 @@
 """Triton kernels, one file per kernel, behind the operations of ``diveq_kernels.ops``.
 
-Each function takes the arguments of the dispatcher op of its name without ``backend``. fp64 inputs, which no tensor
-core serves, go to the reference. On CPU the kernels run only in Triton's interpreter, for tests.
+Each function takes the arguments of the dispatcher op of its name without ``backend``; ``replace`` is a part of that of
+``diveq_kernels.codebook``. fp64 inputs, which no tensor core serves, go to the reference. On CPU the kernels run only
+in Triton's interpreter, for tests.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from diveq_kernels.triton_kernels.diveq import diveq, diveq_backward
 from diveq_kernels.triton_kernels.launch import INTERPRETED, in_graph
 from diveq_kernels.triton_kernels.project import project
 from diveq_kernels.triton_kernels.project_backward import project_backward
+from diveq_kernels.triton_kernels.replace import replace
 from diveq_kernels.triton_kernels.search import nearest
 from diveq_kernels.triton_kernels.sf_diveq import sf_diveq, sf_diveq_backward
 
@@ -29,6 +31,7 @@ __all__ = [
     "product_backward",
     "project",
     "project_backward",
+    "replace",
     "residual",
     "residual_backward",
     "sf_diveq",

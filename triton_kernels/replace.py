@@ -1,0 +1,83 @@
+"""Copies of used codewords, ε·N(0, I) added, in the place of unused ones (docs/math.md, "Replacement").
+
+It runs in every training step, and all but few replace nothing: tiles of which no codeword goes are copied as they are,
+without a draw.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.noise import standard_normal
+from diveq_kernels.triton_kernels.rows import load_rows, store_rows
+
+
+@triton.jit
+def _draw(cumulative, seed, n, codewords):
+    """For the codewords of these numbers n [BN] one of their own codebook's ``codewords``, in proportion to use."""
+    high, low, _, _ = tl.randint4x(seed, n)
+    target = ((high.to(tl.int64) & 0x7FFFFFFF) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
+    target = target % tl.maximum(tl.load(cumulative + codewords - 1), 1)
+    # The first whose cumulative use exceeds the target: it is among ``left`` from ``found`` on, or right after them.
+    found = tl.zeros_like(n)
+    left = tl.zeros_like(n) + codewords
+    width = codewords
+    while width > 0:  # it bounds what is left
+        middle = found + left // 2
+        before = (left > 0) & (tl.load(cumulative + middle, mask=left > 0, other=0) <= target)
+        found = tl.where(before, middle + 1, found)
+        left = tl.where(before, left - left // 2 - 1, left // 2)
+        width = width // 2
+    return tl.minimum(found, codewords - 1)
+
+
+@triton.jit
+def replace_kernel(
+    codebooks, book_stride, code_stride, code_step, replaced, cumulative, seed, perturb_eps, out, codewords,
+    PERTURB: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N codewords of one codebook."""
+    book = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = j < codewords
+    n = book * codewords + j  # the codeword's number among those of all codebooks
+    goes = tl.load(replaced + n, mask=live, other=0) != 0
+    key = tl.load(seed)
+    some = tl.max(goes.to(tl.int32), axis=0) > 0
+    source = j
+    if some:
+        source = tl.where(goes, _draw(cumulative + book * codewords, key, n, codewords), j)
+    starts = book * book_stride + source * code_stride
+    for first in range(0, D, BLOCK_D):
+        words = load_rows(codebooks, starts, code_step, live, first, D, BLOCK_D)
+        if PERTURB:
+            if some:
+                # Counters after those of the draws: neither depends on the other.
+                noise = standard_normal(key, n, tl.num_programs(1).to(tl.int64) * codewords, first, D, BLOCK_D)
+                words = tl.where(goes[:, None], words + perturb_eps * noise, words)
+        store_rows(out, n * D, 1, live, first, words, D, BLOCK_D)
+
+
+def replace(codebooks: Tensor, replaced: Tensor, cumulative: Tensor, seed: Tensor, perturb_eps: float) -> Tensor:
+    """A new tensor with the codebooks after replacement.
+
+    Args:
+        codebooks: [Q, K, D], any strides; not fp64.
+        replaced: bool [Q, K], which codewords go.
+        cumulative: int64 [Q, K], sums along K of the use of those codewords that can be copied.
+        seed: int64 [].
+        perturb_eps: ε.
+    """
+    books, codewords, dim = codebooks.shape
+    out = torch.empty_like(codebooks, memory_format=torch.contiguous_format)
+    tile = configuration("step", dim, codebooks.device)
+    launch(
+        replace_kernel, (triton.cdiv(codewords, tile["BLOCK_N"]), books), codebooks.device,
+        codebooks, *codebooks.stride(), replaced.contiguous(), cumulative.contiguous(), seed, perturb_eps, out,
+        codewords, PERTURB=bool(perturb_eps), D=dim, **tile,
+    )  # fmt: skip
+    return out
