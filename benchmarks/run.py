@@ -39,6 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder instead of benchmarks/results/DEVICE")
     parser.add_argument("--seconds", type=float, help="timing of each contestant (default 0.3 on a CPU, 0.1 on CUDA)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
+    parser.add_argument("--commit", help="which commit this is, where the files are a copy without its history")
     parser.add_argument("--resume", action="store_true", help="keep what this commit has measured here already")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -74,6 +75,8 @@ class Campaign:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.began, self.wrong = options, time.monotonic(), list[str]()
         self.machine = machine.describe(options.device)
+        if options.commit:
+            self.machine["commit"] = options.commit
         self.folder = options.out or RESULTS / machine.slug(self.machine["device"])
         self.ceilings: dict[str, Any] | None = None
 

@@ -355,7 +355,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("argument --architecture: only for --dry-run; else it is that of the GPU")
     if not options.dry_run and (torch.version.hip or not torch.cuda.is_available()):
         parser.error("needs an NVIDIA GPU, and torch.cuda finds none; --dry-run does without")
-    options.device = "cuda"
+    options.device, options.commit = "cuda", None
     return options
 
 
