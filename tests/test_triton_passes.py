@@ -135,3 +135,29 @@ def test_a_second_pass_with_wider_tiles_of_the_row(left: list[set[int]], target:
         patch.setitem(TILE, "BLOCK_D", 64)
         find(z, codebook)
     assert len(left[0]) == 60
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_parts_of_the_codebook_side_by_side(
+    passes: int, left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows are scanned by a program for each part of the codebook, of which the last can be empty."""
+    if passes == 1:
+        monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 1 << 16)
+    parts: list[int] = []
+    launch = search.launch
+
+    def watched(kernel: Any, *arguments: Any, **options: Any) -> None:
+        if kernel is search.scan_kernel:
+            parts.append(options["SPLITS"])
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(search, "launch", watched)
+    gen = generator()
+    codebook = torch.randn(2100, 12, generator=gen)
+    codebook[2000], codebook[700], codebook[1400] = codebook[100], codebook[100], codebook[300]
+    z = torch.randn(70, 12, generator=gen)
+    z[:2] = codebook[[2000, 1400]]
+    found = find(z, codebook)
+    assert found[:2].tolist() == [100, 300]
+    assert parts == [8, 1][:passes]

@@ -21,7 +21,8 @@ A product in fp16 has x and c at scales α and β (product.py), so the scores at
 √D·2⁻²²·‖x‖ times a typical ‖c‖ for what is subnormal.
 
 **Tiles.** The more rows in a tile, the less often the codebook comes from L2: once per tile, which at 128 rows is near
-what L2 can deliver. Two or more blocks per SM let one multiply while another takes minima. A row is held whole up to
+what L2 can deliver. Two or more blocks per SM let one multiply while another takes minima;
+where rows are few, parts of the codebook are scanned side by side. A row is held whole up to
 D = 256 (``BLOCK_D`` ≥ D), chunked beyond. `benchmarks/sass.py` prints instructions per distance.
 """
 
@@ -84,7 +85,7 @@ def _group_minima(
 
 @triton.jit
 def _scan_tiles(
-    high, low, weight, scale, z, starts, step, live, centre, points, part, bias, count,
+    high, low, weight, scale, z, starts, step, live, centre, points, part, bias, begin, end,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +93,7 @@ def _scan_tiles(
     best = tl.full((BLOCK_N, BLOCK_K // 32, 4), float("inf"), tl.float32)
     where = tl.zeros((BLOCK_N, BLOCK_K // 32, 4), tl.int32)
     hidden = tl.full((BLOCK_N, 4), float("inf"), tl.float32)
-    for first in tl.range(0, count, BLOCK_K):
+    for first in tl.range(begin, end, BLOCK_K):
         minima = _group_minima(
             high, low, weight, scale, z, starts, step, live, centre, points, part, bias, first,
             PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
@@ -106,19 +107,20 @@ def _scan_tiles(
 
 @triton.jit
 def scan(
-    z, starts, step, live, points, bias, centre, typical, count,
+    z, starts, step, live, points, bias, centre, typical, count, begin, end,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """For rows at ``starts``: the least score in each place, the first codeword of its tile, the least hidden, ‖x‖².
 
-    The first two are [BN, BLOCK_K / 32, 4]. ‖x‖² is +Inf in rows that are not finite.
+    Of the codewords from ``begin`` to ``end``. The first two are [BN, BLOCK_K / 32, 4]. ‖x‖² is +Inf in rows that are
+    not finite.
     """
     part = count.to(tl.int64) * PADDED_D
     CHUNK: tl.constexpr = min(BLOCK_D, 64)  # more columns of fp32 at a time would cost registers
     squares = tl.zeros((BLOCK_N,), tl.float32)
-    for begin in range(0, PADDED_D, CHUNK):
-        x = centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, CHUNK)
+    for first in range(0, PADDED_D, CHUNK):
+        x = centred_rows(z, starts, step, live, centre, first, PRODUCT, D, CHUNK)
         squares += tl.sum(x * x, axis=1)
     squares = tl.where(squares < float("inf"), squares, float("inf"))  # NaN as well
 
@@ -135,7 +137,7 @@ def scan(
 
     if PRODUCT == "bf16":
         best, where, hidden = _scan_tiles(
-            high, low, weight, scale, z, starts, step, live, centre, points, part, bias, count,
+            high, low, weight, scale, z, starts, step, live, centre, points, part, bias, begin, end,
             PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
         )  # fmt: skip
     else:
@@ -147,7 +149,7 @@ def scan(
         # would load them into registers.
         for _ in tl.range(0, count, count):
             best, where, hidden = _scan_tiles(
-                high, low, weight, scale, z, starts, step, live, centre, points, part, bias, count,
+                high, low, weight, scale, z, starts, step, live, centre, points, part, bias, begin, end,
                 PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             high = tl.zeros_like(high)
@@ -163,11 +165,14 @@ def scan(
 @triton.jit
 def scan_kernel(
     z, inner, outer_stride, inner_stride, step, rows, mask, points, bias, centre, typical, count,
-    taken, taken_count, scores, tiles, hidden, squares,
+    taken, taken_count, scores, tiles, hidden, squares, SPLITS: tl.constexpr,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """``scan`` of BLOCK_N rows; if ``taken`` is there, of those that it lists."""
+    """``scan`` of BLOCK_N rows; if ``taken`` is there, of those that it lists.
+
+    Programs of SPLITS parts of the codebook share the rows of a tile, where there are few.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if taken is not None:
         rows = tl.load(taken_count)
@@ -181,14 +186,20 @@ def scan_kernel(
     if mask is not None:
         live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
     starts = row_starts(n, inner, outer_stride, inner_stride)
+    split = tl.program_id(1)
+    begin = 0
+    end = count
+    if SPLITS > 1:
+        begin = tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K * split
+        end = tl.minimum(begin + tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K, count)
     best, where, least_hidden, of_x = scan(
-        z, starts, step, live, points, bias, centre, typical, count,
+        z, starts, step, live, points, bias, centre, typical, count, begin, end,
         PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     place = tl.arange(0, BLOCK_K // 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    to = (at * (BLOCK_K // 8))[:, None, None] + place
+    to = ((at * SPLITS + split) * (BLOCK_K // 8))[:, None, None] + place
     tl.store(scores + to, best, mask=inside[:, None, None])
     tl.store(tiles + to, where, mask=inside[:, None, None])
-    tl.store(squares + at, of_x, mask=inside)
+    tl.store(squares + at, of_x, mask=inside & (split == 0))
     if EXACT:
-        tl.store(hidden + at, least_hidden, mask=inside)
+        tl.store(hidden + at * SPLITS + split, least_hidden, mask=inside)

@@ -13,6 +13,7 @@ is the three bf16 products again; how many there are only the GPU knows. It cost
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from diveq_kernels.triton_kernels.settle import settle_kernel
 
 ROWS_FOR_TWO_PASSES = 1 << 16  # the second has few rows, but takes as long as one tile does
 _LOOKS = 3  # groups that a first pass measures for a row; one with more is left to the second
+_MOST_SPLITS = 8
 _OF_SETTLE = ("PRODUCT", "EXACT", "KAPPA", "D", "PADDED_D")
 
 
@@ -81,6 +83,24 @@ class Search:
         """One program per tile of rows."""
         return (triton.cdiv(rows, self.tiles["BLOCK_N"]),)
 
+    def splits(self, rows: int) -> int:
+        """Into how many parts of the codebook, a power of 2, a scan of so few rows is to be cut to fill the GPU.
+
+        A graph for any number of rows does without.
+        """
+        splits = 1
+        if not isinstance(rows, torch.SymInt):
+            programs, tiles = self.grid(rows)[0], self.packed.bias.shape[1] // self.tiles["BLOCK_K"]
+            wanted = 2 * _multiprocessors(self.packed.bias.device)
+            while splits < _MOST_SPLITS and programs * splits * 2 <= wanted and tiles >= 8 * splits:
+                splits *= 2
+        return splits
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+
 
 def find(
     z: Tensor,
@@ -110,21 +130,23 @@ def find(
     real = codebook.shape[0] - int(dither is not None)
 
     def decide(search: Search, taken: _Listed, left: _Listed, most: int, too_wide: Tensor | None = None) -> None:
-        groups, options = search.tiles["BLOCK_K"] // 8, search.options
+        places, options = search.tiles["BLOCK_K"] // 8, search.options
         points, bias, centre, typical, count = search.arguments
+        splits = 1 if taken is not _ALL else search.splits(rows)
+        groups = splits * places
         scores, tiles = (torch.empty((rows, groups), dtype=t, device=z.device) for t in (torch.float32, torch.int32))
-        hidden, squares = (torch.empty(rows, dtype=torch.float32, device=z.device) for _ in range(2))
+        hidden, squares = (torch.empty(n, dtype=torch.float32, device=z.device) for n in (rows * splits, rows))
         launch(
-            scan_kernel, search.grid(rows), z.device,
+            scan_kernel, (*search.grid(rows), splits), z.device,
             *rows_of(z), rows, mask, points, bias, centre, typical, count,
-            *taken, scores, tiles, hidden, squares, **options,
+            *taken, scores, tiles, hidden, squares, SPLITS=splits, **options,
         )  # fmt: skip
         tile = configuration("settle", options["D"], z.device)
         launch(
             settle_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
             scores, tiles, hidden, squares, *rows_of(z), rows, mask,
             codebook, *codebook.stride(), dither, bias, typical, real, *taken, *left, too_wide, indices, sqdist,
-            MOST=most, GROUPS=groups, **{name: options[name] for name in _OF_SETTLE}, **tile,
+            MOST=most, GROUPS=groups, PLACES=places, **{name: options[name] for name in _OF_SETTLE}, **tile,
         )  # fmt: skip
 
     def exhaust(search: Search, taken: _Listed) -> None:

@@ -78,19 +78,20 @@ def _measure_group(
 def look_again(
     scores, where, index, distance, limit, of_c, of_x, z, starts, step,
     codebook, code_stride, code_step, dither, bias, real, MOST: tl.constexpr,
-    EXACT: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+    EXACT: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """(index, distance, limit, active) after measuring each row's groups with a score up to its limit.
 
-    ``scores`` [BN, GROUPS] are the least of each group, +Inf where there is none; ``where`` the first codeword of the
-    tile that the group is from; ``index`` and ``distance`` [BN] the nearest so far. Above ``limit`` [BN] a group cannot
-    hold the nearest; it is -Inf in rows to leave alone. ``of_c`` and ``of_x`` [BN] are, for ``exact``, the
-    score's error relative to ‖c‖², and that of the row itself. Rows that have more than ``MOST`` such groups (0: any
-    number) stay ``active``.
+    ``scores`` [BN, GROUPS] are the least of each group, +Inf where there is none, PLACES of them of one tile; ``where``
+    the first codeword of the tile that the group is from; ``index`` and ``distance`` [BN] the nearest so far. Above
+    ``limit`` [BN] a group cannot hold the nearest; it is -Inf in rows to leave alone. ``of_c`` and ``of_x`` are, for
+    ``exact``, the score's error relative to ‖c‖², and that of the row itself. Rows that have more than ``MOST`` such
+    groups (0: any number) stay ``active``.
     """
     place = tl.arange(0, GROUPS)[None, :]
     rest = scores
-    begins = where + place // 4 * 32 + place % 4 * 2
+    begins = where + place % PLACES // 4 * 32 + place % 4 * 2
     score, column = tl.min(rest, axis=1, return_indices=True)
     active = (score <= limit) & (score < float("inf"))
     turns = tl.max(active.to(tl.int32), axis=0)
@@ -123,7 +124,7 @@ def settle(
     scores, where, least_hidden, squares, live, z, starts, step,
     codebook, code_stride, code_step, dither, bias, typical, real,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr, MOST: tl.constexpr,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """(index of the nearest searched point, its squared distance, whether another may be nearer) for scanned rows.
 
@@ -137,7 +138,7 @@ def settle(
     index, distance, limit, undecided = look_again(
         scores, where, index, distance, limit, of_c, of_x, z, starts, step,
         codebook, code_stride, code_step, dither, bias, real, MOST,
-        EXACT, D, PADDED_D, BLOCK_N, GROUPS,
+        EXACT, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
     )  # fmt: skip
     if EXACT:
         undecided = undecided | (live & (least_hidden <= limit) & (limit < float("inf")))
@@ -150,7 +151,7 @@ def settle_kernel(
     codebook, code_stride, code_step, dither, bias, typical, real,
     taken, taken_count, left, left_count, too_wide, indices, sqdist,
     MOST: tl.constexpr, PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Index and squared distance of the nearest point for BLOCK_N scanned rows, those ``taken`` if it is there.
 
@@ -175,12 +176,14 @@ def settle_kernel(
     of_x = tl.load(squares + at, mask=inside, other=float("inf"))
     least_hidden = of_x
     if EXACT:
-        least_hidden = tl.load(hidden + at, mask=inside, other=float("inf"))
+        SPLITS: tl.constexpr = GROUPS // PLACES
+        of_splits = (at * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
+        least_hidden = tl.min(tl.load(hidden + of_splits, mask=inside[:, None], other=float("inf")), axis=1)
     starts = row_starts(n, inner, outer_stride, inner_stride)
     index, distance, undecided = settle(
         best, where, least_hidden, of_x, live, z, starts, step,
         codebook, code_stride, code_step, dither, bias, typical, real,
-        PRODUCT, EXACT, KAPPA, MOST, D, PADDED_D, BLOCK_N, GROUPS,
+        PRODUCT, EXACT, KAPPA, MOST, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
     )  # fmt: skip
     found = tl.where(live, index, -1)
     if left is not None:
