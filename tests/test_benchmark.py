@@ -10,7 +10,7 @@ import torch
 
 from diveq_kernels import reference
 from diveq_kernels.__main__ import main
-from diveq_kernels.benchmark import contestants, machine, measure, peers, running
+from diveq_kernels.benchmark import contestants, machine, measure, peers, running, verify
 from diveq_kernels.benchmark.cases import OPERATIONS, Case, make_inputs
 from diveq_kernels.benchmark.contestants import Contestant, Output, Prepared
 from diveq_kernels.benchmark.verify import Judge
@@ -63,6 +63,30 @@ def test_peers_that_are_right_pass(operation: str) -> None:
     statuses.pop("faiss", None)  # need not be installed
     wrong = {"diveq"} if operation == "project" else set()  # docs/performance.md, "Who got no speed"
     assert {name for name, status in statuses.items() if status != "measured"} == wrong, record
+
+
+class Elsewhere:
+    """A tensor on another device, as far as a CPU can show it: nothing can be done with it but to take it over."""
+
+    def __init__(self, there: torch.Tensor) -> None:
+        self._there = there
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        assert device == torch.device("cpu")
+        return self._there
+
+
+@pytest.mark.parametrize("operation", ["train", "sf_train"])
+def test_draws_may_lie_on_another_device(operation: str) -> None:
+    """Those of diveq lie on the CPU, wherever the inputs are."""
+    case = case_of(operation)
+    inputs, who = make_inputs(case, "cpu"), contestants.ours("cpu", ["reference"])[0]
+    prepared = who.prepare(case, inputs)
+    with contestants.Draws() as draws:
+        output = prepared.run()
+    noise = [Elsewhere(v) for v in prepared.noise(draws)]
+    draws.uniforms = [Elsewhere(x) for x in draws.uniforms]
+    assert verify.judge(case, inputs, who, prepared._replace(noise=lambda _: noise), output, draws).wrong == ""
 
 
 # ---- wrong results ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from torch import Tensor
 
 import diveq_kernels.functional as F
 from diveq_kernels import backends
+from diveq_kernels.benchmark import contestants, peers, running
+from diveq_kernels.benchmark.cases import OPERATIONS, Case
+from diveq_kernels.codebook import replace_unused
 from diveq_kernels.reference.search import interpolate
 
 gpu = pytest.mark.gpu
@@ -327,6 +330,39 @@ def test_projections_repeat() -> None:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 3), (300, 64), (3, 40, 70), (2, 4096, 300)], ids=str)
+def test_replacement_is_that_of_the_cpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Due or not: the same codewords replaced by the same ones, with the same noise."""
+    gen = generator()
+    books = torch.randn(shape, generator=gen).to(dtype)
+    usage = torch.randint(0, 11, shape[:-1], generator=gen).int()
+    for counter, seed, perturb_eps in ((9, 3, 0.1), (10, 3, 0.0), (20, -1, 0.1), (20, 2**40 + 7, 0.1)):
+        rest = (10, 0.25, perturb_eps, False)
+        given = (books, usage, torch.tensor([counter], dtype=torch.int32), torch.tensor(seed))
+        expected, expected_count = replace_unused(*given, *rest)
+        found, count = replace_unused(*(x.cuda() for x in given), *rest)
+        assert count.device.type == "cuda" and count == expected_count
+        assert (expected_count > 0) == (counter != 9 and not torch.equal(expected, books))
+        if counter == 9 or not perturb_eps:
+            assert torch.equal(found.cpu(), expected)
+        torch.testing.assert_close(found.cpu(), expected, rtol=max(eps(dtype), 1e-6), atol=1e-5)
+
+
+@gpu
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_benchmark_judges_on_the_device(operation: str) -> None:
+    """What lies on the CPU there, such as draws, or arrays of another library, fails nobody."""
+    case = Case(operation, 500, 60, 16, parts=4 if operation in ("residual", "product") else 1)
+    everyone = contestants.ours("cuda") + peers.peers()
+    speeds = {"matmul": {"float32": 1e11}, "copy": 1e10}
+    record = running.run_case(case, everyone, "cuda", speeds, 0.0)
+    failed = {result["contestant"]: result.get("reason") for result in record["results"]}
+    assert failed and not running.wrong_ones(record)
+    assert not any("same device" in str(why) or "numpy" in str(why) for why in failed.values()), failed
 
 
 # ---- where it runs -----------------------------------------------------------------------------------------------

@@ -282,7 +282,8 @@ def judge(
     if case.operation == "project":
         return _curve_points(case, inputs, contestant, output)
 
-    dither = draws.uniforms[0] if case.operation == "sf_train" else None
+    device = inputs.z.device  # what was drawn may lie elsewhere: diveq draws on the CPU whatever the device
+    dither = draws.uniforms[0].to(device) if case.operation == "sf_train" else None
     searches = _searches(case, inputs, indices, dither)
     excess = torch.stack([_excess(rows, points, chosen, least) for rows, points, chosen in searches])
     inexact = float((excess > _SLACK * torch.finfo(torch.float32).eps).double().mean())
@@ -293,7 +294,7 @@ def judge(
     if case.operation == "search":
         return Verdict("", inexact)
 
-    noise = prepared.noise(draws) if prepared.noise is not None else []
+    noise = [v.to(device) for v in prepared.noise(draws)] if prepared.noise is not None else []
     with torch.enable_grad():
         gold = expected(case, inputs, indices, noise, dither)
     distance = float(_squared(inputs.z, gold[0]).mean().sqrt())
