@@ -158,6 +158,10 @@ def test_parts_of_the_codebook_side_by_side(
     codebook[2000], codebook[700], codebook[1400] = codebook[100], codebook[100], codebook[300]
     z = torch.randn(70, 12, generator=gen)
     z[:2] = codebook[[2000, 1400]]
+    # Next to one that lies in the same place of a neighbouring tile, and hides it or is hidden: in every part.
+    later = 130 + 128 * torch.arange(15)
+    codebook[later] = codebook[later - 64] * (1 + 1e-6)
+    z[2:17], z[17:32] = codebook[later], codebook[later - 64]
     found = find(z, codebook)
     assert found[:2].tolist() == [100, 300]
     assert parts == [8, 1][:passes]
