@@ -21,7 +21,7 @@ def _draw(cumulative, seed, n, codewords):
     """For the codewords of these numbers n [BN] one of their own codebook's ``codewords``, in proportion to use."""
     high, low, _, _ = tl.randint4x(seed, n)
     target = ((high.to(tl.int64) & 0x7FFFFFFF) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
-    target = target % tl.maximum(tl.load(cumulative + codewords - 1), 1)
+    target = target % tl.load(cumulative + codewords - 1)  # not 0: something is used where something is replaced
     # The first whose cumulative use exceeds the target: it is among ``left`` from ``found`` on, or right after them.
     found = tl.zeros_like(n)
     left = tl.zeros_like(n) + codewords
@@ -32,7 +32,7 @@ def _draw(cumulative, seed, n, codewords):
         found = tl.where(before, middle + 1, found)
         left = tl.where(before, left - left // 2 - 1, left // 2)
         width = width // 2
-    return tl.minimum(found, codewords - 1)
+    return tl.minimum(found, codewords - 1)  # whatever use a checkpoint claims
 
 
 @triton.jit
