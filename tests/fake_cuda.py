@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
 
-from diveq_kernels.triton_kernels import launch
+from diveq_kernels.triton_kernels import launch, search
 
 
 class _Driver:
@@ -42,6 +42,7 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
     """Within it, tensors made on "cuda" are fake, and launches are traced for sm_90."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(launch, "architecture_of", lambda device: "sm_90"))
+        stack.enter_context(mock.patch.object(search, "_multiprocessors", lambda device: 132))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver()))
         if torch.version.cuda is None:
             stack.enter_context(mock.patch.object(Tensor, "__getitem__", _getitem))

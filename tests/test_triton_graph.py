@@ -14,6 +14,7 @@ from fake_cuda import fake_cuda, of_any_size, traced  # noqa: E402
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
 import diveq_kernels.functional as F  # noqa: E402, F401  (registers the operations)
+from diveq_kernels import triton_kernels  # noqa: E402
 from diveq_kernels.triton_kernels import INTERPRETED, search  # noqa: E402
 from diveq_kernels.triton_kernels.search import ROWS_FOR_TWO_PASSES  # noqa: E402
 
@@ -112,6 +113,10 @@ def opaque(graph: torch.fx.GraphModule) -> list[str]:
     return [target._schema.name for target in targets if target.namespace == "diveq"]
 
 
+needs_symbols = pytest.mark.skipif(torch.__version__ < (2, 13), reason="kernels of symbolic sizes need torch 2.13")
+
+
+@needs_symbols
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["", "triton"])
@@ -131,6 +136,7 @@ def test_kernels_are_in_the_graph(name: str, dtype: torch.dtype, backend: str) -
         assert all(passes & set(str(guard.expr).split()) for guard in mode.shape_env.guards), mode.shape_env.guards
 
 
+@needs_symbols
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_size_is_a_symbol(name: str, dtype: torch.dtype) -> None:
@@ -151,6 +157,7 @@ def test_every_size_is_a_symbol(name: str, dtype: torch.dtype) -> None:
             assert size.node.expr.is_symbol and size.node.expr not in mode.shape_env.replacements, size
 
 
+@needs_symbols
 @pytest.mark.parametrize("name", ["nearest", "diveq", "sf_diveq"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_passes_are_in_the_graph(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,3 +199,15 @@ def test_deterministic_gradients_of_composites_stay_one_operation() -> None:
             assert launched(graph)[0] == ["project_backward_kernel", "project_segment_kernel"]
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_symbols_stay_out_of_the_kernels_of_older_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.13 an operation of symbolic sizes is one node; of sizes that are numbers it is its kernels."""
+    monkeypatch.setattr(triton_kernels, "_SYMBOLS_BREAK", True)
+    with fake_cuda() as mode:
+        function, tensors = calls("diveq", mode, torch.float32, "")[0]
+        graph, _ = traced(function, *tensors)
+        assert opaque(graph) == ["diveq::diveq"]
+        sizes = [torch.empty([100 if isinstance(n, torch.SymInt) else n for n in x.shape], dtype=x.dtype, device="cuda")
+                 for x in tensors]  # fmt: skip
+        assert triton_kernels.traced("diveq", sizes) is not None

@@ -119,3 +119,9 @@ def test_every_layout_compiles(name: str) -> None:
     # A curve has two codewords at least.
     curves = {kernel for kernel in KERNELS if kernel.startswith(("curve", "project", "sf_"))}
     assert kernels == (KERNELS - curves if name == "one codeword" else KERNELS)
+
+
+def test_numbers_may_come_as_fp64() -> None:
+    """As from Inductor, which passes Python's floats so; Triton's own launches make them fp32."""
+    for launch in launches(LAYOUTS["channels first"], False):
+        translate(launch, ARCHITECTURE, floats="fp64")

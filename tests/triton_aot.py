@@ -69,7 +69,7 @@ def recorded(architecture: int) -> Iterator[list[Launch]]:
                 patch.stop()
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[tuple, Any]]:
+def _signature(launch: Launch, floats: str) -> tuple[dict[str, str], dict[tuple, Any], dict[tuple, Any]]:
     """(signature, constants, attributes) as launches make them, so that they find these in the cache."""
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.arguments, strict=False)) | {
@@ -88,7 +88,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[t
             signature[name] = _POINTERS[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
-            signature[name] = "fp32"
+            signature[name] = floats
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
@@ -96,9 +96,9 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple, Any], dict[t
     return signature, constants, attributes
 
 
-def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+def _source(launch: Launch, floats: str = "fp32") -> tuple[ASTSource, dict[str, Any]]:
     """The kernel with its arguments' types, and the options to compile it with."""
-    signature, constants, attributes = _signature(launch)
+    signature, constants, attributes = _signature(launch, floats)
     options = {name: launch.options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.options}
     return ASTSource(launch.kernel, signature, constants, attributes), options
 
@@ -109,9 +109,9 @@ def build_for(launch: Launch, architecture: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def translate(launch: Launch, architecture: int) -> str:
+def translate(launch: Launch, architecture: int, floats: str = "fp32") -> str:
     """The kernel in Triton's own IR: the first step of compiling it, in which arguments that are constants show."""
-    source, options = _source(launch)
+    source, options = _source(launch, floats)
     target = GPUTarget("cuda", architecture, 32)
     backend = make_backend(target)
     parsed = backend.parse_options({**options, **source.parse_options()})

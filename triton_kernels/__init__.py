@@ -40,6 +40,8 @@ __all__ = [
     "why_unusable",
 ]
 
+_SYMBOLS_BREAK = torch.__version__ < (2, 13)
+
 
 def why_unusable(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, or None if they can."""
@@ -51,8 +53,12 @@ def why_unusable(device: torch.device) -> str | None:
 def traced(op: str, arguments: Sequence[Any]) -> AbstractContextManager[None] | None:
     """Where to run an operation so that a graph being traced receives its kernels; None where it has none to show.
 
-    Those are the cases that a launcher leaves to the reference, whose loops over rows no graph should unroll.
+    Those are the cases that a launcher leaves to the reference, whose loops over rows no graph should unroll; and sizes
+    that are symbols before torch 2.13, whose Inductor stumbles over kernels that write [N] for such an N.
     """
-    wide = any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in arguments)
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    if _SYMBOLS_BREAK and any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape):
+        return None
+    wide = any(x.dtype == torch.float64 for x in tensors)
     unordered = op in ("residual_backward", "product_backward") and torch.are_deterministic_algorithms_enabled()
     return None if INTERPRETED or wide or unordered else in_graph()

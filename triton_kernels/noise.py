@@ -51,6 +51,7 @@ def standard_normal(seed, n, offset, first, D: tl.constexpr, BLOCK: tl.constexpr
 def moved(d, seed, noise_std, n, offset, first, D: tl.constexpr, BLOCK: tl.constexpr):
     """v + d for columns of d [BN, BLOCK] with v ~ N(0, σ²I); d itself without a seed. 0 past D."""
     if seed is not None:
-        v = noise_std * standard_normal(tl.load(seed), n, offset, first, D, BLOCK)
+        sigma = tl.cast(noise_std, tl.float32)  # Inductor passes Python's floats as fp64
+        v = sigma * standard_normal(tl.load(seed), n, offset, first, D, BLOCK)
         d += tl.where((first + tl.arange(0, BLOCK) < D)[None, :], v, 0.0)
     return d

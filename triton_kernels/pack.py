@@ -93,7 +93,7 @@ def pack_kernel(
         at = points + (stage * PARTS * padded_count + j)[:, None] * PADDED_D + first + tl.arange(0, BLOCK_D)[None, :]
         tl.store(at, high)
         if PARTS == 2:
-            tl.store(at + padded_count.to(tl.int64) * PADDED_D, low)
+            tl.store(at + tl.cast(padded_count, tl.int64) * PADDED_D, low)
     if PRODUCT == "fp16":
         if not fits:
             tl.store(too_wide, 1)

@@ -163,6 +163,7 @@ def _nearest_segment(
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(index of the nearest segment, whether there is one) for rows [BLOCK_N]; 0 for rows that are not finite."""
+    slack = tl.cast(slack, tl.float32)  # Inductor passes Python's floats as fp64
     squares = tl.zeros((BLOCK_N,), tl.float32)
     x = _centred_rows(z, starts, step, live, centre, 0, PRODUCT, D, BLOCK_D)
     for begin in range(0, PADDED_D, BLOCK_D):

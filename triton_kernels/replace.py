@@ -47,6 +47,7 @@ def replace_kernel(
     n = book * codewords + j  # the codeword's number among those of all codebooks
     goes = tl.load(replaced + n, mask=live, other=0) != 0
     key = tl.load(seed)
+    epsilon = tl.cast(perturb_eps, tl.float32)
     some = tl.max(goes.to(tl.int32), axis=0) > 0
     source = j
     if some:
@@ -58,7 +59,7 @@ def replace_kernel(
             if some:
                 # Counters after those of the draws: neither depends on the other.
                 noise = standard_normal(key, n, tl.num_programs(1).to(tl.int64) * codewords, first, D, BLOCK_D)
-                words = tl.where(goes[:, None], words + perturb_eps * noise, words)
+                words = tl.where(goes[:, None], words + epsilon * noise, words)
         store_rows(out, n * D, 1, live, first, words, D, BLOCK_D)
 
 

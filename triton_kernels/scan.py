@@ -116,7 +116,7 @@ def scan(
     Of the codewords from ``begin`` to ``end``. The first two are [BN, BLOCK_K / 32, 4]. ‖x‖² is +Inf in rows that are
     not finite.
     """
-    part = count.to(tl.int64) * PADDED_D
+    part = tl.cast(count, tl.int64) * PADDED_D  # a number in what torch.compile looks at
     CHUNK: tl.constexpr = min(BLOCK_D, 64)  # more columns of fp32 at a time would cost registers
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, PADDED_D, CHUNK):

@@ -162,13 +162,18 @@ def find(
     if precision == "fast" and not in_two_passes:
         decide(Search(product, books, weights, precision), _ALL, _ALL, 0)
         return indices
-    counters = torch.zeros(3, dtype=torch.int32, device=z.device)
-    open_rows, hard_rows = (
-        _Listed(torch.empty(rows, dtype=torch.int64, device=z.device), counters[i:]) for i in range(2)
-    )
+
+    def counter() -> Tensor:
+        return torch.zeros(1, dtype=torch.int32, device=z.device)
+
+    def no_rows_yet() -> _Listed:
+        return _Listed(torch.empty(rows, dtype=torch.int64, device=z.device), counter())
+
+    hard_rows = no_rows_yet()
     if in_two_passes:
-        coarse = Search("fp16", books, weights, "exact", too_wide=counters[2:])
-        decide(coarse, _ALL, open_rows, _LOOKS, counters[2:])
+        open_rows, too_wide = no_rows_yet(), counter()
+        coarse = Search("fp16", books, weights, "exact", too_wide=too_wide)
+        decide(coarse, _ALL, open_rows, _LOOKS, too_wide)
         around = (coarse.packed.centre, coarse.packed.typical)
         search = Search("bf16x3", books, weights, "exact", around=around)
         decide(search, open_rows, hard_rows, 0)
