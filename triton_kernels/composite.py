@@ -36,7 +36,7 @@ from diveq_kernels.triton_kernels.rows import (
 )
 from diveq_kernels.triton_kernels.scan import scan
 from diveq_kernels.triton_kernels.search import Search
-from diveq_kernels.triton_kernels.settle import settle
+from diveq_kernels.triton_kernels.settle import measure_all, settle
 
 _PROGRAMS = 2048  # more than any GPU runs at once; each has a tile of residuals
 
@@ -102,14 +102,20 @@ def composite_kernel(
                 PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             GROUPS: tl.constexpr = BLOCK_K // 8
-            j, _, _ = settle(
+            j, _ = settle(
                 tl.reshape(best, (BLOCK_N, GROUPS)), tl.reshape(where, (BLOCK_N, GROUPS)), least_hidden, squares, live,
                 source, source_starts, source_step, book, code_stride, code_step, weights, of_bias, typical + s,
-                codewords, PRODUCT, EXACT, KAPPA, False, D, PADDED_D, BLOCK_N, GROUPS,
+                codewords, PRODUCT, EXACT, KAPPA, 0, D, PADDED_D, BLOCK_N, GROUPS,
             )  # fmt: skip
-            tl.store(indices + s * rows + n, tl.where(live, j, -1), mask=inside)
+            tl.store(indices + s * rows + n, j, mask=inside)
+            if EXACT:
+                measure_all(
+                    tl.where(inside, n, -1), source_starts, indices + s * rows, None, source, source_step, book,
+                    code_stride, code_step, weights, of_bias, codewords, D, PADDED_D, BLOCK_N,
+                )  # fmt: skip
             count_uses(counts + s * codewords, indices + s * rows + n, live)
             if GROUP == 0:
+                j = tl.load(indices + s * rows + n, mask=live, other=0)  # count_uses has waited for them
                 tl.debug_barrier()  # all have read the residual before it changes
                 for first in range(0, PADDED_D, COLUMNS):
                     part = load_points(book, code_stride, code_step, weights, j, live, first, D, COLUMNS)

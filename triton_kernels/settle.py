@@ -120,16 +120,21 @@ def look_again(
 
 @triton.jit
 def measure_all(
-    again, index, distance, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
+    n, starts, indices, sqdist, z, step, codebook, code_stride, code_step, dither, bias, real,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(index, distance) after measuring every codeword for the rows ``again``, one row at a time: they are rare."""
+    """Measures every codeword for the rows n [BN] whose index is _LEFT, one row at a time: they are rare.
+
+    Index and distance go where they belong at once, and nothing else has to be kept meanwhile.
+    """
     # What is under way at a time, if there are registers for it.
     LANES: tl.constexpr = 64 if BLOCK_N <= 32 else 128
-    COLUMNS: tl.constexpr = 32 if BLOCK_N <= 32 and dither is None else 16
+    COLUMNS: tl.constexpr = 16 if BLOCK_N > 32 or dither is None else 8
     lane = tl.arange(0, LANES)
     number = tl.arange(0, BLOCK_N)
-    left = again.to(tl.int32)
+    tl.debug_barrier()  # others may have stored the indices
+    left = (tl.load(indices + n, mask=n >= 0, other=0) == _LEFT).to(tl.int32)
+    tl.debug_barrier()  # all know them before one changes
     while tl.max(left, axis=0) > 0:
         row = number == tl.argmax(left, axis=0)
         start = tl.sum(tl.where(row, starts, 0), axis=0)
@@ -149,42 +154,38 @@ def measure_all(
             found = tl.where(closer, j, found)
             best = tl.where(closer, total, best)
         least = tl.min(best, axis=0)
-        lowest = tl.min(tl.where(best == least, found, 2147483647), axis=0)
-        index = tl.where(row, lowest, index)
-        distance = tl.where(row, least, distance)
+        to = tl.sum(tl.where(row, n, 0), axis=0)
+        tl.store(indices + to, tl.min(tl.where(best == least, found, 2147483647), axis=0))
+        if sqdist is not None:
+            tl.store(sqdist + to, least)
         left = tl.where(row, 0, left)
-    return index, distance
 
 
 @triton.jit
 def settle(
     scores, where, least_hidden, squares, live, z, starts, step,
     codebook, code_stride, code_step, dither, bias, typical, real,
-    PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr, LEAVE: tl.constexpr,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr, MOST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """(index of the nearest searched point, its squared distance, whether ``LEAVE`` left it open) for scanned rows.
+    """(index of the nearest searched point, its squared distance) for scanned rows.
 
-    ``scores`` and ``where`` are [BN, GROUPS]. Rows that are not finite get index 0 and distance Inf.
+    ``scores`` and ``where`` are [BN, GROUPS]. The index is _LEFT in rows that stay open, for all that ``MOST`` groups
+    (0: any number) can tell. Rows that are not finite get index 0 and distance Inf, others than ``live`` −1 and 0.
     """
+    index = tl.where(live, 0, -1)
+    distance = tl.where(live, float("inf"), 0.0)
     live = live & (squares < float("inf"))
     of_c, of_x = bounds(tl.where(live, squares, 0.0), tl.load(typical), PRODUCT, KAPPA, D)
-    index = tl.zeros((BLOCK_N,), tl.int32)
-    distance = tl.full((BLOCK_N,), float("inf"), tl.float32)
     limit = tl.where(live, float("inf"), float("-inf"))
     index, distance, limit, undecided = look_again(
         scores, where, index, distance, limit, of_c, of_x, z, starts, step,
-        codebook, code_stride, code_step, dither, bias, real, _LOOKS if LEAVE else 0,
-        EXACT, D, PADDED_D, BLOCK_N, GROUPS,
+        codebook, code_stride, code_step, dither, bias, real, MOST, EXACT, D, PADDED_D, BLOCK_N, GROUPS,
     )  # fmt: skip
     if EXACT:
         undecided = undecided | (live & (least_hidden <= limit) & (limit < float("inf")))
-        if not LEAVE:
-            index, distance = measure_all(
-                undecided, index, distance, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
-                D, PADDED_D, BLOCK_N,
-            )  # fmt: skip
-    return index, distance, undecided
+        index = tl.where(undecided, _LEFT, index)
+    return index, distance
 
 
 @triton.jit
@@ -221,22 +222,24 @@ def settle_kernel(
     if EXACT:
         least_hidden = tl.load(hidden + at, mask=inside, other=float("inf"))
     starts = row_starts(n, inner, outer_stride, inner_stride)
-    index, distance, undecided = settle(
+    index, distance = settle(
         best, where, least_hidden, of_x, live, z, starts, step,
         codebook, code_stride, code_step, dither, bias, typical, real,
-        PRODUCT, EXACT, KAPPA, FIRST, D, PADDED_D, BLOCK_N, GROUPS,
+        PRODUCT, EXACT, KAPPA, _LOOKS if FIRST else 0, D, PADDED_D, BLOCK_N, GROUPS,
     )  # fmt: skip
-    found = tl.where(live, index, -1)
     if FIRST:
-        undecided = (undecided | (tl.load(counters + 1) != 0)) & live
-        found = tl.where(undecided, _LEFT, found)
-    tl.store(indices + n, found, mask=inside)
+        index = tl.where((tl.load(counters + 1) != 0) & (index >= 0), _LEFT, index)
+    tl.store(indices + n, index, mask=inside)
+    if sqdist is not None:
+        tl.store(sqdist + n, distance, mask=inside)
+    # Read back because of ``torch.compile``, as in count_uses: else it would take z and the codebook for written.
     if FIRST:
-        # Read back because of ``torch.compile``, as in count_uses: else it would take z and the codebook for written.
         tl.debug_barrier()
         undecided = tl.load(indices + n, mask=inside, other=0) == _LEFT
         slot = tl.atomic_add(counters + tl.zeros((BLOCK_N,), tl.int32), 1, mask=undecided, sem="relaxed")
         tl.store(left + slot, n.to(tl.int32), mask=undecided)
-        inside = inside & (undecided == 0)
-    if sqdist is not None:
-        tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)
+    elif EXACT:
+        measure_all(
+            tl.where(inside, n, -1), starts, indices, sqdist, z, step, codebook, code_stride, code_step, dither, bias,
+            real, D, PADDED_D, BLOCK_N,
+        )  # fmt: skip
