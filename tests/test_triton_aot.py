@@ -91,15 +91,21 @@ def call_everything(
         backward(z, z, books, weights, codes, seed, 1e-3, True, True)
 
 
-def check_fits(launches: list[Launch], architecture: int) -> list[Compiled]:
-    """Each as compiled: without spills, within shared memory, on tensor cores if it searches.
+def spills_allowed(kernel: str) -> int:
+    """Bytes a thread: 0 but for settle_kernel.
 
-    What settle_kernel spills has a test of its own.
+    ptxas makes room for one more block on an SM wherever a few values that are needed before and after the loops, not
+    in them, are all that it takes. Whatever the tile it does so in some variants, and in others with every version.
     """
+    return 64 if kernel == "settle_kernel" else 0
+
+
+def check_fits(launches: list[Launch], architecture: int) -> list[Compiled]:
+    """Each as compiled: without spills, within shared memory, on tensor cores if it searches."""
     different = {(x.kernel.__name__, str(x.arguments), str(x.options)): x for x in launches}
     kernels = [compile_for(launch, architecture) for launch in different.values()]
     for kernel in kernels:
-        assert kernel.spilled == 0 or kernel.name == "settle_kernel", (kernel.name, kernel.registers, kernel.spilled)
+        assert kernel.spilled <= spills_allowed(kernel.name), (kernel.name, kernel.registers, kernel.spilled)
         assert kernel.shared <= SHARED_LIMIT[architecture], (kernel.name, kernel.shared)
         searches = kernel.name in ("scan_kernel", "composite_kernel")
         assert bool(re.search(r"\b(mma|wgmma|tcgen05)\b", kernel.ptx)) == searches, kernel.name
@@ -107,9 +113,7 @@ def check_fits(launches: list[Launch], architecture: int) -> list[Compiled]:
 
 
 @pytest.mark.parametrize(("dim", "how", "architecture"), CASES, ids=str)
-def test_compiles_without_spills(
-    dim: int, how: tuple[str, torch.dtype, torch.dtype], architecture: int
-) -> None:
+def test_compiles_without_spills(dim: int, how: tuple[str, torch.dtype, torch.dtype], architecture: int) -> None:
     launches = launches_of(lambda: call_everything(dim, *how), architecture)
     names = {kernel.name for kernel in check_fits(launches, architecture)}
     assert {"middle_kernel", "pack_kernel", "scan_kernel", "settle_kernel", "composite_kernel"} <= names
@@ -117,7 +121,10 @@ def test_compiles_without_spills(
 
 @pytest.mark.parametrize(("architecture", "kind", "product", "dim"), configurations())
 def test_every_configuration_compiles_without_spills(architecture: int, kind: str, product: str, dim: int) -> None:
-    """With the dither, which asks for the most registers. Composites search in one pass, however many the rows."""
+    """With the dither, which asks for the most registers. Composites search in one pass, however many the rows.
+
+    What comes before and after a search's scan has tests of its own: these tiles make no difference to it.
+    """
     for rows, (precision, dtype, of_codebook) in HOW[product] if kind == "search" else HOW[product][:1]:
         seed, books = meta(dtype=torch.int64), meta(4, 1024, dim, dtype=of_codebook)
         dither = meta(4, 1023)
@@ -126,31 +133,34 @@ def test_every_configuration_compiles_without_spills(architecture: int, kind: st
             if kind == "search":
                 z = meta(rows, dim, dtype=dtype)
                 triton_kernels.nearest(z, books[0], None, precision)
-                if of_codebook == torch.float32:
-                    triton_kernels.sf_diveq(z, books[0], dither[0], None, seed, 1e-3, precision)
             elif kind == "residual":
                 z = meta(rows, dim, dtype=dtype)
                 triton_kernels.residual(z, books, dither, None, None, seed, 1e-3, precision)
             else:
                 z = meta(rows, 4 * dim, dtype=dtype)
                 triton_kernels.product(z, books, dither, None, seed, 1e-3, precision)
-        launches = [x for x in launches if x.options.get("PRODUCT") == product]
+        names = ("scan_kernel", "composite_kernel")
+        launches = [x for x in launches if x.kernel.__name__ in names and x.options["PRODUCT"] == product]
         assert launches, (product, rows)
         check_fits(launches, architecture)
 
 
-@pytest.mark.xfail(reason="in some configurations ptxas keeps 8 to 56 bytes a thread in local memory", strict=True)
-def test_settling_compiles_without_spills() -> None:
-    launches = []
-    for product in HOW:
-        for rows, (precision, dtype, of_codebook) in HOW[product]:
-            for dim in (64, 256):
-                z, codebook = meta(rows, dim, dtype=dtype), meta(1024, dim, dtype=of_codebook)
-                with recorded(90) as some:
-                    triton_kernels.nearest(z, codebook, None, precision)
-                launches += [x for x in some if x.kernel.__name__ == "settle_kernel"]
-    spilled = {compile_for(launch, 90).spilled for launch in launches}
-    assert spilled == {0}, spilled
+@pytest.mark.parametrize("product", HOW)
+@pytest.mark.parametrize(
+    ("architecture", "dim"), [*((architecture, 64) for architecture in ARCHITECTURES), (90, 256), (90, 600)]
+)
+def test_settling_compiles(product: str, architecture: int, dim: int) -> None:
+    """Rows that are a multiple of 16 long and others, for which loads are narrow; a dither reads two codewords."""
+    for rows, (precision, dtype, of_codebook) in HOW[product]:
+        z, codebook = meta(rows, dim, dtype=dtype), meta(CODEWORDS, dim, dtype=of_codebook)
+        dither, seed = meta(CODEWORDS - 1), meta(dtype=torch.int64)
+        with recorded(architecture) as launches:
+            triton_kernels.nearest(z, codebook, None, precision)
+            if of_codebook == torch.float32:
+                triton_kernels.sf_diveq(z, codebook, dither, None, seed, 1e-3, precision)
+        launches = [x for x in launches if x.kernel.__name__ == "settle_kernel" and x.options["PRODUCT"] == product]
+        assert launches, (product, rows)
+        check_fits(launches, architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
