@@ -302,10 +302,36 @@ def family(record: Record) -> str:
     return f"{first}\n\n{table(headings, rows)}\n\n{note}"
 
 
+def kernels(record: Record) -> str:
+    """GPU time of the kernels of a search, with the tiles that the tables have, and of the others tried."""
+    goals = {(goal["dtype"], goal["dim"]): goal["total"] for goal in record["goals"]}
+    rate, pairs = record["ceilings"]["matmul"]["bfloat16"], record["rows"] * record["codewords"]
+    rows = []
+    for search in record["searches"]:
+        if search["chosen"]:
+            key = search["dtype"], search["dim"]
+            others = [s["total"] for s in record["searches"] if (s["dtype"], s["dim"]) == key and not s["chosen"]]
+            rows.append([
+                *map(str, key), " ".join(map(str, search["tiles"].values())), f"{search['total']:.3g}",
+                f"{search['kernels']['scan']:.3g}", f"{search['kernels']['settle']:.3g}",
+                f"{2 * pairs * search['dim'] / search['total'] * 1e3 / rate:.0%}",
+                f"{min(others):.3g} to {max(others):.3g}" if others else "",
+                f"{goals[key]:g}" if key in goals else "",
+            ])  # fmt: skip
+    headings = ["dtype", "D", "tile", "all, ms", "scan", "settle", "of a bf16 product", "other tiles, ms", "goal, ms"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["machine"]["versions"].items() if version)
+    note = (
+        f"N = {record['rows']}, K = {record['codewords']}, exact. {record['machine']['device']}; {record['method']}. "
+        f"{versions}; {commit_of(record['machine']['commit'])}. The goals were set for an NVIDIA H200."
+    )
+    return f"{table(headings, rows)}\n\n{note}"
+
+
 VIEWS: dict[str, Callable[[Record], str]] = {
     view.__name__: view
     for view in (
         ratios, speed, memory, share, ceilings, inexact, faster_peers, refused, summary, checks, quality, family,
+        kernels,
     )
 }  # fmt: skip
 
