@@ -145,6 +145,7 @@ class Fakes:
 
     def run(self, parts: list[tiles.Part], resume: bool = False, minutes: float = math.inf) -> int:
         options = argparse.Namespace(
+            commit=None,
             device="cuda", out=self.folder, minutes=minutes, resume=resume, seconds=0.1, jobs=1
         )
         return tune.Tuning(options, self.configs, 90, LIMIT).run(parts)
@@ -350,7 +351,7 @@ def test_a_gpu_finds_in_the_cache_what_is_compiled_ahead(name: str, operation: s
 
 def test_dry_run_compiles_and_drops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With the real compiler: the present tiles, some that spill, and some that ask for too much shared memory."""
-    spills = {"BLOCK_N": 256, "BLOCK_K": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+    spills = {"BLOCK_N": 256, "BLOCK_K": 128, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
     large = {"BLOCK_N": 64, "BLOCK_K": 256, "BLOCK_D": 64, "num_warps": 8, "num_stages": 8}
     now = neighbours()[0]
     monkeypatch.setattr(tiles, "candidates", lambda part, table: [now, spills, large])
