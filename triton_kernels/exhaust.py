@@ -1,7 +1,7 @@
 """The last resort of an exact search: rows measured against the whole codebook, Σ(z − c)² in fp32, one by one.
 
-They are those for which settle.py cannot rule out that a better group of codewords was hidden: a few in a thousand on
-ordinary data. One row keeps a program busy for as long as the codebook takes to come from L2, so they are spread over
+They are those for which settle.py cannot rule out that a better group of codewords was hidden, few on ordinary data.
+One row keeps a program busy for as long as the codebook takes to come from L2, so they are spread over
 the GPU, not measured where they are found. How many there are only the GPU knows.
 """
 

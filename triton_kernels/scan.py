@@ -21,9 +21,9 @@ A product in fp16 has x and c at scales α and β (product.py), so the scores at
 √D·2⁻²²·‖x‖ times a typical ‖c‖ for what is subnormal.
 
 **Tiles.** The more rows in a tile, the less often the codebook comes from L2: once per tile, which at 128 rows is near
-what L2 can deliver. Two or more blocks per SM let one multiply while another takes minima;
-where rows are few, parts of the codebook are scanned side by side. A row is held whole up to
-D = 256 (``BLOCK_D`` ≥ D), chunked beyond. `benchmarks/sass.py` prints instructions per distance.
+what L2 can deliver. Two or more blocks per SM let one multiply while another takes minima; where rows are few, parts of
+the codebook are scanned side by side. A long row is taken in chunks (``BLOCK_D`` < D). `benchmarks/sass.py` prints
+instructions per distance.
 """
 
 from __future__ import annotations

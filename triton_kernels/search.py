@@ -6,8 +6,8 @@
 4. exhaust.py: all codewords measured for the rows that this cannot decide.
 
 **Two passes.** An exact search must know the products to fp32's precision, or know which rows that matters for. Three
-bf16 products tell nearly all rows' codewords apart; one product in fp16, a third of the work, all but a few per cent of
-them. Where there are rows enough for the few per cent to fill tiles of their own, they are left to a second pass, which
+bf16 products tell nearly all rows' codewords apart; one product in fp16, a third of the work, most of them.
+Where there are rows enough for the others to fill tiles of their own, they are left to a second pass, which
 is the three bf16 products again; how many there are only the GPU knows. It costs programs that find nothing to do.
 """
 
