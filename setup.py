@@ -27,7 +27,7 @@ FLAGS += ["-ffp-contract=fast", f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
 ISA_FLAGS = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": [*AVX512, "-mfma", "-mf16c"]}
 ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
-ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mamx-tile", "-mamx-bf16"]
+ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mamx-tile", "-mamx-bf16", "-mavx512bf16"]
 
 # Outside of pip's isolated build environment, which has no torch: its PYTHONPATH is ignored by -I.
 FIND_TORCH = r"""

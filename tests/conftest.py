@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cpu_isa import isa  # noqa: F401 - a fixture
 
 from diveq_kernels import backends, reference
 

@@ -10,50 +10,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cpu_isa
 import numpy as np
 import oracle
 import pytest
 import torch
 from cases import ALL_DTYPES, LAYOUTS, Target, eps, generator, lay_out
+from cpu_isa import check_nearest
 from test_project_gradients import by_definition, gradients
 from torch import Tensor
 
 import diveq_kernels.functional as F
-from diveq_kernels import backends, reference
+from diveq_kernels import reference
 
-_missing = backends.why_unavailable("cpu", "cpu")
-if _missing:
-    pytest.skip(f"the cpu backend is not built: {_missing}", allow_module_level=True)
+if cpu_isa.missing:
+    pytest.skip(f"the cpu backend is not built: {cpu_isa.missing}", allow_module_level=True)
 
 from diveq_kernels import native_cpu  # noqa: E402
 
 DTYPES = [dtype for dtype in ALL_DTYPES if dtype != torch.float64]
-
-
-def _runs(isa: str) -> bool:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIVEQ_CPU_ISA", isa)
-        try:
-            return native_cpu.instruction_set() == isa
-        except RuntimeError:
-            return False
-
-
-@pytest.fixture(params=[isa for isa in ("amx", "avx512vnni", "avx512", "avx2", "portable") if _runs(isa)])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DIVEQ_CPU_ISA", request.param)
-    return request.param
-
-
-def check_nearest(z: Tensor, codebook: Tensor) -> None:
-    """The least distance in fp64, and of equal ones the first."""
-    found = F.nearest(z, codebook, backend="cpu")
-    distances = oracle.sqdist(z, codebook)
-    picked = distances.gather(1, found.indices[:, None])[:, 0]
-    assert (picked <= distances.amin(1) * (1 + 1e-14)).all()
-    exact = (distances == distances.amin(1, keepdim=True)).sum(1) > 1
-    assert torch.equal(found.indices[exact], distances.argmin(1)[exact])
-    torch.testing.assert_close(found.sqdist.double(), picked, rtol=1e-5, atol=0)
 
 
 # ---- instruction sets ------------------------------------------------------------------------------------------------
@@ -62,7 +37,7 @@ def check_nearest(z: Tensor, codebook: Tensor) -> None:
 def test_the_best_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIVEQ_CPU_ISA", raising=False)
     best = native_cpu.instruction_set()
-    assert best == next(isa for isa in ("amx", "avx512vnni", "avx512", "avx2", "portable") if _runs(isa))
+    assert best == cpu_isa.NAMES[0]
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,44 +111,6 @@ def test_rows_close_to_crowded_codewords(isa: str, dim: int, spread: float) -> N
     codebook = torch.randn(1, dim, generator=gen) + spread * torch.randn(200, dim, generator=gen)
     near = codebook[torch.randint(200, (150,), generator=gen)]
     check_nearest(near + spread * torch.randn(150, dim, generator=gen), codebook)
-
-
-def just_beside(what: str, dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A row, its nearest codeword, and another one as good as equal, which a first pass finds much nearer.
-
-    The errors of all coordinates have the sign that misleads, and are as large as they can be: half a unit of bf16 of
-    ``what`` ("codewords" or "rows"), or half a step of 8 bits of both.
-    """
-    signs = torch.randint(0, 2, (1, dim), generator=gen) * 2.0 - 1.0
-    if what == "codewords":  # bf16 has 1.5 and 1.5 + 2^-7
-        return signs, (1.5 + 2.0**-8 - 2.0**-16) * signs, (1.5 + 2.0**-8 + 2.0**-16) * signs
-    if what == "rows":  # bf16 has 1 and 1 + 2^-7: one half is cut, the other raised
-        tiny, upper = 2.0**-20, torch.arange(dim) >= dim // 2
-        z = torch.where(upper, 1 + 2.0**-8 + tiny, 1 + 2.0**-8 - tiny)[None]
-        z[:, -1] -= 3 * dim * tiny  # moves z from beside the second to beside the first
-        return z * signs, 16 * signs * torch.where(upper, -1.0, 1.0), 16 * signs * torch.where(upper, 1.0, -1.0)
-    step, tiny = 2.0**-7, 2.0**-10
-    z, first, second = ((k * step * signs).clone() for k in (55.5 - tiny, 63.5 - tiny, 63.5 + tiny))
-    for x in (z, first, second):
-        x[:, 0] = 127 * step * signs[:, 0]  # makes the steps that long
-    return z, first, second
-
-
-@pytest.mark.parametrize("what", ["codewords", "rows", "both in 8 bits"])
-@pytest.mark.parametrize("dim", [64, 250, 1024])
-def test_rounding_of_a_first_pass_that_nearly_reaches_its_bound(isa: str, what: str, dim: int) -> None:
-    gen = generator()
-    z, first, second = just_beside(what, dim, gen)
-    # With others as long, and more that are all but 0, or are in all but one place: for a centre that is.
-    if what == "rows":  # what is longer has to be in another panel, whose bound is its own
-        as_long = (-16 * z.sign()).expand(30, -1)
-        others = 2.0 ** (dim.bit_length() // 2 + 5) * torch.eye(dim)[:48] + 2.0**-33
-    else:
-        as_long, others = torch.cat([-first, -second]), torch.full((48, dim), 2.0**-33)
-    codebook = torch.cat([first, second, as_long, others])
-    distances = oracle.sqdist(z, codebook)
-    assert distances[0, 0] < distances[0, 1] and distances[0, 2:].min() > 1.02 * distances[0, 1]
-    check_nearest(torch.cat([z, -z]), codebook)
 
 
 def test_fast_search_is_near(isa: str) -> None:

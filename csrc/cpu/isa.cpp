@@ -16,11 +16,13 @@ namespace diveq {
 namespace {
 
 #if defined(__x86_64__) && defined(__linux__)
-// Whether there is a matrix unit for bf16, and the kernel lets this process use it (its registers are large).
+// Whether there is a matrix unit for bf16, and conversion to it, and the kernel lets this process use the unit (its
+// registers are large).
 bool may_use_amx() {
   static const bool may = [] {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();

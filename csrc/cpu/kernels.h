@@ -13,14 +13,15 @@ namespace diveq {
 
 constexpr int64_t kMaxDim = 4096;
 
-// Codewords less a centre, in panels of `panel` codewords; which of the forms there are is for PackedBook to say.
+// Codewords less a centre, in panels, of `panel` codewords in fp32 and of `coarse_panel` for a first pass; which of the forms
+// there are is for PackedBook to say.
 struct Packed {
   float* centre;  // [dim]
-  float* halves;  // [panels][panel] half their squares, infinite where there is no finite codeword
+  float* halves;  // [panels][panel] half their squares, never the least where there is no finite codeword
   float* values;  // [panels][dim][panel] in fp32, or null where there is a first pass: its rest packs what it needs
   uint32_t* coarse;  // [panels][panel_words(dim)] as the first pass multiplies them
   float* reaches;  // [panels] the greatest length of a codeword
-  float* losses;  // [panels] the greatest length of what `coarse` lacks of one
+  float* losses;  // [panels] the greatest length of what `coarse` lacks of one, and what rounding does like it
 };
 
 // A codebook as the projection reads it (project.inl): panels as above, in another order, and of the segment that ends at
@@ -41,6 +42,7 @@ struct Kernels {
   int panel;  // codewords that it takes at once
   int lanes;
   int64_t least_screened;  // least dim that has a first pass (screen.inl); with fewer there is little to multiply
+  int coarse_rows, coarse_panel;  // that it takes at once
   int64_t (*panel_words)(int64_t dim);
 
   void (*read)(const Rows&, int64_t row, int64_t rows, float* out);
@@ -50,7 +52,7 @@ struct Kernels {
   // c_j, or the dithered point, into out [dim].
   void (*part)(const Codes&, int64_t j, float* out, float* scratch);
 
-  // scratch holds 2·dim + panel·(dim + lanes) floats.
+  // scratch holds 2·dim + (panel or coarse_panel)·(dim + lanes) floats.
   void (*pack)(const Codes&, const Packed&, int64_t first_panel, int64_t last_panel, float* scratch);
   int64_t (*search_scratch)(int64_t dim, int64_t rows);  // floats
   // Index of the nearest for `rows` rows z [rows][ld]; scratch as search_scratch says.

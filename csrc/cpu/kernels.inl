@@ -36,6 +36,7 @@ inline float length_of(float squares) { return 1.0001f * sqrtf(squares) + 1e-19f
 #include "screen.inl"
 #else
 constexpr int64_t kLeastScreened = kMaxDim + 1;
+constexpr int kRows = MR, kPanel = NR;
 int64_t panel_words(int64_t) { return 0; }
 #endif
 
@@ -55,7 +56,7 @@ int64_t panel_words(int64_t) { return 0; }
 }  // namespace
 
 const Kernels DIVEQ_JOIN(kernels_, DIVEQ_ISA) = {
-    DIVEQ_TEXT(DIVEQ_ISA), MR,      NR,   W,       kLeastScreened, panel_words, read,
+    DIVEQ_TEXT(DIVEQ_ISA), MR,      NR,   W,       kLeastScreened, kRows, kPanel, panel_words, read,
     write,                 codeword, part, pack,   search_scratch, search,      noise,
     words,                 sqdist,  step, gradient, add_pull,      pull,        pack_curve,
     project_scratch,       project, between,       project_gradient, add_bend,

@@ -44,10 +44,10 @@ class Kept {
 
 // f(first panel, last panel, scratch) for all panels, on torch's threads.
 template <class F>
-void pack_panels(const Kernels& k, int64_t panels, int64_t dim, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (k.panel * dim));
+void pack_panels(const Kernels& k, int64_t panels, int64_t panel, int64_t dim, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (panel * dim));
   torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = buffer(2 * dim + k.panel * (dim + k.lanes));
+    const Buffer scratch = buffer(2 * dim + panel * (dim + k.lanes));
     f(begin, end, scratch.get());
   });
 }
@@ -55,11 +55,13 @@ void pack_panels(const Kernels& k, int64_t panels, int64_t dim, const F& f) {
 class PackedBook : Kept {
  public:
   PackedBook(const Kernels& k, const Codes& codes) {
-    const int64_t dim = codes.dim, panels = (codes.count + k.panel - 1) / k.panel;
+    const int64_t dim = codes.dim;
+    const bool screened = dim >= k.least_screened;
+    const int64_t panel = screened ? k.coarse_panel : k.panel, panels = (codes.count + panel - 1) / panel;
     packed.centre = keep(dim);
-    packed.halves = keep(panels * k.panel);
-    if (dim < k.least_screened) {
-      packed.values = keep(panels * k.panel * dim);
+    packed.halves = keep(panels * panel);
+    if (!screened) {
+      packed.values = keep(panels * panel * dim);
     } else {
       packed.coarse = reinterpret_cast<uint32_t*>(keep(panels * k.panel_words(dim)));
       for (float** array : {&packed.reaches, &packed.losses}) {
@@ -68,7 +70,7 @@ class PackedBook : Kept {
       }
     }
     find_centre(k, codes, packed.centre);
-    pack_panels(k, panels, dim, [&](int64_t begin, int64_t end, float* scratch) {
+    pack_panels(k, panels, panel, dim, [&](int64_t begin, int64_t end, float* scratch) {
       k.pack(codes, packed, begin, end, scratch);
     });
   }
@@ -86,7 +88,7 @@ class PackedPath : Kept {
       *array = keep(panels * k.panel);
     packed.reaches = keep(panels);
     find_centre(k, codes, packed.centre);
-    pack_panels(k, panels, codes.dim, [&](int64_t begin, int64_t end, float* scratch) {
+    pack_panels(k, panels, k.panel, codes.dim, [&](int64_t begin, int64_t end, float* scratch) {
       k.pack_curve(codes, packed, begin, end, scratch);
     });
   }

@@ -1,55 +1,49 @@
 // The products of the search's first pass (screen.inl) in bf16 on the matrix unit, about ten times faster than in fp32.
 
-constexpr int64_t kLeastScreened = 17;  // with fewer there is little to multiply, and fp32 was faster
-constexpr int64_t kBlockPanels = 16;
-constexpr int kRows = 32, kDepth = 32;  // a step multiplies 32 rows by 32 codewords, 32 dimensions at a time
+constexpr int64_t kLeastScreened = 5;  // with fewer there is little to multiply, and fp32 was faster
+constexpr int kRows = 32, kDepth = 32;  // a step multiplies 32 rows by 16 codewords, 32 dimensions at a time
+constexpr int kPanel = 64;
+constexpr int64_t kManyCodewords = 4096;  // from where on it is faster to keep all four of a lane together than two
 
 inline int64_t depth(int64_t dim) { return (dim + kDepth - 1) / kDepth; }
 
-int64_t panel_words(int64_t dim) { return depth(dim) * kDepth * NR / 2; }
+int64_t panel_words(int64_t dim) { return depth(dim) * kDepth * kPanel / 2; }
 
 inline int64_t group_words(int64_t dim) { return depth(dim) * kDepth * kRows / 2; }
 
 // Every product of two bf16 is exact in fp32; the sums are not, nor is what underflows kept.
 inline float roundings(int64_t dim) { return 2.0f * dim + 80.0f; }
 
-typedef uint16_t B __attribute__((vector_size(2 * W)));
-
-// Rounds to nearest; what is lost goes to `error`.
-inline B to_bf16(V x, V& error) {
-  const U bits = (U)x;
-  const U rounded = bits + 0x7FFFu + ((bits >> 16) & 1);
-  error = x - (V)(rounded & 0xFFFF0000u);
-  return __builtin_convertvector(rounded >> 16, B);
-}
+inline V widened(__m256i bf16) { return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16); }
 
 // The row in bf16, with zeros up to whole steps: [depth] times 32 at `out`, `apart` from one another. Returns ‖e‖².
 template <class F>
-inline float round_row(int64_t dim, F f, uint16_t* out, int64_t apart) {
+inline __attribute__((always_inline)) float round_row(int64_t dim, F f, uint16_t* out, int64_t apart) {
   V lost = {};
-  for (int64_t k = 0; k < depth(dim) * kDepth; k += W) {
+  for (int64_t k = 0; k < dim; k += kDepth, out += apart) {
     const int64_t left = dim - k;
-    V error;
-    const B x = to_bf16(f(k, left >= W ? W : left > 0 ? (int)left : 0), error);
-    lost += error * error;
-    memcpy(out + k / kDepth * apart + k % kDepth, &x, sizeof x);
+    const V low = f(k, left < W ? (int)left : W), high = left <= W ? V{} : f(k + W, left < 2 * W ? (int)left - W : W);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    const V of_low = low - widened(_mm512_castsi512_si256(both));
+    const V of_high = high - widened(_mm512_extracti64x4_epi64(both, 1));
+    lost += of_low * of_low + of_high * of_high;
+    memcpy(out, &both, sizeof both);
   }
   return sum(lost);
 }
 
-// A panel as pairs of tiles, [depth][2][16 pairs of dimensions][16 codewords][2]. Returns the greatest ‖e_c‖.
+// A panel as tiles, [kPanel / 16][depth][16 pairs of dimensions][16 codewords][2]. Returns the greatest ‖e_c‖.
 float pack_panel(float* rows, int64_t ld, int64_t dim, uint32_t* out) {
   float loss = 0;
-  for (int lane = 0; lane < NR; ++lane) {  // in place: a row takes half of its room
+  for (int lane = 0; lane < kPanel; ++lane) {  // in place: a row takes half of its room
     const float* row = rows + lane * ld;
     const float e = round_row(dim, [&](int64_t k, int n) { return load(row + k, n); }, (uint16_t*)row, kDepth);
     loss = e > loss ? e : loss;
   }
   const __m512i lanes = (__m512i)(iota<I>() * (int32_t)ld);
-  for (int64_t k = 0; k < depth(dim) * kDepth; k += 2)
-    for (int h = 0; h < 2; ++h)
-      _mm512_storeu_si512(out + k / kDepth * 512 + h * 256 + k % kDepth * 8,
-                          _mm512_i32gather_epi32(lanes, rows + h * 16 * ld + k / 2, 4));
+  for (int chunk = 0; chunk < kPanel / W; ++chunk, rows += W * ld)
+    for (int64_t pair = 0; pair < depth(dim) * kDepth / 2; ++pair, out += W)
+      _mm512_storeu_si512(out, _mm512_i32gather_epi32(lanes, rows + pair, 4));
   return length_of(loss);
 }
 
@@ -84,28 +78,48 @@ struct Multiplier {
   ~Multiplier() { _tile_release(); }
 };
 
-// The lesser score of codewords l and l + W of a panel, for 32 rows.
-inline void least_scores(const uint32_t* rows, const uint32_t* codewords, const float* halves, int64_t dim,
-                         float* minima, int64_t stride) {
-  alignas(64) float scores[kRows * NR];
-  _tile_loadd(0, halves, 0);  // stride 0: ‖c‖²/2 in every row
-  _tile_loadd(1, halves + 16, 0);
-  _tile_loadd(2, halves, 0);
-  _tile_loadd(3, halves + 16, 0);
-  for (int64_t b = depth(dim); b > 0; --b, rows += 512, codewords += 512) {
-    _tile_loadd(4, rows, 64);
-    _tile_loadd(6, codewords, 64);
-    _tile_loadd(7, codewords + 256, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, rows + 256, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+// f(row, panel, part, least scores) of 32 rows and the panels first .. last - 1; kOfLane as in screen.inl.
+//
+// The matrix unit and the vector units work side by side only if their instructions are near one another: while a panel is
+// multiplied, the minima of the one before are taken, some rows after every step. Of the eight tiles four are in use: where
+// the core's other thread works, more leave no registers to load ahead into, and products take twice as long.
+template <int kOfLane, class F>
+inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Packed& packed, int64_t first, int64_t last,
+                                                 int64_t dim, F f) {
+  alignas(64) float scores[2][kRows * kPanel];
+  const int64_t steps = kPanel / W * depth(dim), share = (kRows + steps - 1) / steps;
+  const uint32_t* codewords = packed.coarse + first * panel_words(dim);
+  for (int64_t p = first; p <= last; ++p) {
+    float *to = scores[p & 1], *from = scores[~p & 1];
+    int64_t done = p > first ? 0 : kRows;
+    const auto take_minima = [&](int64_t until) __attribute__((always_inline)) {
+      for (; done < until && done < kRows; ++done) {
+        const float* x = from + done * kPanel;
+        const V low = minimum(load(x), load(x + W)), high = minimum(load(x + 2 * W), load(x + 3 * W));
+        if (kOfLane == 4) {
+          f(done, p - 1, 0, minimum(low, high));
+        } else {
+          f(done, p - 1, 0, low);
+          f(done, p - 1, 1, high);
+        }
+      }
+    };
+    for (int chunk = 0; chunk < kPanel / W && p < last; ++chunk, to += W) {
+      const float* halves = packed.halves + p * kPanel + chunk * W;
+      _tile_loadd(0, halves, 0);  // stride 0: ‖c‖²/2 in every row
+      _tile_loadd(1, halves, 0);
+      const uint32_t* row = rows;
+      for (int64_t b = depth(dim); b > 0; --b, row += 512, codewords += 256) {
+        _tile_loadd(2, row, 64);
+        _tile_loadd(3, codewords, 64);
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_loadd(2, row + 256, 64);
+        _tile_dpbf16ps(1, 2, 3);
+        take_minima(done + share);
+      }
+      _tile_stored(0, to, 4 * kPanel);
+      _tile_stored(1, to + 16 * kPanel, 4 * kPanel);
+    }
+    take_minima(kRows);
   }
-  _tile_stored(0, scores, 128);
-  _tile_stored(1, scores + 16, 128);
-  _tile_stored(2, scores + 16 * 32, 128);
-  _tile_stored(3, scores + 16 * 32 + 16, 128);
-  for (int r = 0; r < kRows; ++r)
-    store(minima + r * stride, minimum(load(scores + r * 32), load(scores + r * 32 + 16)));
 }

@@ -4,8 +4,8 @@
 // panel's own: an outlier spoils nobody else's. The products of the integers are exact.
 
 constexpr int64_t kLeastScreened = 5;
-constexpr int64_t kBlockPanels = 32;
-constexpr int kRows = MR;
+constexpr int kRows = MR, kPanel = NR;
+constexpr int64_t kManyCodewords = 0;  // the lanes of a panel have two in any case
 
 inline int64_t quads(int64_t dim) { return (dim + 3) / 4; }
 
@@ -98,9 +98,9 @@ inline void add_products(__m512i& sums, __m512i codewords, const uint32_t* row) 
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codewords), "m"(*row));
 }
 
-// The lesser score of codewords l and l + W of a panel, for MR rows.
-inline void least_scores(const uint32_t* rows, const uint32_t* codewords, const float* halves, int64_t dim,
-                         float* minima, int64_t stride) {
+// The lesser score of codewords l and l + W of a panel, for MR rows. Not to be inlined: the sums would leave the registers.
+__attribute__((noinline)) void least_scores(const uint32_t* rows, const uint32_t* codewords, const float* halves,
+                                            int64_t dim, float* minima) {
   const float* scales = (const float*)(rows + quads(dim) * MR);
   const int32_t* offsets = (const int32_t*)(scales + MR);
   __m512i acc[MR][2];
@@ -121,6 +121,18 @@ inline void least_scores(const uint32_t* rows, const uint32_t* codewords, const 
   for (int r = 0; r < MR; ++r) {
     const float factor = scales[r] * scale;
     const V s0 = h0 - factor * (V)_mm512_cvtepi32_ps(acc[r][0]), s1 = h1 - factor * (V)_mm512_cvtepi32_ps(acc[r][1]);
-    store(minima + r * stride, minimum(s0, s1));
+    store(minima + r * W, minimum(s0, s1));
+  }
+}
+
+// f(row, panel, part, least scores) of MR rows and the panels first .. last - 1; kOfLane as in screen.inl.
+template <int kOfLane, class F>
+inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Packed& packed, int64_t first, int64_t last,
+                                                 int64_t dim, F f) {
+  static_assert(kOfLane * W == kPanel);
+  alignas(64) float minima[MR * W];
+  for (int64_t p = first; p < last; ++p) {
+    least_scores(rows, packed.coarse + p * panel_words(dim), packed.halves + p * kPanel, dim, minima);
+    for (int r = 0; r < MR; ++r) f(r, p, 0, load(minima + r * W));
   }
 }

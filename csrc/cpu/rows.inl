@@ -161,8 +161,8 @@ void part(const Codes& c, int64_t j, float* out, float* scratch) {
   });
 }
 
-// Codeword j (or the dithered point) less the centre, into out [dim]; returns its square. What is not there or not finite
-// becomes 0, with an infinite square: it is never the least.
+// Codeword j (or the dithered point) less the centre, into out [dim]; returns its square. What is not there or not finite, or
+// whose square is not in fp32, becomes 0, with an infinite square: it is never the least.
 float centred(const Codes& c, int64_t j, const float* centre, float* out, float* scratch) {
   V squares = {};
   if (j < c.count) {

@@ -6,23 +6,51 @@
 // score ‖c‖²/2 - z·c is off by at most
 //     ‖e_z‖‖c‖ + ‖ẑ‖‖e_c‖
 // and what fp32 does to the rest.
+//
+// Over the codewords a row keeps, for each lane, the three least of the lower bounds of its scores, those of kOfLane
+// codewords together. The low bits hold the number of these, so that nothing else has to be kept: a span of 2^kNumberBits
+// numbers at a time.
 
-constexpr int64_t kBlockBytes = 1 << 19;  // of the second-level cache; kBlockPanels: minima in the first
-constexpr int kListed = 48;  // codewords of a block, two at a time, that are worth comparing one by one
+constexpr int64_t kBlockBytes = 1 << 19;  // of the second-level cache
+constexpr int64_t kBlockPanels = 64;  // at most, of which each row has a bound
+constexpr int kNumberBits = 8;
+constexpr int64_t kSpan = 1 << kNumberBits;
+constexpr int kWalked = W / 2;  // lanes whose codewords are all worth comparing
 constexpr int kTies = 16;  // that fp32 does not tell apart
 constexpr float kUnit = 0x1p-24f;
+constexpr float kBeyond = 1e38f;  // scores from here on tell nothing: the sums may have left the range of fp32,
+constexpr float kNone = 3e38f;  // or there is no finite codeword
 
 void pack_coarse(const Codes& c, const Packed& packed, int64_t panel, float* scratch) {
   const int64_t dim = c.dim, ld = dim + W;
-  float *rows = scratch + 2 * dim, *halves = packed.halves + panel * NR;
-  float reach = 0;
-  for (int lane = 0; lane < NR; ++lane) {
-    const float squares = centred(c, panel * NR + lane, packed.centre, rows + lane * ld, scratch);
-    halves[lane] = squares / 2;
-    if (squares <= FLT_MAX) reach = squares > reach ? squares : reach;
+  float *rows = scratch + 2 * dim, *halves = packed.halves + panel * kPanel;
+  float greatest = 0;
+  for (int lane = 0; lane < kPanel; ++lane) {
+    const float squares = centred(c, panel * kPanel + lane, packed.centre, rows + lane * ld, scratch);
+    const bool there = squares <= FLT_MAX;
+    halves[lane] = there ? squares / 2 : kNone;
+    if (there) greatest = squares > greatest ? squares : greatest;
   }
-  packed.reaches[panel] = length_of(reach);
-  packed.losses[panel] = pack_panel(rows, ld, dim, packed.coarse + panel * panel_words(dim));
+  // Of the bound, what belongs to the panel alone is taken from the scores here, and what goes with ‖ẑ‖ has one factor.
+  const float reach = length_of(greatest), squaring = (dim / 16 + 40) * kUnit, underflow = roundings(dim) * FLT_MIN;
+  const float summing = roundings(dim) * kUnit + 0x1.4p-15f;  // and the number in the low bits
+  const float own = reach * ((squaring + summing / 2) * reach) + underflow * (1 + reach) + 1e-35f;
+  for (int lane = 0; lane < kPanel; ++lane)
+    if (halves[lane] < kNone) halves[lane] -= own;
+  packed.reaches[panel] = reach;
+  packed.losses[panel] = pack_panel(rows, ld, dim, packed.coarse + panel * panel_words(dim)) + summing * reach + underflow;
+}
+
+// Of each lane, in order.
+struct Least {
+  V first, second, third;
+};
+
+inline void update(Least& s, V bounds, int32_t number) {
+  const V key = (V)(((I)bounds & (int32_t)-kSpan) | number), beyond_first = maximum(key, s.first);
+  s.first = minimum(key, s.first);
+  s.third = minimum(maximum(beyond_first, s.second), s.third);
+  s.second = minimum(beyond_first, s.second);
 }
 
 // What is known of a row.
@@ -37,30 +65,8 @@ struct Row {
   int32_t index[kTies];
 };
 
-// Compares codeword j with those that were found before.
-inline void look_at(Row& row, const Codes& c, int64_t j, float* scratch) {
-  if (j >= c.count) return;
-  const float* first = codeword(c, j, scratch);
-  const float* second = c.dither ? codeword(c, j + 1, scratch + c.dim) : nullptr;
-  const float weight = c.dither ? c.dither[j] : 0.0f;
-  V of_d[2] = {}, of_ends = {};
-  const auto add = [&](int64_t k, int n, V& total) __attribute__((always_inline)) {
-    V at = load(first + k, n);
-    if (second) {
-      const V b = load(second + k, n);
-      of_ends += at * at + b * b;
-      at = (1 - weight) * at + weight * b;
-    }
-    const V d = at - load(row.z + k, n);
-    total += d * d;
-  };
-  int64_t k = 0;
-  for (; k + 2 * W <= c.dim; k += 2 * W) add(k, W, of_d[0]), add(k + W, W, of_d[1]);
-  for (; k < c.dim; k += W) add(k, c.dim - k < W ? (int)(c.dim - k) : W, of_d[0]);
-  const float distance = sum(of_d[0] + of_d[1]);
-  const float mixing = second ? 4 * kUnit * sqrtf(sum(of_ends)) : 0.0f;  // how far rounding can move the point
-  const float margin =
-      (c.dim / 16 + 24) * kUnit * distance + 2.01f * sqrtf(distance) * mixing + mixing * mixing + 1e-35f;
+// Keeps codeword j if it can be the nearest. Rounding may have moved its distance by `margin`.
+inline void offer(Row& row, int64_t j, float distance, float margin) {
   if (!(distance - margin <= row.upper)) return;  // nor one that is not finite
   if (distance + margin < row.upper) row.upper = distance + margin;
   int kept = 0;
@@ -81,55 +87,79 @@ inline void look_at(Row& row, const Codes& c, int64_t j, float* scratch) {
   row.ties = kept + 1;
 }
 
+// Compares the kOfLane codewords of a lane, `start` and every W-th from there on, with those that were found before.
+template <int kOfLane, bool dithered>
+inline void compare(Row& row, const Codes& c, int64_t start, float* scratch) {
+  const float *first[kOfLane], *second[kOfLane];
+  float weight[kOfLane];
+  for (int i = 0; i < kOfLane; ++i, scratch += 2 * c.dim) {
+    const int64_t j = start + i * W < c.count ? start + i * W : start;
+    first[i] = codeword(c, j, scratch);
+    if (dithered) second[i] = codeword(c, j + 1, scratch + c.dim), weight[i] = c.dither[j];
+  }
+  V of_d[kOfLane] = {}, of_ends[kOfLane] = {};
+  each(c.dim, [&](int64_t k, int n) __attribute__((always_inline)) {
+    const V z = load(row.z + k, n);
+#pragma GCC unroll 4
+    for (int i = 0; i < kOfLane; ++i) {
+      V at = load(first[i] + k, n);
+      if (dithered) {
+        const V b = load(second[i] + k, n);
+        of_ends[i] += at * at + b * b;
+        at = (1 - weight[i]) * at + weight[i] * b;
+      }
+      of_d[i] += (at - z) * (at - z);
+    }
+  });
+  for (int i = 0; i < kOfLane && start + i * W < c.count; ++i) {
+    const float distance = sum(of_d[i]);
+    const float mixing = dithered ? 4 * kUnit * sqrtf(sum(of_ends[i])) : 0.0f;  // how far rounding can move the point
+    offer(row, start + i * W, distance,
+          (c.dim / 16 + 24) * kUnit * distance + 2.01f * sqrtf(distance) * mixing + mixing * mixing + 1e-35f);
+  }
+}
+
 // A bound of ‖c‖²/2 - z·c for a codeword no farther than `upper`.
 inline float limit_of(const Row& row, int64_t dim) {
   return 0.5f * (row.upper - row.squares) + (dim / 16 + 40) * kUnit * (row.squares + row.upper);
 }
 
-// Looks at the codewords of a block of panels that can be the nearest, or leaves the row to fp32 if they are many.
-void examine(Row& row, const Codes& c, const Packed& packed, int64_t first, int64_t panels, const float* minima,
-             float* errors, float* scratch) {
-  const float squaring = (c.dim / 16 + 40) * kUnit, summing = roundings(c.dim) * kUnit;
-  const float underflow = roundings(c.dim) * FLT_MIN;
-  for (int64_t p = 0; p < panels; p += W) {
-    const V reach = load(packed.reaches + first + p), loss = load(packed.losses + first + p);
-    const V rounding = squaring * reach * reach + summing * reach * (0.5f * reach + row.length);
-    store(errors + p, row.lost * reach + row.length * loss + rounding + underflow * (1 + reach + row.length) + 1e-35f);
-  }
-  V highest_of_least = all(limit_of(row, c.dim));
-  for (int64_t p = 0; p < panels; ++p) highest_of_least = minimum(highest_of_least, load(minima + p * W) + errors[p]);
-  float limit = lowest(highest_of_least);
-  if (!(fabsf(limit) <= FLT_MAX)) {  // beyond the range of fp32, or no codeword
+// Looks at the codewords of a span that can be the nearest, or leaves the row to fp32 if they are many. Its numbers are
+// start .. end - 1.
+template <int kOfLane>
+void examine(Row& row, const Codes& c, int64_t start, int64_t end, const Least& s, float* scratch) {
+  const auto look_at = [&](int64_t number, int lane) {
+    const int64_t j = number * kOfLane * W + lane;
+    if (j >= c.count) return;
+    c.dither ? compare<kOfLane, true>(row, c, j, scratch) : compare<kOfLane, false>(row, c, j, scratch);
+  };
+  const auto number_of = [&](const V& keys, int lane) { return start + (((const int32_t*)&keys)[lane] & (kSpan - 1)); };
+  const float least = lowest(s.first);
+  float limit = limit_of(row, c.dim);
+  if (!(least < kBeyond && least <= limit)) return;
+  const int nearest = __builtin_ctz(at_most(s.first, least));  // the best first: it rules most others out
+  look_at(number_of(s.first, nearest), nearest);
+  limit = limit_of(row, c.dim);
+  if (!(limit < kBeyond)) {
     row.left = true;
     return;
   }
-  int listed = 0, nearest = 0;
-  float scores[kListed], slack[kListed];
-  int32_t index[kListed];
-  for (int64_t p = 0; p < panels; ++p) {
-    const V values = load(minima + p * W);
-    unsigned may = at_most(values - errors[p], limit);
-    for (; may; may &= may - 1) {
-      if (listed == kListed) {
-        row.left = true;
-        return;
-      }
+  unsigned may = at_most(s.first, limit) & ~(1u << nearest);
+  const V* const kept[] = {&s.first, &s.second};
+  for (const V* keys : kept) {
+    for (; may && !row.left; may &= may - 1) {
       const int lane = __builtin_ctz(may);
-      scores[listed] = minima[p * W + lane];
-      slack[listed] = errors[p];
-      index[listed] = (int32_t)((first + p) * NR + lane);
-      if (scores[listed] < scores[nearest]) nearest = listed;
-      ++listed;
+      if (((const float*)keys)[lane] <= limit) look_at(number_of(*keys, lane), lane);
+      limit = limit_of(row, c.dim);
     }
+    may = at_most(s.second, limit);
   }
-  for (int i = -1; i < listed && !row.left; ++i) {  // the best score first: it rules most others out
-    if (i == nearest || listed == 0) continue;
-    const int at = i < 0 ? nearest : i;
-    if (!(scores[at] - slack[at] <= limit)) continue;
-    look_at(row, c, index[at], scratch);
-    look_at(row, c, index[at] + W, scratch);
-    const float lower = limit_of(row, c.dim);
-    limit = lower < limit ? lower : limit;
+  unsigned more = at_most(s.third, limit);  // lanes that may have others still
+  if (__builtin_popcount(more) > kWalked) row.left = true;
+  for (; more && !row.left; more &= more - 1) {
+    const int lane = __builtin_ctz(more);
+    for (int64_t number = start; number < end; ++number)
+      if (number != number_of(s.first, lane) && number != number_of(s.second, lane)) look_at(number, lane);
   }
 }
 
@@ -150,20 +180,21 @@ int32_t settle(const Row& row, const Codes& c, bool exact, float* scratch) {
 
 int64_t screen_scratch(int64_t dim, int64_t rows) {
   const int64_t groups = (rows + kRows - 1) / kRows;
-  return groups * (kRows * (int64_t)(sizeof(Row) / 4) + group_words(dim)) + kRows * (kBlockPanels * W + 2) +
-         2 * kBlockPanels + 3 * dim + 128;
+  return groups * (kRows * (int64_t)((sizeof(Row) + sizeof(Least)) / 4) + group_words(dim)) +
+         kRows * (kBlockPanels + 2) + 8 * dim + 128;
 }
 
 // Indices of the rows that this can tell; the numbers of the others go to `left`, and their count is returned.
+template <int kOfLane>
 int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
                int32_t* indices, int32_t* left, float* scratch) {
   const int64_t dim = c.dim, words = group_words(dim), groups = (rows + kRows - 1) / kRows;
-  const int64_t panels = (c.count + NR - 1) / NR, bytes = 4 * panel_words(dim);
-  float* minima = aligned(scratch);  // [kRows][kBlockPanels][W]
-  uint32_t* coarse = (uint32_t*)(minima + kRows * kBlockPanels * W);  // [groups][words]
-  Row* found = (Row*)(coarse + groups * words);
-  float* errors = (float*)(found + groups * kRows);
-  float *squares = errors + 2 * kBlockPanels, *lost = squares + kRows, *codewords = lost + kRows;
+  const int64_t panels = (c.count + kPanel - 1) / kPanel, bytes = 4 * panel_words(dim);
+  Least* states = (Least*)aligned(scratch);
+  uint32_t* coarse = (uint32_t*)(states + groups * kRows);  // [groups][words]
+  float* errors = (float*)(coarse + groups * words);  // [kRows][kBlockPanels]
+  Row* found = (Row*)(errors + kRows * kBlockPanels);
+  float *squares = (float*)(found + groups * kRows), *lost = squares + kRows, *codewords = lost + kRows;
   for (int64_t g = 0; g < groups; ++g) {
     pack_rows(z + g * kRows * ld, ld, rows - g * kRows, packed.centre, dim, coarse + g * words, squares, lost, codewords);
     for (int r = 0; r < kRows; ++r) {
@@ -175,18 +206,29 @@ int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z,
 
   const Multiplier multiplier;
   const int64_t fit = kBlockBytes / bytes, step = fit < 1 ? 1 : fit < kBlockPanels ? fit : kBlockPanels;
-  for (int64_t first = 0; first < panels; first += step) {
-    const int64_t last = first + step < panels ? first + step : panels;
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t p = first; p < last; ++p)
-        least_scores(coarse + g * words, packed.coarse + p * panel_words(dim), packed.halves + p * NR, dim,
-                     minima + (p - first) * W, kBlockPanels * W);
-      for (int r = 0; r < kRows && g * kRows + r < rows; ++r) {
-        Row& row = found[g * kRows + r];
-        if (!row.left)
-          examine(row, c, packed, first, last - first, minima + r * kBlockPanels * W, errors, codewords);
+  constexpr int kParts = kPanel / (kOfLane * W);  // of a panel, each with a number
+  constexpr int64_t span = kSpan / kParts;
+  for (int64_t start = 0; start < panels; start += span) {
+    const int64_t end = start + span < panels ? start + span : panels;
+    for (int64_t n = 0; n < groups * kRows; ++n) states[n] = {all(kNone), all(kNone), all(kNone)};
+    for (int64_t first = start; first < end; first += step) {
+      const int64_t last = first + step < end ? first + step : end;
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int r = 0; r < kRows; ++r) {
+          const Row& row = found[g * kRows + r];
+          for (int64_t p = 0; p < last - first; p += W)
+            store(errors + r * kBlockPanels + p, row.lost * load(packed.reaches + first + p) +
+                                                     row.length * load(packed.losses + first + p));
+        }
+        sweep<kOfLane>(coarse + g * words, packed, first, last, dim,
+                       [&](int64_t r, int64_t p, int part, V least) __attribute__((always_inline)) {
+                         update(states[g * kRows + r], least - errors[r * kBlockPanels + p - first],
+                                (int32_t)((p - start) * kParts + part));
+                       });
       }
     }
+    for (int64_t n = 0; n < rows; ++n)
+      if (!found[n].left) examine<kOfLane>(found[n], c, start * kParts, end * kParts, states[n], codewords);
   }
   int64_t unclear = 0;
   for (int64_t n = 0; n < rows; ++n) {

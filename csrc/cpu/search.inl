@@ -74,7 +74,8 @@ int32_t resolve(const Codes& c, bool exact, const float* z, float squares, const
   const float error = 1.05f * steps * (0x1p-24f * R * (0.5f * R + length) + FLT_MIN);
   const float limit = least + 2 * error;
   Choice choice{INFINITY, INT32_MAX};
-  if (!(fabsf(limit) < FLT_MAX)) {  // beyond the range of fp32, or no codeword, or not a finite row
+  // Beyond the range of fp32, where a finite codeword may be missing (`centred`); or no codeword, or not a finite row.
+  if (!(fabsf(limit) < FLT_MAX && R < 1.8e19f)) {
     if (!finite(z, c.dim)) return 0;
     for (int64_t j = 0; j < c.count; ++j) consider(choice, c, z, j, scratch);
     return choice.distance < INFINITY ? choice.index : 0;

@@ -29,7 +29,8 @@ constexpr int64_t kTileFloats = 1 << 15;
 inline int64_t tile_rows(const Kernels& k, int64_t dim, int64_t rows) {
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t wanted = std::min({kTileFloats / dim, (rows + threads - 1) / threads, int64_t{1008}});
-  return std::max<int64_t>(1, (wanted + k.group - 1) / k.group) * k.group;
+  const int64_t group = dim < k.least_screened ? k.group : k.coarse_rows;
+  return std::max<int64_t>(1, (wanted + group - 1) / group) * group;
 }
 
 // f(first row, rows, scratch) for every tile of the rows begin .. end - 1, on torch's threads; each thread has `floats`

@@ -1,0 +1,95 @@
+"""The first pass of the ``cpu`` backend's search (csrc/cpu/screen.inl), on data that come close to its bounds."""
+
+from __future__ import annotations
+
+import cpu_isa
+import oracle
+import pytest
+import torch
+from cases import generator
+from cpu_isa import check_nearest
+from torch import Tensor
+
+import diveq_kernels.functional as F
+
+if cpu_isa.missing:
+    pytest.skip(f"the cpu backend is not built: {cpu_isa.missing}", allow_module_level=True)
+
+
+def just_beside(what: str, dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A row, its nearest codeword, and another one as good as equal, which a first pass finds much nearer.
+
+    The errors of all coordinates have the sign that misleads, and are as large as they can be: half a unit of bf16 of
+    ``what`` ("codewords" or "rows"), or half a step of 8 bits of both.
+    """
+    signs = torch.randint(0, 2, (1, dim), generator=gen) * 2.0 - 1.0
+    if what == "codewords":  # bf16 has 1.5 and 1.5 + 2^-7
+        return signs, (1.5 + 2.0**-8 - 2.0**-16) * signs, (1.5 + 2.0**-8 + 2.0**-16) * signs
+    if what == "rows":  # bf16 has 1 and 1 + 2^-7: one half is cut, the other raised
+        tiny, upper = 2.0**-20, torch.arange(dim) >= dim // 2
+        z = torch.where(upper, 1 + 2.0**-8 + tiny, 1 + 2.0**-8 - tiny)[None]
+        z[:, -1] -= 3 * dim * tiny  # moves z from beside the second to beside the first
+        return z * signs, 16 * signs * torch.where(upper, -1.0, 1.0), 16 * signs * torch.where(upper, 1.0, -1.0)
+    step, tiny = 2.0**-7, 2.0**-10
+    z, first, second = ((k * step * signs).clone() for k in (55.5 - tiny, 63.5 - tiny, 63.5 + tiny))
+    for x in (z, first, second):
+        x[:, 0] = 127 * step * signs[:, 0]  # makes the steps that long
+    return z, first, second
+
+
+@pytest.mark.parametrize("what", ["codewords", "rows", "both in 8 bits"])
+@pytest.mark.parametrize("dim", [64, 250, 1024])
+def test_rounding_of_a_first_pass_that_nearly_reaches_its_bound(isa: str, what: str, dim: int) -> None:
+    gen = generator()
+    z, first, second = just_beside(what, dim, gen)
+    # With others as long, and more that are all but 0, or are in all but one place: for a centre that is.
+    if what == "rows":  # what is longer has to be in another panel, whose bound is its own
+        as_long = (-16 * z.sign()).expand(30, -1)
+        others = 2.0 ** (dim.bit_length() // 2 + 5) * torch.eye(dim)[:48] + 2.0**-33
+    else:
+        as_long, others = torch.cat([-first, -second]), torch.full((48, dim), 2.0**-33)
+    codebook = torch.cat([first, second, as_long, others])
+    distances = oracle.sqdist(z, codebook)
+    assert distances[0, 0] < distances[0, 1] and distances[0, 2:].min() > 1.02 * distances[0, 1]
+    check_nearest(torch.cat([z, -z]), codebook)
+
+
+@pytest.mark.parametrize("dim", [6, 32, 256, 1024])
+def test_rounding_of_sums_alone(isa: str, dim: int) -> None:
+    """Every number is exact in 8 bits and in bf16, the sums are large and differ by ones.
+
+    The centre lies in the half of the codebook that is near the origin; those of the other half are two apart in one
+    place or in some.
+    """
+    gen = generator()
+    base = 254.0 - 2 * torch.randint(0, 3, (dim,), generator=gen)
+    far = base + 2.0 * (torch.rand(400, dim, generator=gen) < 0.5)
+    rows = far[torch.randint(0, 400, (300,), generator=gen)]
+    rows = rows + 2.0 * torch.nn.functional.one_hot(torch.randint(0, dim, (300,), generator=gen), dim)
+    check_nearest(rows, torch.cat([torch.zeros(401, dim), far]))
+
+
+@pytest.mark.parametrize("dim", [5, 24])
+def test_several_spans(isa: str, dim: int) -> None:
+    """More codewords than the low bits of a bound can number, the nearest in every part of them."""
+    gen = generator()
+    codebook = torch.randn(40000, dim, generator=gen)
+    rows = codebook[torch.randint(0, len(codebook), (300,), generator=gen)]
+    check_nearest(rows + 0.2 * torch.randn(rows.shape, generator=gen), codebook)
+    codebook[20000:] += 100  # spans without anything near
+    check_nearest(rows, codebook)
+
+
+def test_scores_at_the_end_of_the_range(isa: str) -> None:
+    """Distances just below and just above what the first pass can tell.
+
+    And codewords that have no square in fp32 any more, once the centre is taken from them.
+    """
+    gen = generator()
+    for _ in range(30):
+        z, directions = (torch.nn.functional.normalize(torch.randn(n, 16, generator=gen)) for n in (300, 64))
+        squares = 2e38 * (1 + 1e-3 * torch.randn(64, 1, generator=gen, dtype=torch.float64))
+        codebook = (directions.double() * squares.sqrt()).float()
+        found = F.nearest(9e17 * z, codebook, backend="cpu").indices
+        distances = oracle.sqdist(9e17 * z, codebook)
+        assert (distances.gather(1, found[:, None])[:, 0] <= distances.amin(1) * (1 + 1e-14)).all()
