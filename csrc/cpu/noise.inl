@@ -1,39 +1,48 @@
 // The noise (docs/numerics.md, "Noise"): Philox4x32-10 and Box-Muller.
 
-inline void multiply(U a, uint32_t constant, U& high, U& low) {
-  const U b = constant - U{};
-  const U2 even = multiply_even(a, b), odd = multiply_even((U)((U2)a >> 32), b);
-#if DIVEQ_LANES == 16
-  high = (U)_mm512_mask_shuffle_epi32((__m512i)odd, 0x5555, (__m512i)even, _MM_PERM_DDBB);
-  low = (U)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, _MM_PERM_CCAA);
-#else
-  high = (U)((even >> 32) | (odd & 0xFFFFFFFF00000000u));
-  low = (U)((even & 0xFFFFFFFFu) | (odd << 32));
-#endif
-}
-
 struct Words {
   U w[4];
 };
 
+struct RoundKeys {
+  uint32_t k[10][2];
+};
+
+inline RoundKeys round_keys(uint64_t seed) {
+  RoundKeys keys;
+  for (uint32_t round = 0; round < 10; ++round) {
+    keys.k[round][0] = (uint32_t)seed + round * 0x9E3779B9u;
+    keys.k[round][1] = (uint32_t)(seed >> 32) + round * 0xBB67AE85u;
+  }
+  return keys;
+}
+
+// The words of every second counter, each in 64 bits of which the upper half is not used: the products that a round makes
+// can then stay where they are.
+struct Half {
+  U2 c[4];
+
+  void round(const uint32_t* key) {
+    const U2 a = multiply_even((U)c[0], 0xD2511F53u - U{}), b = multiply_even((U)c[2], 0xCD9E8D57u - U{});
+    c[0] = (b >> 32) ^ c[1] ^ (U2)(key[0] - U{});
+    c[1] = b;
+    c[2] = (a >> 32) ^ c[3] ^ (U2)(key[1] - U{});
+    c[3] = a;
+  }
+};
+
 // Philox4x32-10 of W consecutive counters.
-inline Words philox(uint64_t seed, uint64_t start) {
-  const U c = iota<U>() + (uint32_t)start;
-  U c0 = c, c1 = (uint32_t)(start >> 32) - (U)(c < (uint32_t)start), c2 = {}, c3 = {};  // with the carry
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+inline Words philox(const RoundKeys& keys, uint64_t start) {
+  const U low = iota<U>() + (uint32_t)start, high = (uint32_t)(start >> 32) - (U)(low < (uint32_t)start);  // the carry
+  Half even{{(U2)low, (U2)high, {}, {}}}, odd{{(U2)low >> 32, (U2)high >> 32, {}, {}}};
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    U high_a, low_a, high_b, low_b;
-    multiply(c0, 0xD2511F53u, high_a, low_a);
-    multiply(c2, 0xCD9E8D57u, high_b, low_b);
-    c0 = high_b ^ c1 ^ k0;
-    c1 = low_b;
-    c2 = high_a ^ c3 ^ k1;
-    c3 = low_a;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    even.round(keys.k[round]);
+    odd.round(keys.k[round]);
   }
-  return {{c0, c1, c2, c3}};
+  Words words;
+  for (int i = 0; i < 4; ++i) words.w[i] = (U)((even.c[i] & 0xFFFFFFFFu) | (odd.c[i] << 32));
+  return words;
 }
 
 inline V uniform(U word) {
@@ -92,8 +101,9 @@ inline void store_quads(const T (&x)[4], P* out) {
 }
 
 void noise(uint64_t seed, uint64_t start, int64_t quads, float sigma, float* out) {
+  const RoundKeys keys = round_keys(seed);
   for (int64_t q = 0; q < quads; q += W) {
-    const Words words = philox(seed, start + q);
+    const Words words = philox(keys, start + q);
     V normal[4];
     box_muller(words.w[0], words.w[1], sigma, normal[0], normal[1]);
     box_muller(words.w[2], words.w[3], sigma, normal[2], normal[3]);
@@ -102,5 +112,6 @@ void noise(uint64_t seed, uint64_t start, int64_t quads, float sigma, float* out
 }
 
 void words(uint64_t seed, uint64_t start, int64_t quads, uint32_t* out) {
-  for (int64_t q = 0; q < quads; q += W) store_quads(philox(seed, start + q).w, out + 4 * q);
+  const RoundKeys keys = round_keys(seed);
+  for (int64_t q = 0; q < quads; q += W) store_quads(philox(keys, start + q).w, out + 4 * q);
 }

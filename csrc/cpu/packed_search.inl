@@ -28,7 +28,7 @@ void search(const Codes& c, const Packed& packed, bool exact, const float* z, in
   if (c.dim >= kLeastScreened) {
     int32_t* left = (int32_t*)scratch;
     scratch += rows;
-    const auto first_pass = kPanel / W > 2 && c.count >= kManyCodewords ? screen<kPanel / W> : screen<2>;
+    const auto first_pass = kPanel / W > 2 && c.count >= kMany * c.dim ? screen<kPanel / W> : screen<2>;
     const int64_t unclear = first_pass(c, packed, exact, z, ld, rows, indices, left, scratch);
     if (unclear) search_fp32(c, packed, exact, z, ld, left, unclear, indices, scratch);
     return;

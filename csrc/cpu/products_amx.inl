@@ -3,7 +3,8 @@
 constexpr int64_t kLeastScreened = 5;  // with fewer there is little to multiply, and fp32 was faster
 constexpr int kRows = 32, kDepth = 32;  // a step multiplies 32 rows by 16 codewords, 32 dimensions at a time
 constexpr int kPanel = 64;
-constexpr int64_t kManyCodewords = 4096;  // from where on it is faster to keep all four of a lane together than two
+// Codewords per dimension from where on it is faster to bound all four of a lane together, and look at more, than two.
+constexpr int64_t kMany = 64;
 
 inline int64_t depth(int64_t dim) { return (dim + kDepth - 1) / kDepth; }
 

@@ -5,7 +5,7 @@
 
 constexpr int64_t kLeastScreened = 5;
 constexpr int kRows = MR, kPanel = NR;
-constexpr int64_t kManyCodewords = 0;  // the lanes of a panel have two in any case
+constexpr int64_t kMany = 0;  // the lanes of a panel have two in any case
 
 inline int64_t quads(int64_t dim) { return (dim + 3) / 4; }
 
