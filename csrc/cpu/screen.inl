@@ -65,26 +65,28 @@ struct Row {
   int32_t index[kTies];
 };
 
-// Keeps codeword j if it can be the nearest. Rounding may have moved its distance by `margin`.
-inline void offer(Row& row, int64_t j, float distance, float margin) {
-  if (!(distance - margin <= row.upper)) return;  // nor one that is not finite
-  if (distance + margin < row.upper) row.upper = distance + margin;
+// No codeword is farther than `upper`: those that were listed before may be.
+inline void lower_to(Row& row, float upper) {
+  if (!(upper < row.upper)) return;
+  row.upper = upper;
   int kept = 0;
   for (int i = 0; i < row.ties; ++i) {
-    if (row.lower[i] > row.upper) continue;
+    if (row.lower[i] > upper) continue;
     row.lower[kept] = row.lower[i];
     row.distance[kept] = row.distance[i];
     row.index[kept++] = row.index[i];
   }
   row.ties = kept;
-  if (kept == kTies) {
+}
+
+inline void list(Row& row, int64_t j, float distance, float lower) {
+  if (row.ties == kTies) {
     row.left = true;
     return;
   }
-  row.distance[kept] = distance;
-  row.lower[kept] = distance - margin;
-  row.index[kept] = (int32_t)j;
-  row.ties = kept + 1;
+  row.distance[row.ties] = distance;
+  row.lower[row.ties] = lower;
+  row.index[row.ties++] = (int32_t)j;
 }
 
 // Compares the kOfLane codewords of a lane, `start` and every W-th from there on, with those that were found before.
@@ -111,11 +113,22 @@ inline void compare(Row& row, const Codes& c, int64_t start, float* scratch) {
       of_d[i] += (at - z) * (at - z);
     }
   });
-  for (int i = 0; i < kOfLane && start + i * W < c.count; ++i) {
-    const float distance = sum(of_d[i]);
+  // Which of them is the nearest no processor can guess: branches only where it is known.
+  float distance[kOfLane], margin[kOfLane], upper = INFINITY;
+  for (int i = 0; i < kOfLane; ++i) {
+    distance[i] = start + i * W < c.count ? sum(of_d[i]) : INFINITY;
     const float mixing = dithered ? 4 * kUnit * sqrtf(sum(of_ends[i])) : 0.0f;  // how far rounding can move the point
-    offer(row, start + i * W, distance,
-          (c.dim / 16 + 24) * kUnit * distance + 2.01f * sqrtf(distance) * mixing + mixing * mixing + 1e-35f);
+    margin[i] = (c.dim / 16 + 24) * kUnit * distance[i] + 1e-35f;
+    if (dithered) margin[i] += 2.01f * sqrtf(distance[i]) * mixing + mixing * mixing;
+    const float highest = distance[i] + margin[i];
+    upper = highest < upper ? highest : upper;
+  }
+  lower_to(row, upper);
+  unsigned may = 0;
+  for (int i = 0; i < kOfLane; ++i) may |= (unsigned)(distance[i] - margin[i] <= row.upper) << i;  // none that is not finite
+  for (; may; may &= may - 1) {
+    const int i = __builtin_ctz(may);
+    list(row, start + i * W, distance[i], distance[i] - margin[i]);
   }
 }
 
@@ -199,8 +212,14 @@ int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z,
     pack_rows(z + g * kRows * ld, ld, rows - g * kRows, packed.centre, dim, coarse + g * words, squares, lost, codewords);
     for (int r = 0; r < kRows; ++r) {
       const bool beyond = !(squares[r] <= 1e36f);  // where a sum of products could leave the range of fp32
-      found[g * kRows + r] = {z + (g * kRows + r) * ld, squares[r], length_of(squares[r]) + lost[r], lost[r], beyond,
-                              INFINITY, 0, {}, {}, {}};
+      Row& row = found[g * kRows + r];  // whose lists are not worth clearing
+      row.z = z + (g * kRows + r) * ld;
+      row.squares = squares[r];
+      row.length = length_of(squares[r]) + lost[r];
+      row.lost = lost[r];
+      row.left = beyond;
+      row.upper = INFINITY;
+      row.ties = 0;
     }
   }
 
