@@ -93,10 +93,12 @@ inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Pac
   for (int64_t p = first; p <= last; ++p) {
     float *to = scores[p & 1], *from = scores[~p & 1];
     int64_t done = p > first ? 0 : kRows;
+    const float* halves = packed.halves + (p > first ? p - 1 : p) * kPanel;  // ‖c‖²/2
+    const V h0 = load(halves), h1 = load(halves + W), h2 = load(halves + 2 * W), h3 = load(halves + 3 * W);
     const auto take_minima = [&](int64_t until) __attribute__((always_inline)) {
       for (; done < until && done < kRows; ++done) {
         const float* x = from + done * kPanel;
-        const V low = minimum(load(x), load(x + W)), high = minimum(load(x + 2 * W), load(x + 3 * W));
+        const V low = minimum(load(x) + h0, load(x + W) + h1), high = minimum(load(x + 2 * W) + h2, load(x + 3 * W) + h3);
         if (kOfLane == 4) {
           f(done, p - 1, 0, minimum(low, high));
         } else {
@@ -106,9 +108,8 @@ inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Pac
       }
     };
     for (int chunk = 0; chunk < kPanel / W && p < last; ++chunk, to += W) {
-      const float* halves = packed.halves + p * kPanel + chunk * W;
-      _tile_loadd(0, halves, 0);  // stride 0: ‖c‖²/2 in every row
-      _tile_loadd(1, halves, 0);
+      _tile_zero(0);
+      _tile_zero(1);
       const uint32_t* row = rows;
       for (int64_t b = depth(dim); b > 0; --b, row += 512, codewords += 256) {
         _tile_loadd(2, row, 64);
