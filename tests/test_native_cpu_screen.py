@@ -69,6 +69,24 @@ def test_rounding_of_sums_alone(isa: str, dim: int) -> None:
     check_nearest(rows, torch.cat([torch.zeros(401, dim), far]))
 
 
+@pytest.mark.parametrize("dim", [8, 64])
+def test_codewords_of_very_different_lengths(isa: str, dim: int) -> None:
+    """As the later stages of a residual quantizer have them, and some that are not finite."""
+    gen = generator()
+    codebook = torch.randn(900, dim, generator=gen) * 10.0 ** torch.randint(-6, 4, (900, 1), generator=gen)
+    rows = codebook[torch.randint(0, 900, (300,), generator=gen)]
+    rows = rows * (1 + 0.3 * torch.randn(rows.shape, generator=gen))
+    check_nearest(rows, codebook)
+    codebook[::7] = float("nan")
+    codebook[3::50] = float("inf")
+    there = codebook.isfinite().all(1).nonzero()[:, 0]
+    found = F.nearest(rows, codebook, backend="cpu").indices
+    distances = oracle.sqdist(rows, codebook[there])
+    picked = distances.gather(1, torch.searchsorted(there, found)[:, None])[:, 0]
+    assert there[torch.searchsorted(there, found)].equal(found)
+    assert (picked <= distances.amin(1) * (1 + 1e-14)).all()
+
+
 @pytest.mark.parametrize("dim", [5, 24])
 def test_several_spans(isa: str, dim: int) -> None:
     """More codewords than the low bits of a bound can number, the nearest in every part of them."""

@@ -20,6 +20,7 @@ struct Packed {
   float* halves;  // [panels][panel] half their squares, never the least where there is no finite codeword
   float* values;  // [panels][dim][panel] in fp32, or null where there is a first pass: its rest packs what it needs
   uint32_t* coarse;  // [panels][panel_words(dim)] as the first pass multiplies them
+  int32_t* order;  // [panels][panel] their codewords' numbers, `count` where there is none
   float* reaches;  // [panels] the greatest length of a codeword
   float* losses;  // [panels] the greatest length of what `coarse` lacks of one, and what rounding does like it
 };

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "tiles.h"
@@ -28,6 +30,30 @@ inline void find_centre(const Kernels& k, const Codes& codes, float* centre) {
     std::nth_element(column, column + sample / 2, column + sample);
     centre[d] = column[sample / 2];
   }
+}
+
+// The codewords' numbers by length, nearly: what a first pass can say of a codeword depends on the longest in its panel, and
+// a quantizer of several stages has codewords of very different lengths.
+inline void sort_by_length(const Kernels& k, const Codes& codes, const float* centre, int32_t* order) {
+  constexpr int kShift = 19, kBuckets = 1 << 13;  // of a square: its sign, exponent and four bits
+  const int64_t dim = codes.dim;
+  std::vector<uint32_t> bucket(codes.count);
+  torch::stable::parallel_for(0, codes.count, (1 << 15) / dim + 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch = buffer(3 * dim);
+    for (int64_t j = begin; j < end; ++j) {
+      float* at = scratch.get();
+      const float* c = at;
+      if (codes.dither)
+        k.part(codes, j, at, at + dim);
+      else
+        c = k.codeword(codes, j, at);
+      bucket[j] = std::bit_cast<uint32_t>(k.sqdist(c, centre, dim)) >> kShift;
+    }
+  });
+  std::vector<int64_t> start(kBuckets + 1);
+  for (const uint32_t b : bucket) ++start[b + 1];
+  std::partial_sum(start.begin(), start.end(), start.begin());
+  for (int64_t j = 0; j < codes.count; ++j) order[start[bucket[j]]++] = static_cast<int32_t>(j);
 }
 
 // Arrays that live as long as what they belong to.
@@ -70,6 +96,11 @@ class PackedBook : Kept {
       }
     }
     find_centre(k, codes, packed.centre);
+    if (screened) {
+      packed.order = reinterpret_cast<int32_t*>(keep(panels * panel));
+      std::fill_n(packed.order, panels * panel, static_cast<int32_t>(codes.count));
+      sort_by_length(k, codes, packed.centre, packed.order);
+    }
     pack_panels(k, panels, panel, dim, [&](int64_t begin, int64_t end, float* scratch) {
       k.pack(codes, packed, begin, end, scratch);
     });

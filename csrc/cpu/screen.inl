@@ -26,7 +26,7 @@ void pack_coarse(const Codes& c, const Packed& packed, int64_t panel, float* scr
   float *rows = scratch + 2 * dim, *halves = packed.halves + panel * kPanel;
   float greatest = 0;
   for (int lane = 0; lane < kPanel; ++lane) {
-    const float squares = centred(c, panel * kPanel + lane, packed.centre, rows + lane * ld, scratch);
+    const float squares = centred(c, packed.order[panel * kPanel + lane], packed.centre, rows + lane * ld, scratch);
     const bool there = squares <= FLT_MAX;
     halves[lane] = there ? squares / 2 : kNone;
     if (there) greatest = squares > greatest ? squares : greatest;
@@ -79,23 +79,23 @@ inline void lower_to(Row& row, float upper) {
   row.ties = kept;
 }
 
-inline void list(Row& row, int64_t j, float distance, float lower) {
+inline void list(Row& row, int32_t j, float distance, float lower) {
   if (row.ties == kTies) {
     row.left = true;
     return;
   }
   row.distance[row.ties] = distance;
   row.lower[row.ties] = lower;
-  row.index[row.ties++] = (int32_t)j;
+  row.index[row.ties++] = j;
 }
 
-// Compares the kOfLane codewords of a lane, `start` and every W-th from there on, with those that were found before.
+// Compares the kOfLane codewords of a lane, the first and every W-th of `order`, with those that were found before.
 template <int kOfLane, bool dithered>
-inline void compare(Row& row, const Codes& c, int64_t start, float* scratch) {
+inline void compare(Row& row, const Codes& c, const int32_t* order, float* scratch) {
   const float *first[kOfLane], *second[kOfLane];
   float weight[kOfLane];
   for (int i = 0; i < kOfLane; ++i, scratch += 2 * c.dim) {
-    const int64_t j = start + i * W < c.count ? start + i * W : start;
+    const int64_t j = order[i * W] < c.count ? order[i * W] : 0;
     first[i] = codeword(c, j, scratch);
     if (dithered) second[i] = codeword(c, j + 1, scratch + c.dim), weight[i] = c.dither[j];
   }
@@ -116,7 +116,7 @@ inline void compare(Row& row, const Codes& c, int64_t start, float* scratch) {
   // Which of them is the nearest no processor can guess: branches only where it is known.
   float distance[kOfLane], margin[kOfLane], upper = INFINITY;
   for (int i = 0; i < kOfLane; ++i) {
-    distance[i] = start + i * W < c.count ? sum(of_d[i]) : INFINITY;
+    distance[i] = order[i * W] < c.count ? sum(of_d[i]) : INFINITY;
     const float mixing = dithered ? 4 * kUnit * sqrtf(sum(of_ends[i])) : 0.0f;  // how far rounding can move the point
     margin[i] = (c.dim / 16 + 24) * kUnit * distance[i] + 1e-35f;
     if (dithered) margin[i] += 2.01f * sqrtf(distance[i]) * mixing + mixing * mixing;
@@ -128,7 +128,7 @@ inline void compare(Row& row, const Codes& c, int64_t start, float* scratch) {
   for (int i = 0; i < kOfLane; ++i) may |= (unsigned)(distance[i] - margin[i] <= row.upper) << i;  // none that is not finite
   for (; may; may &= may - 1) {
     const int i = __builtin_ctz(may);
-    list(row, start + i * W, distance[i], distance[i] - margin[i]);
+    list(row, order[i * W], distance[i], distance[i] - margin[i]);
   }
 }
 
@@ -140,11 +140,11 @@ inline float limit_of(const Row& row, int64_t dim) {
 // Looks at the codewords of a span that can be the nearest, or leaves the row to fp32 if they are many. Its numbers are
 // start .. end - 1.
 template <int kOfLane>
-void examine(Row& row, const Codes& c, int64_t start, int64_t end, const Least& s, float* scratch) {
+void examine(Row& row, const Codes& c, const int32_t* order, int64_t start, int64_t end, const Least& s,
+             float* scratch) {
   const auto look_at = [&](int64_t number, int lane) {
-    const int64_t j = number * kOfLane * W + lane;
-    if (j >= c.count) return;
-    c.dither ? compare<kOfLane, true>(row, c, j, scratch) : compare<kOfLane, false>(row, c, j, scratch);
+    const int32_t* of_lane = order + number * kOfLane * W + lane;
+    c.dither ? compare<kOfLane, true>(row, c, of_lane, scratch) : compare<kOfLane, false>(row, c, of_lane, scratch);
   };
   const auto number_of = [&](const V& keys, int lane) { return start + (((const int32_t*)&keys)[lane] & (kSpan - 1)); };
   const float least = lowest(s.first);
@@ -247,7 +247,7 @@ int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z,
       }
     }
     for (int64_t n = 0; n < rows; ++n)
-      if (!found[n].left) examine<kOfLane>(found[n], c, start * kParts, end * kParts, states[n], codewords);
+      if (!found[n].left) examine<kOfLane>(found[n], c, packed.order, start * kParts, end * kParts, states[n], codewords);
   }
   int64_t unclear = 0;
   for (int64_t n = 0; n < rows; ++n) {
