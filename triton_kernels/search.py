@@ -14,7 +14,7 @@ is the three bf16 products again; how many there are only the GPU knows. It cost
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -102,6 +102,70 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
 
 
+class _Problem(NamedTuple):
+    """Rows z, the codewords (or dithered points) that they look for, and where the results go."""
+
+    z: Tensor
+    codebook: Tensor
+    dither: Tensor | None
+    mask: Tensor | None
+    indices: Tensor
+    sqdist: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.indices.numel()
+
+    @property
+    def points(self) -> int:
+        """How many codewords or dithered points there are."""
+        return self.codebook.shape[0] - (self.dither is not None)
+
+    def packed(self, product: str, precision: str, **of_the_first_pass: Any) -> Search:
+        weights = None if self.dither is None else self.dither[None]
+        return Search(product, self.codebook[None], weights, precision, **of_the_first_pass)
+
+    def counter(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.int32, device=self.z.device)
+
+    def no_rows_yet(self) -> _Listed:
+        return _Listed(torch.empty(self.rows, dtype=torch.int64, device=self.z.device), self.counter())
+
+    def decide(
+        self, search: Search, taken: _Listed, left: _Listed, most: int = 0, too_wide: Tensor | None = None
+    ) -> None:
+        """Scan the rows ``taken`` and settle them; those that this cannot decide are listed in ``left``."""
+        z, rows, device = self.z, self.rows, self.z.device
+        places, options = search.tiles["BLOCK_K"] // 8, search.options
+        points, bias, centre, typical, count = search.arguments
+        splits = 1 if taken is not _ALL else search.splits(rows)
+        groups = splits * places
+        scores, tiles = (torch.empty((rows, groups), dtype=t, device=device) for t in (torch.float32, torch.int32))
+        hidden, squares = (torch.empty(n, dtype=torch.float32, device=device) for n in (rows * splits, rows))
+        launch(
+            scan_kernel, (*search.grid(rows), splits), device,
+            *rows_of(z), rows, self.mask, points, bias, centre, typical, count,
+            *taken, scores, tiles, hidden, squares, SPLITS=splits, **options,
+        )  # fmt: skip
+        tile = configuration("settle", options["D"], device)
+        launch(
+            settle_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), device,
+            scores, tiles, hidden, squares, *rows_of(z), rows, self.mask,
+            self.codebook, *self.codebook.stride(), self.dither, bias, typical, self.points, *taken, *left, too_wide,
+            self.indices, self.sqdist,
+            MOST=most, GROUPS=groups, PLACES=places, **{name: options[name] for name in _OF_SETTLE}, **tile,
+        )  # fmt: skip
+
+    def exhaust(self, search: Search, taken: _Listed) -> None:
+        """Measure every codeword for the rows ``taken``."""
+        launch(
+            exhaust_kernel, (torch.sym_min(self.rows, PROGRAMS),), self.z.device,
+            *rows_of(self.z), self.codebook, *self.codebook.stride(), self.dither, search.packed.bias, self.points,
+            *taken, self.indices, self.sqdist,
+            D=search.options["D"], PADDED_D=search.options["PADDED_D"], LANES=32 * WARPS, num_warps=WARPS,
+        )  # fmt: skip
+
+
 def find(
     z: Tensor,
     codebook: Tensor,
@@ -121,66 +185,28 @@ def find(
         sqdist: Receives ‖z_n − c_i‖² [...], 0 in rows left out.
     """
     indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
-    rows = indices.numel()
-    if not rows:
+    dither, mask = (None if x is None else x.contiguous() for x in (dither, mask))
+    problem = _Problem(z, codebook, dither, mask, indices, sqdist)
+    if not problem.rows:
         return indices
-    dither = None if dither is None else dither.contiguous()
-    mask = None if mask is None else mask.contiguous()
 
-    real = codebook.shape[0] - int(dither is not None)
-
-    def decide(search: Search, taken: _Listed, left: _Listed, most: int, too_wide: Tensor | None = None) -> None:
-        places, options = search.tiles["BLOCK_K"] // 8, search.options
-        points, bias, centre, typical, count = search.arguments
-        splits = 1 if taken is not _ALL else search.splits(rows)
-        groups = splits * places
-        scores, tiles = (torch.empty((rows, groups), dtype=t, device=z.device) for t in (torch.float32, torch.int32))
-        hidden, squares = (torch.empty(n, dtype=torch.float32, device=z.device) for n in (rows * splits, rows))
-        launch(
-            scan_kernel, (*search.grid(rows), splits), z.device,
-            *rows_of(z), rows, mask, points, bias, centre, typical, count,
-            *taken, scores, tiles, hidden, squares, SPLITS=splits, **options,
-        )  # fmt: skip
-        tile = configuration("settle", options["D"], z.device)
-        launch(
-            settle_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
-            scores, tiles, hidden, squares, *rows_of(z), rows, mask,
-            codebook, *codebook.stride(), dither, bias, typical, real, *taken, *left, too_wide, indices, sqdist,
-            MOST=most, GROUPS=groups, PLACES=places, **{name: options[name] for name in _OF_SETTLE}, **tile,
-        )  # fmt: skip
-
-    def exhaust(search: Search, taken: _Listed) -> None:
-        launch(
-            exhaust_kernel, (torch.sym_min(rows, PROGRAMS),), z.device,
-            *rows_of(z), codebook, *codebook.stride(), dither, search.packed.bias, real, *taken, indices, sqdist,
-            D=search.options["D"], PADDED_D=search.options["PADDED_D"], LANES=32 * WARPS, num_warps=WARPS,
-        )  # fmt: skip
-
-    books, weights = codebook[None], None if dither is None else dither[None]
     product = product_for(z.dtype, precision, torch.float32 if dither is not None else codebook.dtype)
-    in_two_passes = product not in ("bf16", "ieee") and rows >= ROWS_FOR_TWO_PASSES
+    in_two_passes = product not in ("bf16", "ieee") and problem.rows >= ROWS_FOR_TWO_PASSES
     if precision == "fast" and not in_two_passes:
-        decide(Search(product, books, weights, precision), _ALL, _ALL, 0)
+        problem.decide(problem.packed(product, precision), _ALL, _ALL)
         return indices
 
-    def counter() -> Tensor:
-        return torch.zeros(1, dtype=torch.int32, device=z.device)
-
-    def no_rows_yet() -> _Listed:
-        return _Listed(torch.empty(rows, dtype=torch.int64, device=z.device), counter())
-
-    hard_rows = no_rows_yet()
+    hard_rows = problem.no_rows_yet()
     if in_two_passes:
-        open_rows, too_wide = no_rows_yet(), counter()
-        coarse = Search("fp16", books, weights, "exact", too_wide=too_wide)
-        decide(coarse, _ALL, open_rows, _LOOKS, too_wide)
-        around = (coarse.packed.centre, coarse.packed.typical)
-        search = Search("bf16x3", books, weights, "exact", around=around)
-        decide(search, open_rows, hard_rows, 0)
+        open_rows, too_wide = problem.no_rows_yet(), problem.counter()
+        coarse = problem.packed("fp16", "exact", too_wide=too_wide)
+        problem.decide(coarse, _ALL, open_rows, _LOOKS, too_wide)
+        search = problem.packed("bf16x3", "exact", around=(coarse.packed.centre, coarse.packed.typical))
+        problem.decide(search, open_rows, hard_rows)
     else:
-        search = Search(product, books, weights, precision)
-        decide(search, _ALL, hard_rows, 0)
-    exhaust(search, hard_rows)
+        search = problem.packed(product, precision)
+        problem.decide(search, _ALL, hard_rows)
+    problem.exhaust(search, hard_rows)
     return indices
 
 
