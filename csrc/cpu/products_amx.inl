@@ -82,8 +82,9 @@ struct Multiplier {
 // f(row, panel, part, least scores) of 32 rows and the panels first .. last - 1; kOfLane as in screen.inl.
 //
 // The matrix unit and the vector units work side by side only if their instructions are near one another: while a panel is
-// multiplied, the minima of the one before are taken, some rows after every step. Of the eight tiles four are in use: where
-// the core's other thread works, more leave no registers to load ahead into, and products take twice as long.
+// multiplied, the minima of the one before are taken, some rows after every step. Of the eight tiles four are in use: on a
+// shared machine there were times when loads and products waited for one another, the more the more tiles were in use
+// (perhaps for want of registers to load ahead into).
 template <int kOfLane, class F>
 inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Packed& packed, int64_t first, int64_t last,
                                                  int64_t dim, F f) {
