@@ -111,3 +111,19 @@ def test_scores_at_the_end_of_the_range(isa: str) -> None:
         found = F.nearest(9e17 * z, codebook, backend="cpu").indices
         distances = oracle.sqdist(9e17 * z, codebook)
         assert (distances.gather(1, found[:, None])[:, 0] <= distances.amin(1) * (1 + 1e-14)).all()
+
+
+@pytest.mark.parametrize("far", [0.0, 30.0])
+@pytest.mark.parametrize("dim", [1, 3, 4, 7, 8, 9, 10, 64])
+def test_rows_midway_between_two_codewords(isa: str, dim: int, far: float) -> None:
+    """How far from the middle they are is less, by and by, than what products in two bf16 and in fp32 can tell.
+
+    And rows near the centre, whose nearest codeword may lie on its other side.
+    """
+    gen = generator()
+    codebook = torch.randn(500, dim, generator=gen) + far
+    first = codebook[torch.randint(0, 500, (2000,), generator=gen)]
+    second = codebook[oracle.sqdist(first, codebook).topk(2, largest=False).indices[:, 1]]
+    weight = 0.5 + 10.0 ** -torch.linspace(1, 8, 2000)[:, None] * torch.randn(2000, 1, generator=gen)
+    check_nearest(first + weight * (second - first), codebook)
+    check_nearest(far + 0.05 * (first - far), codebook)

@@ -1,9 +1,29 @@
 // The search as the operations ask for it: the codebook packed for it, and a first pass where there is one.
 
+#if defined(DIVEQ_AMX)
+void pack_folded(const Codes& c, const Packed& packed, int64_t panel, float* scratch) {
+  const int64_t dim = c.dim, ld = dim + W;
+  float *rows = scratch + 2 * dim, *halves = packed.halves + panel * kPanel, losses[kPanel] = {};
+  centred_panel(c, packed, panel, rows, ld, scratch);
+  for (int lane = 0; lane < kPanel; ++lane) {
+    if (!(halves[lane] < kNone)) continue;
+    const float reach = length_of(2 * halves[lane]);
+    losses[lane] = (kFolding + summing(kDepth)) * reach + underflow(kDepth);
+    halves[lane] -= own(reach, kDepth);
+  }
+  fold_panel(rows, ld, dim, halves, losses, packed.coarse + panel * panel_words(dim));
+}
+#endif
+
 void pack(const Codes& c, const Packed& packed, int64_t first_panel, int64_t last_panel, float* scratch) {
 #if defined(DIVEQ_AMX) || defined(DIVEQ_VNNI)
   if (c.dim >= kLeastScreened) {
-    for (int64_t p = first_panel; p < last_panel; ++p) pack_coarse(c, packed, p, scratch);
+#if defined(DIVEQ_AMX)
+    const auto pack_panel_of = c.dim <= kMostFolded ? pack_folded : pack_coarse;
+#else
+    const auto pack_panel_of = pack_coarse;
+#endif
+    for (int64_t p = first_panel; p < last_panel; ++p) pack_panel_of(c, packed, p, scratch);
     return;
   }
 #endif
@@ -28,7 +48,11 @@ void search(const Codes& c, const Packed& packed, bool exact, const float* z, in
   if (c.dim >= kLeastScreened) {
     int32_t* left = (int32_t*)scratch;
     scratch += rows;
-    const auto first_pass = kPanel / W > 2 && c.count >= kMany * c.dim ? screen<kPanel / W> : screen<2>;
+#if defined(DIVEQ_AMX)
+    const auto first_pass = c.dim <= kMostFolded ? screen<4, true> : c.count >= kMany * c.dim ? screen<4, false> : screen<2, false>;
+#else
+    const auto first_pass = screen<2, false>;
+#endif
     const int64_t unclear = first_pass(c, packed, exact, z, ld, rows, indices, left, scratch);
     if (unclear) search_fp32(c, packed, exact, z, ld, left, unclear, indices, scratch);
     return;

@@ -1,6 +1,6 @@
 // The products of the search's first pass (screen.inl) in bf16 on the matrix unit, about ten times faster than in fp32.
 
-constexpr int64_t kLeastScreened = 5;  // with fewer there is little to multiply, and fp32 was faster
+constexpr int64_t kLeastScreened = 4;  // with fewer there is little to multiply, and fp32 was as fast
 constexpr int kRows = 32, kDepth = 32;  // a step multiplies 32 rows by 16 codewords, 32 dimensions at a time
 constexpr int kPanel = 64;
 // Codewords per dimension from where on it is faster to bound all four of a lane together, and look at more, than two.
@@ -33,6 +33,16 @@ inline __attribute__((always_inline)) float round_row(int64_t dim, F f, uint16_t
   return sum(lost);
 }
 
+// Rows of bf16, [kPanel][2 pairs] with ld words from one to the next, as tiles.
+inline void transpose_panel(const float* rows, int64_t ld, int64_t pairs, uint32_t* out) {
+  const __m512i lanes = (__m512i)(iota<I>() * (int32_t)ld);
+  for (int chunk = 0; chunk < kPanel / W; ++chunk, rows += W * ld)
+    for (int64_t pair = 0; pair < pairs; ++pair, out += W)
+      _mm512_storeu_si512(out, _mm512_i32gather_epi32(lanes, rows + pair, 4));
+}
+
+#include "fold.inl"
+
 // A panel as tiles, [kPanel / 16][depth][16 pairs of dimensions][16 codewords][2]. Returns the greatest ‖e_c‖.
 float pack_panel(float* rows, int64_t ld, int64_t dim, uint32_t* out) {
   float loss = 0;
@@ -41,16 +51,14 @@ float pack_panel(float* rows, int64_t ld, int64_t dim, uint32_t* out) {
     const float e = round_row(dim, [&](int64_t k, int n) { return load(row + k, n); }, (uint16_t*)row, kDepth);
     loss = e > loss ? e : loss;
   }
-  const __m512i lanes = (__m512i)(iota<I>() * (int32_t)ld);
-  for (int chunk = 0; chunk < kPanel / W; ++chunk, rows += W * ld)
-    for (int64_t pair = 0; pair < depth(dim) * kDepth / 2; ++pair, out += W)
-      _mm512_storeu_si512(out, _mm512_i32gather_epi32(lanes, rows + pair, 4));
+  transpose_panel(rows, ld, depth(dim) * kDepth / 2, out);
   return length_of(loss);
 }
 
-// 32 rows, negated and less the centre, as tiles [depth][2][16 rows][32 dimensions].
+// kRows rows, negated and less the centre, as tiles [depth][2][16 rows][32 dimensions].
 void pack_rows(const float* z, int64_t ld, int64_t count, const float* centre, int64_t dim, uint32_t* out,
                float* squares, float* lost, float*) {
+  if (dim <= kMostFolded) return fold_rows(z, ld, count, centre, dim, out, squares, lost);
   for (int r = 0; r < kRows; ++r) {
     const float* row = z + (r < count ? r : count - 1) * ld;
     V total = {};
@@ -85,21 +93,28 @@ struct Multiplier {
 // multiplied, the minima of the one before are taken, some rows after every step. Of the eight tiles four are in use: on a
 // shared machine there were times when loads and products waited for one another, the more the more tiles were in use
 // (perhaps for want of registers to load ahead into).
-template <int kOfLane, class F>
+template <int kOfLane, bool folded, class F>
 inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Packed& packed, int64_t first, int64_t last,
                                                  int64_t dim, F f) {
   alignas(64) float scores[2][kRows * kPanel];
   const int64_t steps = kPanel / W * depth(dim), share = (kRows + steps - 1) / steps;
+  if (folded) {
+    _tile_loadd(2, rows, 64);
+    _tile_loadd(4, rows + 256, 64);
+  }
   const uint32_t* codewords = packed.coarse + first * panel_words(dim);
   for (int64_t p = first; p <= last; ++p) {
     float *to = scores[p & 1], *from = scores[~p & 1];
     int64_t done = p > first ? 0 : kRows;
     const float* halves = packed.halves + (p > first ? p - 1 : p) * kPanel;  // ‖c‖²/2
-    const V h0 = load(halves), h1 = load(halves + W), h2 = load(halves + 2 * W), h3 = load(halves + 3 * W);
+    V h0 = load(halves), h1 = load(halves + W), h2 = load(halves + 2 * W), h3 = load(halves + 3 * W);
+    if (folded) h0 = h1 = h2 = h3 = V{};
     const auto take_minima = [&](int64_t until) __attribute__((always_inline)) {
       for (; done < until && done < kRows; ++done) {
         const float* x = from + done * kPanel;
-        const V low = minimum(load(x) + h0, load(x + W) + h1), high = minimum(load(x + 2 * W) + h2, load(x + 3 * W) + h3);
+        V s0 = load(x), s1 = load(x + W), s2 = load(x + 2 * W), s3 = load(x + 3 * W);
+        if (!folded) s0 += h0, s1 += h1, s2 += h2, s3 += h3;
+        const V low = minimum(s0, s1), high = minimum(s2, s3);
         if (kOfLane == 4) {
           f(done, p - 1, 0, minimum(low, high));
         } else {
@@ -113,11 +128,15 @@ inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Pac
       _tile_zero(1);
       const uint32_t* row = rows;
       for (int64_t b = depth(dim); b > 0; --b, row += 512, codewords += 256) {
-        _tile_loadd(2, row, 64);
+        if (!folded) _tile_loadd(2, row, 64);
         _tile_loadd(3, codewords, 64);
         _tile_dpbf16ps(0, 2, 3);
-        _tile_loadd(2, row + 256, 64);
-        _tile_dpbf16ps(1, 2, 3);
+        if (folded) {
+          _tile_dpbf16ps(1, 4, 3);
+        } else {
+          _tile_loadd(2, row + 256, 64);
+          _tile_dpbf16ps(1, 2, 3);
+        }
         take_minima(done + share);
       }
       _tile_stored(0, to, 4 * kPanel);

@@ -5,7 +5,6 @@
 
 constexpr int64_t kLeastScreened = 5;
 constexpr int kRows = MR, kPanel = NR;
-constexpr int64_t kMany = 0;  // the lanes of a panel have two in any case
 
 inline int64_t quads(int64_t dim) { return (dim + 3) / 4; }
 
@@ -126,10 +125,10 @@ __attribute__((noinline)) void least_scores(const uint32_t* rows, const uint32_t
 }
 
 // f(row, panel, part, least scores) of MR rows and the panels first .. last - 1; kOfLane as in screen.inl.
-template <int kOfLane, class F>
+template <int kOfLane, bool folded, class F>
 inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Packed& packed, int64_t first, int64_t last,
                                                  int64_t dim, F f) {
-  static_assert(kOfLane * W == kPanel);
+  static_assert(kOfLane * W == kPanel && !folded);
   alignas(64) float minima[MR * W];
   for (int64_t p = first; p < last; ++p) {
     least_scores(rows, packed.coarse + p * panel_words(dim), packed.halves + p * kPanel, dim, minima);

@@ -21,36 +21,57 @@ constexpr float kUnit = 0x1p-24f;
 constexpr float kBeyond = 1e38f;  // scores from here on tell nothing: the sums may have left the range of fp32,
 constexpr float kNone = 3e38f;  // or there is no finite codeword
 
+// The codewords of a panel less the centre, to rows [kPanel][ld], and half their squares. Returns the greatest square.
+float centred_panel(const Codes& c, const Packed& packed, int64_t panel, float* rows, int64_t ld, float* scratch) {
+  float greatest = 0;
+  for (int lane = 0; lane < kPanel; ++lane) {
+    const int64_t at = panel * kPanel + lane;
+    const float squares = centred(c, packed.order[at], packed.centre, rows + lane * ld, scratch);
+    const bool there = squares <= FLT_MAX;
+    packed.halves[at] = there ? squares / 2 : kNone;
+    if (there) greatest = squares > greatest ? squares : greatest;
+  }
+  return greatest;
+}
+
+// Of the bound, what goes with the rows' lengths, for one of length 1: of `dim` products and their sum, and of the number
+// in the low bits.
+inline float summing(int64_t dim) { return roundings(dim) * kUnit + 0x1.4p-15f; }
+
+inline float underflow(int64_t dim) { return roundings(dim) * FLT_MIN; }
+
+// And what belongs to codewords of length `reach` at most, whatever the row.
+inline float own(float reach, int64_t dim) {
+  const float squaring = (dim / 16 + 40) * kUnit;
+  return reach * ((squaring + summing(dim) / 2) * reach) + underflow(dim) * (1 + reach) + 1e-35f;
+}
+
 void pack_coarse(const Codes& c, const Packed& packed, int64_t panel, float* scratch) {
   const int64_t dim = c.dim, ld = dim + W;
   float *rows = scratch + 2 * dim, *halves = packed.halves + panel * kPanel;
-  float greatest = 0;
-  for (int lane = 0; lane < kPanel; ++lane) {
-    const float squares = centred(c, packed.order[panel * kPanel + lane], packed.centre, rows + lane * ld, scratch);
-    const bool there = squares <= FLT_MAX;
-    halves[lane] = there ? squares / 2 : kNone;
-    if (there) greatest = squares > greatest ? squares : greatest;
-  }
-  // Of the bound, what belongs to the panel alone is taken from the scores here, and what goes with ‖ẑ‖ has one factor.
-  const float reach = length_of(greatest), squaring = (dim / 16 + 40) * kUnit, underflow = roundings(dim) * FLT_MIN;
-  const float summing = roundings(dim) * kUnit + 0x1.4p-15f;  // and the number in the low bits
-  const float own = reach * ((squaring + summing / 2) * reach) + underflow * (1 + reach) + 1e-35f;
+  const float reach = length_of(centred_panel(c, packed, panel, rows, ld, scratch)), of_all = own(reach, dim);
   for (int lane = 0; lane < kPanel; ++lane)
-    if (halves[lane] < kNone) halves[lane] -= own;
+    if (halves[lane] < kNone) halves[lane] -= of_all;
+  const float loss = pack_panel(rows, ld, dim, packed.coarse + panel * panel_words(dim));
   packed.reaches[panel] = reach;
-  packed.losses[panel] = pack_panel(rows, ld, dim, packed.coarse + panel * panel_words(dim)) + summing * reach + underflow;
+  packed.losses[panel] = loss + summing(dim) * reach + underflow(dim);
 }
 
 // Of each lane, in order.
+template <int kKept>
 struct Least {
-  V first, second, third;
+  V of[kKept];
 };
 
-inline void update(Least& s, V bounds, int32_t number) {
-  const V key = (V)(((I)bounds & (int32_t)-kSpan) | number), beyond_first = maximum(key, s.first);
-  s.first = minimum(key, s.first);
-  s.third = minimum(maximum(beyond_first, s.second), s.third);
-  s.second = minimum(beyond_first, s.second);
+template <int kKept>
+inline void update(Least<kKept>& s, V bounds, int32_t number) {
+  V key = (V)(((I)bounds & (int32_t)-kSpan) | number);
+#pragma GCC unroll 4
+  for (int i = 0; i < kKept; ++i) {
+    const V before = s.of[i];
+    s.of[i] = minimum(key, before);
+    key = maximum(key, before);
+  }
 }
 
 // What is known of a row.
@@ -139,40 +160,39 @@ inline float limit_of(const Row& row, int64_t dim) {
 
 // Looks at the codewords of a span that can be the nearest, or leaves the row to fp32 if they are many. Its numbers are
 // start .. end - 1.
-template <int kOfLane>
-void examine(Row& row, const Codes& c, const int32_t* order, int64_t start, int64_t end, const Least& s,
+template <int kOfLane, int kKept>
+void examine(Row& row, const Codes& c, const int32_t* order, int64_t start, int64_t end, const Least<kKept>& s,
              float* scratch) {
   const auto look_at = [&](int64_t number, int lane) {
     const int32_t* of_lane = order + number * kOfLane * W + lane;
     c.dither ? compare<kOfLane, true>(row, c, of_lane, scratch) : compare<kOfLane, false>(row, c, of_lane, scratch);
   };
   const auto number_of = [&](const V& keys, int lane) { return start + (((const int32_t*)&keys)[lane] & (kSpan - 1)); };
-  const float least = lowest(s.first);
+  const float least = lowest(s.of[0]);
   float limit = limit_of(row, c.dim);
   if (!(least < kBeyond && least <= limit)) return;
-  const int nearest = __builtin_ctz(at_most(s.first, least));  // the best first: it rules most others out
-  look_at(number_of(s.first, nearest), nearest);
+  const int nearest = __builtin_ctz(at_most(s.of[0], least));  // the best first: it rules most others out
+  look_at(number_of(s.of[0], nearest), nearest);
   limit = limit_of(row, c.dim);
   if (!(limit < kBeyond)) {
     row.left = true;
     return;
   }
-  unsigned may = at_most(s.first, limit) & ~(1u << nearest);
-  const V* const kept[] = {&s.first, &s.second};
-  for (const V* keys : kept) {
+  unsigned may = at_most(s.of[0], limit) & ~(1u << nearest);
+  for (int i = 0; i < kKept - 1; ++i) {
     for (; may && !row.left; may &= may - 1) {
       const int lane = __builtin_ctz(may);
-      if (((const float*)keys)[lane] <= limit) look_at(number_of(*keys, lane), lane);
+      if (((const float*)&s.of[i])[lane] <= limit) look_at(number_of(s.of[i], lane), lane);
       limit = limit_of(row, c.dim);
     }
-    may = at_most(s.second, limit);
+    may = at_most(s.of[i + 1], limit);
   }
-  unsigned more = at_most(s.third, limit);  // lanes that may have others still
+  unsigned more = may;  // lanes that may have others still
   if (__builtin_popcount(more) > kWalked) row.left = true;
   for (; more && !row.left; more &= more - 1) {
     const int lane = __builtin_ctz(more);
     for (int64_t number = start; number < end; ++number)
-      if (number != number_of(s.first, lane) && number != number_of(s.second, lane)) look_at(number, lane);
+      if (number != number_of(s.of[0], lane) && (kKept < 3 || number != number_of(s.of[1], lane))) look_at(number, lane);
   }
 }
 
@@ -193,17 +213,18 @@ int32_t settle(const Row& row, const Codes& c, bool exact, float* scratch) {
 
 int64_t screen_scratch(int64_t dim, int64_t rows) {
   const int64_t groups = (rows + kRows - 1) / kRows;
-  return groups * (kRows * (int64_t)((sizeof(Row) + sizeof(Least)) / 4) + group_words(dim)) +
+  return groups * (kRows * (int64_t)((sizeof(Row) + sizeof(Least<3>)) / 4) + group_words(dim)) +
          kRows * (kBlockPanels + 2) + 8 * dim + 128;
 }
 
 // Indices of the rows that this can tell; the numbers of the others go to `left`, and their count is returned.
-template <int kOfLane>
+template <int kOfLane, bool folded>
 int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
                int32_t* indices, int32_t* left, float* scratch) {
   const int64_t dim = c.dim, words = group_words(dim), groups = (rows + kRows - 1) / kRows;
   const int64_t panels = (c.count + kPanel - 1) / kPanel, bytes = 4 * panel_words(dim);
-  Least* states = (Least*)aligned(scratch);
+  constexpr int kKept = folded ? 2 : 3;
+  Least<kKept>* states = (Least<kKept>*)aligned(scratch);
   uint32_t* coarse = (uint32_t*)(states + groups * kRows);  // [groups][words]
   float* errors = (float*)(coarse + groups * words);  // [kRows][kBlockPanels]
   Row* found = (Row*)(errors + kRows * kBlockPanels);
@@ -229,19 +250,21 @@ int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z,
   constexpr int64_t span = kSpan / kParts;
   for (int64_t start = 0; start < panels; start += span) {
     const int64_t end = start + span < panels ? start + span : panels;
-    for (int64_t n = 0; n < groups * kRows; ++n) states[n] = {all(kNone), all(kNone), all(kNone)};
+    for (int64_t n = 0; n < groups * kRows; ++n)
+      for (V& least : states[n].of) least = all(kNone);
     for (int64_t first = start; first < end; first += step) {
       const int64_t last = first + step < end ? first + step : end;
       for (int64_t g = 0; g < groups; ++g) {
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRows && !folded; ++r) {
           const Row& row = found[g * kRows + r];
           for (int64_t p = 0; p < last - first; p += W)
             store(errors + r * kBlockPanels + p, row.lost * load(packed.reaches + first + p) +
                                                      row.length * load(packed.losses + first + p));
         }
-        sweep<kOfLane>(coarse + g * words, packed, first, last, dim,
+        sweep<kOfLane, folded>(coarse + g * words, packed, first, last, dim,
                        [&](int64_t r, int64_t p, int part, V least) __attribute__((always_inline)) {
-                         update(states[g * kRows + r], least - errors[r * kBlockPanels + p - first],
+                         if (!folded) least -= errors[r * kBlockPanels + p - first];
+                         update(states[g * kRows + r], least,
                                 (int32_t)((p - start) * kParts + part));
                        });
       }
