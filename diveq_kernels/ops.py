@@ -13,59 +13,13 @@ To ``torch.compile`` an operation is one opaque node, unless its backend is made
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from diveq_kernels import backends
 from diveq_kernels._dtypes import compute_dtype
-
-_DOUBLE_BACKWARD = (
-    "diveq::{} cannot be differentiated: double backward is not supported, because the direction u is held constant "
-    "in the gradient of DiVeQ. Take the first gradient without create_graph=True"
-)
-
-
-def _define(schema: str, fake: Callable) -> Any:
-    """Register an operation whose last argument is the name of the backend."""
-    name = schema[: schema.index("(")]
-
-    def run(*args: Any) -> Any:
-        *arguments, backend = args
-        device = args[0].device
-        # Autocast would reach into the backends' own matrix products.
-        with torch.autocast(device.type, enabled=False):
-            return backends.select(name, device, backend)(*arguments)
-
-    operation = torch.library.custom_op(f"diveq::{name}", run, mutates_args=(), schema=schema[len(name) :])
-    operation.register_fake(lambda *args: fake(*args[:-1]))
-
-    def add_to_graph(mode: Any, op: Any, types: Any, args: tuple, kwargs: dict) -> Any:
-        # torch.export keeps operations whole. Imported here because that takes long.
-        from torch.export._trace import custom_triton_ops_decomposition_disabled
-
-        *arguments, backend = args
-        context = backends.traced(name, args[0].device, backend, arguments)
-        if context is None or custom_triton_ops_decomposition_disabled():  # type: ignore[no-untyped-call]
-            return mode.__torch_dispatch__(op, types, args, kwargs)
-        with mode, context:
-            return run(*args)
-
-    operation.register_torch_dispatch(FunctionalTensorMode, add_to_graph)
-    return operation
-
-
-def _differentiate(operation: Any, backward_operation: Any, backward: Callable, setup_context: Callable) -> None:
-    operation.register_autograd(backward, setup_context=setup_context)
-    name = backward_operation._name
-
-    def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(_DOUBLE_BACKWARD.format(name))
-
-    backward_operation.register_autograd(refuse)
+from diveq_kernels._operation import Operation
 
 
 def _fake_gradients(z: Tensor, codebook: Tensor, need_z: bool, need_codebook: bool) -> tuple[Tensor, Tensor]:
@@ -82,7 +36,7 @@ def _empty_indices(z: Tensor, *stages: int) -> Tensor:
 
 # ---- nearest ---------------------------------------------------------------------------------------------------------
 
-nearest = _define(
+nearest = Operation(
     "nearest(Tensor z, Tensor codebook, Tensor? mask, str precision, str backend) -> (Tensor, Tensor)",
     lambda z, codebook, mask, precision: (
         z.new_empty(z.shape[:-1], dtype=compute_dtype(z, codebook)),
@@ -90,7 +44,7 @@ nearest = _define(
     ),
 )
 
-nearest_backward = _define(
+nearest_backward = Operation(
     "nearest_backward(Tensor grad, Tensor z, Tensor codebook, Tensor indices, bool need_z, bool need_codebook,"
     " str backend) -> (Tensor, Tensor)",
     lambda grad, z, codebook, indices, need_z, need_codebook: _fake_gradients(z, codebook, need_z, need_codebook),
@@ -110,7 +64,7 @@ def _backward_nearest(ctx: Any, grad: Tensor, _: None) -> tuple:
 
 # ---- DiVeQ -----------------------------------------------------------------------------------------------------------
 
-diveq = _define(
+diveq = Operation(
     "diveq(Tensor z, Tensor codebook, Tensor? mask, Tensor? seed, float noise_std, str precision, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     lambda z, codebook, mask, seed, noise_std, precision: (
@@ -120,7 +74,7 @@ diveq = _define(
     ),
 )
 
-diveq_backward = _define(
+diveq_backward = Operation(
     "diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Tensor? seed, float noise_std,"
     " bool need_z, bool need_codebook, str backend) -> (Tensor, Tensor)",
     lambda grad, z, codebook, indices, seed, noise_std, need_z, need_codebook: _fake_gradients(
@@ -142,7 +96,7 @@ def _backward_diveq(ctx: Any, grad: Tensor, *_: None) -> tuple:
 
 # ---- SF-DiVeQ --------------------------------------------------------------------------------------------------------
 
-sf_diveq = _define(
+sf_diveq = Operation(
     "sf_diveq(Tensor z, Tensor codebook, Tensor dither, Tensor? mask, Tensor? seed, float noise_std, str precision,"
     " str backend) -> (Tensor, Tensor, Tensor)",
     lambda z, codebook, dither, mask, seed, noise_std, precision: (
@@ -152,7 +106,7 @@ sf_diveq = _define(
     ),
 )
 
-sf_diveq_backward = _define(
+sf_diveq_backward = Operation(
     "sf_diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Tensor? seed,"
     " float noise_std, bool need_z, bool need_codebook, str backend) -> (Tensor, Tensor)",
     lambda grad, z, codebook, dither, indices, seed, noise_std, need_z, need_codebook: _fake_gradients(
@@ -174,7 +128,7 @@ def _backward_sf_diveq(ctx: Any, grad: Tensor, *_: None) -> tuple:
 
 # ---- projection ------------------------------------------------------------------------------------------------------
 
-project = _define(
+project = Operation(
     "project(Tensor z, Tensor codebook, Tensor? mask, str precision, str backend) -> (Tensor, Tensor, Tensor)",
     lambda z, codebook, mask, precision: (
         torch.empty_like(z),
@@ -183,7 +137,7 @@ project = _define(
     ),
 )
 
-project_backward = _define(
+project_backward = Operation(
     "project_backward(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices, bool need_z,"
     " bool need_codebook, str backend) -> (Tensor, Tensor)",
     lambda grad_points, grad_t, z, codebook, indices, need_z, need_codebook: _fake_gradients(
@@ -225,13 +179,13 @@ def _fake_composite_backward(
     return _fake_gradients(z, codebooks, need_z, need_codebook)
 
 
-residual = _define(
+residual = Operation(
     "residual(Tensor z, Tensor codebooks, Tensor? dither, Tensor? num_active, Tensor? mask, Tensor? seed,"
     " float noise_std, str precision, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_composite,
 )
 
-residual_backward = _define(
+residual_backward = Operation(
     "residual_backward(Tensor grad, Tensor z, Tensor codebooks, Tensor? dither, Tensor indices, Tensor? seed,"
     " float noise_std, bool need_z, bool need_codebook, str backend) -> (Tensor, Tensor)",
     _fake_composite_backward,
@@ -251,13 +205,13 @@ def _backward_residual(ctx: Any, grad: Tensor, *_: None) -> tuple:
 
 # ---- product ---------------------------------------------------------------------------------------------------------
 
-product = _define(
+product = Operation(
     "product(Tensor z, Tensor codebooks, Tensor? dither, Tensor? mask, Tensor? seed, float noise_std, str precision,"
     " str backend) -> (Tensor, Tensor, Tensor)",
     _fake_composite,
 )
 
-product_backward = _define(
+product_backward = Operation(
     "product_backward(Tensor grad, Tensor z, Tensor codebooks, Tensor? dither, Tensor indices, Tensor? seed,"
     " float noise_std, bool need_z, bool need_codebook, str backend) -> (Tensor, Tensor)",
     _fake_composite_backward,
@@ -282,9 +236,9 @@ def _needed(gradients: tuple[Tensor, Tensor], need: tuple[bool, ...]) -> tuple[T
     return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, need, strict=True))
 
 
-_differentiate(nearest, nearest_backward, _backward_nearest, _save_nearest)
-_differentiate(diveq, diveq_backward, _backward_diveq, _save_diveq)
-_differentiate(sf_diveq, sf_diveq_backward, _backward_sf_diveq, _save_sf_diveq)
-_differentiate(project, project_backward, _backward_project, _save_project)
-_differentiate(residual, residual_backward, _backward_residual, _save_residual)
-_differentiate(product, product_backward, _backward_product, _save_product)
+nearest.differentiate(_backward_nearest, _save_nearest, by=nearest_backward)
+diveq.differentiate(_backward_diveq, _save_diveq, by=diveq_backward)
+sf_diveq.differentiate(_backward_sf_diveq, _save_sf_diveq, by=sf_diveq_backward)
+project.differentiate(_backward_project, _save_project, by=project_backward)
+residual.differentiate(_backward_residual, _save_residual, by=residual_backward)
+product.differentiate(_backward_product, _save_product, by=product_backward)

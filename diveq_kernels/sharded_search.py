@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diveq_kernels import _checks, distributed, ops
 from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels._operation import differentiate
 from diveq_kernels.distributed import gather_ranks, least_of_ranks, sum_of_ranks
 from diveq_kernels.reference.rows import blocks, put
 
@@ -236,4 +237,4 @@ def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple:
     return (*ops._needed(sharded_backward(grad, *ctx.saved_tensors, *options), need), *[None] * 10)
 
 
-ops._differentiate(sharded, sharded_backward, _backward, _save)
+differentiate(sharded, _backward, _save, by=sharded_backward)

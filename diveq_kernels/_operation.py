@@ -1,0 +1,111 @@
+"""An operation of ``torch.ops.diveq``: known to PyTorch's dispatcher, and past it where nothing there looks at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+from diveq_kernels import backends
+
+_DOUBLE_BACKWARD = (
+    "{} cannot be differentiated: double backward is not supported, because the direction u is held constant "
+    "in the gradient of DiVeQ. Take the first gradient without create_graph=True"
+)
+
+
+def differentiate(definition: Any, backward: Callable, save: Callable, by: Any) -> None:
+    """Register a gradient that has none itself: ``backward`` calls the operation ``by``, ``save`` keeps its needs."""
+    definition.register_autograd(backward, setup_context=save)
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(_DOUBLE_BACKWARD.format(by._qualname))
+
+    by.register_autograd(refuse)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _seen(arguments: tuple) -> bool:
+    """Whether somebody wants to see the operation pass: a compiler, tracer, mode, transform, profiler or subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._autograd._profiler_enabled()
+        or any(isinstance(value, Tensor) and (type(value) not in _PLAIN or value.is_meta) for value in arguments)
+    )
+
+
+class Operation:
+    """Called with the arguments of its schema, of which the last names the backend.
+
+    Eager calls go to the backend straight away: the dispatcher's way there, for an operation written in Python, takes
+    longer than many a kernel.
+
+    Args:
+        schema: Name, arguments and results, as ``torch.library`` reads them.
+        fake: What the results look like; called without the backend.
+    """
+
+    def __init__(self, schema: str, fake: Callable) -> None:
+        self._name = name = schema[: schema.index("(")]
+        self._function: Any = None
+        self._definition = torch.library.custom_op(
+            f"diveq::{name}", self._run, mutates_args=(), schema=schema[len(name) :]
+        )
+        self._definition.register_fake(lambda *arguments: fake(*arguments[:-1]))
+        self._definition.register_torch_dispatch(FunctionalTensorMode, self._add_to_graph)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if _seen(arguments):
+            return self._definition(*arguments)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return self._run(*arguments)
+        return (self._function.apply if self._function else self._definition)(*arguments)
+
+    def differentiate(self, backward: Callable, save: Callable, by: Operation) -> None:
+        """Set the gradient.
+
+        Args:
+            backward: ``(ctx, *gradients)``, one gradient for each argument; calls ``by``.
+            save: ``(ctx, inputs, output)``, which keeps what ``backward`` needs.
+            by: The operation with the formula, which has no gradient itself.
+        """
+        differentiate(self._definition, backward, save, by=by._definition)
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = self._run(*arguments)
+            save(ctx, arguments, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(self._name, (torch.autograd.Function,), methods)
+
+    def _run(self, *arguments: Any) -> Any:
+        *inputs, backend = arguments
+        device = inputs[0].device
+        function = backends.select(self._name, device, backend)
+        if not torch.is_autocast_enabled(device.type):
+            return function(*inputs)
+        # It would reach into the backends' own matrix products.
+        with torch.autocast(device.type, enabled=False):
+            return function(*inputs)
+
+    def _add_to_graph(self, mode: Any, op: Any, types: Any, arguments: tuple, kwargs: dict) -> Any:
+        # torch.export keeps operations whole. Imported here because that takes long.
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        *inputs, backend = arguments
+        context = backends.traced(self._name, inputs[0].device, backend, inputs)
+        if context is None or custom_triton_ops_decomposition_disabled():  # type: ignore[no-untyped-call]
+            return mode.__torch_dispatch__(op, types, arguments, kwargs)
+        with mode, context:
+            return self._run(*arguments)

@@ -1,0 +1,143 @@
+"""How an operation reaches its backend: straight away, or through PyTorch's dispatcher where something looks on."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from cases import generator
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diveq_kernels import ops
+
+NAMES = ("nearest", "diveq", "sf_diveq", "project", "residual", "product")
+
+
+def arguments(name: str, backend: str = "reference") -> tuple[Any, ...]:
+    """Those of an operation, z and the codebook first, both with a gradient."""
+    gen = generator()
+    z, books = torch.randn(5, 4, generator=gen), torch.randn(2, 6, 4, generator=gen)
+    dither, seed = torch.rand(2, 5, generator=gen), torch.tensor(3)
+    end = ("exact", backend)
+    books = {"residual": books, "product": books[:, :, :2].contiguous()}.get(name, books[0])
+    between: dict[str, tuple] = {
+        "nearest": (None,),
+        "diveq": (None, seed, 0.1),
+        "sf_diveq": (dither[0], None, seed, 0.1),
+        "project": (None,),
+        "residual": (dither, None, None, seed, 0.1),
+        "product": (dither, None, seed, 0.1),
+    }
+    return (z.requires_grad_(), books.requires_grad_(), *between[name], *end)
+
+
+def gradients(inputs: tuple, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    floats = [output for output in outputs if output.is_floating_point()]
+    return torch.autograd.grad(floats, inputs[:2], [torch.ones_like(output) for output in floats])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ways_give_the_same(name: str, autocast: bool) -> None:
+    inputs = arguments(name)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        direct, dispatched = getattr(ops, name)(*inputs), getattr(torch.ops.diveq, name)(*inputs)
+    for mine, theirs in zip(direct, dispatched, strict=True):
+        assert mine.requires_grad == theirs.requires_grad == mine.is_floating_point()
+        assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
+    for mine, theirs in zip(gradients(inputs, direct), gradients(inputs, dispatched), strict=True):
+        assert torch.equal(mine, theirs) and mine.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eager_calls_do_not_meet_the_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for one in (name, f"{name}_backward"):
+        monkeypatch.setattr(getattr(ops, one), "_definition", None)
+    inputs = arguments(name)
+    gradients(inputs, getattr(ops, name)(*inputs))
+    with torch.no_grad():
+        assert not any(output.requires_grad for output in getattr(ops, name)(*inputs))
+
+
+class Dispatch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Function(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Named(Tensor):
+    """A subclass that says what happens to it."""
+
+    names: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        cls.names.append(str(func))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_the_operation() -> None:
+    inputs = arguments("diveq")
+    with Dispatch() as seen:
+        gradients(inputs, ops.diveq(*inputs))
+    assert {"diveq.diveq.default", "diveq.diveq_backward.default"} <= set(seen.names)
+    with Function() as seen:
+        ops.diveq(*inputs)
+    assert "diveq.diveq.default" in seen.names
+
+
+def test_subclasses_see_the_operation() -> None:
+    z, *others = arguments("diveq")
+    ops.diveq(z.detach().as_subclass(Named), *others)
+    assert any("diveq.diveq" in name for name in Named.names)
+
+
+def test_the_profiler_sees_the_operation() -> None:
+    inputs = arguments("diveq")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gradients(inputs, ops.diveq(*inputs))
+    assert {"diveq::diveq", "diveq::diveq_backward"} <= {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("where", ["fake", "meta"])
+def test_tensors_without_data(where: str) -> None:
+    with FakeTensorMode() if where == "fake" else contextlib.nullcontext():
+        device = None if where == "fake" else "meta"
+        z, codebook = torch.empty(5, 4, device=device), torch.empty(6, 4, device=device)
+        z_q, indices, counts = ops.diveq(z, codebook, None, None, 0.0, "exact", "")
+    assert (z_q.shape, indices.shape, counts.shape) == ((5, 4), (5,), (6,))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms_meet_the_dispatcher() -> None:
+    z, codebook, *others = (x.detach() if isinstance(x, Tensor) else x for x in arguments("nearest"))
+    several = torch.stack([z, 2 * z])
+    found = torch.func.vmap(lambda rows: ops.nearest(rows, codebook, *others)[1])(several)
+    assert torch.equal(found, ops.nearest(several, codebook, *others)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_traces_keep_the_operation() -> None:
+    z, codebook, *others = (x.detach() if isinstance(x, Tensor) else x for x in arguments("diveq"))
+    traced = torch.jit.trace(lambda rows: ops.diveq(rows, codebook, *others)[0], z, check_trace=False)
+    assert "diveq::diveq" in str(traced.graph)
