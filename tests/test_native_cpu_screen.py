@@ -127,3 +127,12 @@ def test_rows_midway_between_two_codewords(isa: str, dim: int, far: float) -> No
     weight = 0.5 + 10.0 ** -torch.linspace(1, 8, 2000)[:, None] * torch.randn(2000, 1, generator=gen)
     check_nearest(first + weight * (second - first), codebook)
     check_nearest(far + 0.05 * (first - far), codebook)
+
+
+@pytest.mark.parametrize("dim", [4, 8, 9, 10, 64, 300])
+def test_few_rows_are_left_open(isa: str, dim: int) -> None:
+    """A first pass whose bounds are useless is right all the same, and slow."""
+    gen = generator()
+    codebook = torch.randn(1000, dim, generator=gen)
+    for rows in (codebook[:600] + 0.5 * torch.randn(600, dim, generator=gen), torch.randn(1000, dim, generator=gen)):
+        assert torch.ops.diveq_cpu.left_open(rows, codebook) <= 0.01 * len(rows)

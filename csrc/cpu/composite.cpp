@@ -53,10 +53,11 @@ void composite(Tensor z, Tensor books, Maybe dither, Maybe num_active, Maybe mas
   const int64_t floats = 2 * tile * dim + (keep_rest ? tile * dim : 0) + dim + whole.scratch() +
                          Noise::scratch(k, dim) + k.search_scratch(dim, tile);
   each_tile(0, total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
-    float *made = scratch + tile * dim, *remainder = made + tile * dim;
+    float *made_room = scratch + tile * dim, *remainder = made_room + tile * dim;
     float *target = remainder + (keep_rest ? tile * dim : 0), *room = target + dim;
     float *noises = room + whole.scratch(), *work = noises + Noise::scratch(k, dim);
     const float* x = read_tile(k, rows, first, n, scratch);
+    float* made = made_tile(out, first, made_room);
     if (keep_rest) std::copy_n(x, n * dim, remainder);
     const float* searched = keep_rest ? remainder : x;
     for (size_t s = 0; s < codes.size(); ++s) {
@@ -84,7 +85,7 @@ void composite(Tensor z, Tensor books, Maybe dither, Maybe num_active, Maybe mas
       const float* v = noise.row(row, first + n);
       k.step(x + r * dim, &towards, &v, &weight, 1, dim, made + r * dim);
     }
-    k.write(out, first, n, made);
+    write_tile(k, out, first, n, made);
   });
   for (size_t s = 0; s < codes.size(); ++s)
     count(chosen + s * total, total, data<int32_t>(counts) + s * codes[s].count);
@@ -108,9 +109,10 @@ void composite_backward(Tensor grad, Tensor z, Tensor books, Maybe dither, Tenso
   each_chunk(total, chunk, [&](int64_t begin, int64_t end) {
     const int64_t floats = 3 * tile * dim + per_row + Noise::scratch(k, dim);
     each_tile(begin, end, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
-      float *g_room = scratch + tile * dim, *made = g_room + tile * dim, *target = made + tile * dim;
+      float *g_room = scratch + tile * dim, *made_room = g_room + tile * dim, *target = made_room + tile * dim;
       float *room = target + dim, *noises = room + whole.scratch();
       const float *x = read_tile(k, rows, first, n, scratch), *g = read_tile(k, incoming, first, n, g_room);
+      float* made = out ? made_tile(*out, first, made_room) : made_room;
       Noise noise(k, seed, noise_std, dim, 0, noises);
       const float weight = 1;
       for (int64_t r = 0; r < n; ++r) {
@@ -127,7 +129,7 @@ void composite_backward(Tensor grad, Tensor z, Tensor books, Maybe dither, Tenso
         if (k.gradient(g + r * dim, x + r * dim, &towards, &v, &weight, 1, dim, out ? made + r * dim : nullptr, &a))
           pull = a;
       }
-      if (out) k.write(*out, first, n, made);
+      if (out) write_tile(k, *out, first, n, made);
     });
     if (!sums) return;
 

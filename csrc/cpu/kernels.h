@@ -56,9 +56,10 @@ struct Kernels {
   // scratch holds 2·dim + (panel or coarse_panel)·(dim + lanes) floats.
   void (*pack)(const Codes&, const Packed&, int64_t first_panel, int64_t last_panel, float* scratch);
   int64_t (*search_scratch)(int64_t dim, int64_t rows);  // floats
-  // Index of the nearest for `rows` rows z [rows][ld]; scratch as search_scratch says.
-  void (*search)(const Codes&, const Packed&, bool exact, const float* z, int64_t ld, int64_t rows, int32_t* indices,
-                 float* scratch);
+  // Index of the nearest for `rows` rows z [rows][ld]; scratch as search_scratch says. Returns how many of them the first
+  // pass, where there is one, did not tell.
+  int64_t (*search)(const Codes&, const Packed&, bool exact, const float* z, int64_t ld, int64_t rows, int32_t* indices,
+                    float* scratch);
 
   // σ times the standard normals of counters start .. start + quads - 1; out has room for 4 * (quads + lanes) floats.
   void (*noise)(uint64_t seed, uint64_t start, int64_t quads, float sigma, float* out);

@@ -38,8 +38,9 @@ void nearest_backward(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Ma
   if (grad_z) {
     const Rows out = rows_of(*grad_z);
     each_tile(0, count, tile, 2 * tile * dim + dim, [&](int64_t first, int64_t n, float* scratch) {
-      float *made = scratch + tile * dim, *one = made + tile * dim;
+      float *room = scratch + tile * dim, *one = room + tile * dim;
       const float* x = read_tile(k, rows, first, n, scratch);
+      float* made = made_tile(out, first, room);
       for (int64_t r = 0; r < n; ++r) {
         float* to = made + r * dim;
         const int32_t index = chosen[first + r];
@@ -48,7 +49,7 @@ void nearest_backward(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Ma
         else
           k.pull(-2 * g[first + r], k.codeword(codes, index, one), x + r * dim, dim, to);
       }
-      k.write(out, first, n, made);
+      write_tile(k, out, first, n, made);
     });
   }
   if (grad_codebook) {

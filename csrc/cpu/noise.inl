@@ -24,9 +24,9 @@ struct Half {
 
   void round(const uint32_t* key) {
     const U2 a = multiply_even((U)c[0], 0xD2511F53u - U{}), b = multiply_even((U)c[2], 0xCD9E8D57u - U{});
-    c[0] = (b >> 32) ^ c[1] ^ (U2)(key[0] - U{});
+    c[0] = upper_half(b) ^ c[1] ^ (U2)(key[0] - U{});
     c[1] = b;
-    c[2] = (a >> 32) ^ c[3] ^ (U2)(key[1] - U{});
+    c[2] = upper_half(a) ^ c[3] ^ (U2)(key[1] - U{});
     c[3] = a;
   }
 };

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "isa.h"
-#include "tiles.h"
+#include "packed.h"
 
 namespace diveq {
 namespace {
@@ -21,17 +21,31 @@ void philox(Tensor seed, int64_t start, Tensor words, Tensor normals) {
   std::memcpy(data<float>(normals), made.get(), quads * 16);
 }
 
+// For tests: how many rows (of contiguous fp32) the search's first pass leaves open.
+int64_t left_open(Tensor z, Tensor codebook) {
+  const Kernels& k = kernels();
+  const Rows rows = rows_of(z);
+  const Codes codes = codes_of(codebook, std::nullopt)[0];
+  const PackedBook book(k, codes);
+  const int64_t count = row_count(z);
+  const Buffer scratch = buffer(k.search_scratch(rows.dim, count));
+  std::vector<int32_t> indices(count);
+  return k.search(codes, book.packed, true, in_place(rows, 0), rows.dim, count, indices.data(), scratch.get());
+}
+
 }  // namespace
 }  // namespace diveq
 
 STABLE_TORCH_LIBRARY(diveq_cpu, m) {
   m.def("instruction_set() -> int");
   m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
+  m.def("left_open(Tensor z, Tensor codebook) -> int");
   diveq::define_operations(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diveq_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&diveq::instruction_set));
   m.impl("philox", TORCH_BOX(&diveq::philox));
+  m.impl("left_open", TORCH_BOX(&diveq::left_open));
   diveq::implement_operations(m);
 }

@@ -42,8 +42,8 @@ int64_t search_scratch(int64_t dim, int64_t rows) {
   return fp32;
 }
 
-void search(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
-            int32_t* indices, float* scratch) {
+int64_t search(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
+               int32_t* indices, float* scratch) {
 #if defined(DIVEQ_AMX) || defined(DIVEQ_VNNI)
   if (c.dim >= kLeastScreened) {
     int32_t* left = (int32_t*)scratch;
@@ -55,8 +55,9 @@ void search(const Codes& c, const Packed& packed, bool exact, const float* z, in
 #endif
     const int64_t unclear = first_pass(c, packed, exact, z, ld, rows, indices, left, scratch);
     if (unclear) search_fp32(c, packed, exact, z, ld, left, unclear, indices, scratch);
-    return;
+    return unclear;
   }
 #endif
   search_fp32(c, packed, exact, z, ld, nullptr, rows, indices, scratch);
+  return 0;
 }

@@ -20,8 +20,9 @@ void project(Tensor z, Tensor codebook, Maybe mask, bool /*exact: always*/, Tens
   auto* const positions = data<float>(t);
   const int64_t floats = 2 * tile * dim + 2 * dim + k.project_scratch(dim, tile);
   each_tile(0, total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
-    float *made = scratch + tile * dim, *ends = made + tile * dim, *work = ends + 2 * dim;
+    float *room = scratch + tile * dim, *ends = room + tile * dim, *work = ends + 2 * dim;
     const float* x = read_tile(k, rows, first, n, scratch);
+    float* made = made_tile(out, first, room);
     k.project(codes, path.packed, x, n, chosen + first, positions + first, work);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = first + r;
@@ -37,7 +38,7 @@ void project(Tensor z, Tensor codebook, Maybe mask, bool /*exact: always*/, Tens
         std::fill_n(made + r * dim, dim, std::numeric_limits<float>::quiet_NaN());
       }
     }
-    k.write(out, first, n, made);
+    write_tile(k, out, first, n, made);
   });
 }
 
@@ -57,8 +58,9 @@ void project_backward(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebo
 
   each_chunk(total, chunk, [&](int64_t begin, int64_t end) {
     each_tile(begin, end, tile, 3 * tile * dim + 2 * dim, [&](int64_t first, int64_t n, float* scratch) {
-      float *g_room = scratch + tile * dim, *made = g_room + tile * dim, *ends = made + tile * dim;
+      float *g_room = scratch + tile * dim, *made_room = g_room + tile * dim, *ends = made_room + tile * dim;
       const float *x = read_tile(k, rows, first, n, scratch), *g = read_tile(k, incoming, first, n, g_room);
+      float* made = out ? made_tile(*out, first, made_room) : made_room;
       for (int64_t r = 0; r < n; ++r) {
         const int64_t row = first + r;
         const int32_t j = chosen[row];
@@ -71,7 +73,7 @@ void project_backward(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebo
         k.project_gradient(g + r * dim, of_t[row], x + r * dim, k.codeword(codes, j, ends),
                            k.codeword(codes, j + 1, ends + dim), dim, out ? made + r * dim : nullptr, to, to + 1);
       }
-      if (out) k.write(*out, first, n, made);
+      if (out) write_tile(k, *out, first, n, made);
     });
     if (!sums) return;
 

@@ -21,9 +21,10 @@ void sf_diveq(Tensor z, Tensor codebook, Tensor dither, Maybe mask, Maybe seed, 
   const int64_t noise_floats = Noise::scratch(k, dim);
   const int64_t floats = 2 * tile * dim + 2 * dim + 2 * noise_floats + k.search_scratch(dim, tile);
   each_tile(0, total, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
-    float *made = scratch + tile * dim, *ends = made + tile * dim, *noises = ends + 2 * dim;
+    float *made_room = scratch + tile * dim, *ends = made_room + tile * dim, *noises = ends + 2 * dim;
     float* work = noises + 2 * noise_floats;
     const float* x = read_tile(k, rows, first, n, scratch);
+    float* made = made_tile(out, first, made_room);
     k.search(codes, book.packed, exact, x, dim, n, chosen + first, work);
     Noise noise1(k, seed, noise_std, dim, 0, noises);
     Noise noise2(k, seed, noise_std, dim, total * ((dim + 3) / 4), noises + noise_floats);
@@ -40,7 +41,7 @@ void sf_diveq(Tensor z, Tensor codebook, Tensor dither, Maybe mask, Maybe seed, 
       const float weights[2] = {1 - codes.dither[j], codes.dither[j]};
       k.step(x + r * dim, towards, v, weights, 2, dim, made + r * dim);
     }
-    k.write(out, first, n, made);
+    write_tile(k, out, first, n, made);
   });
   count(chosen, total, data<int32_t>(counts));
 }
@@ -61,9 +62,10 @@ void sf_diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Te
   each_chunk(total, chunk, [&](int64_t begin, int64_t end) {
     const int64_t floats = 3 * tile * dim + 2 * dim + 2 * noise_floats;
     each_tile(begin, end, tile, floats, [&](int64_t first, int64_t n, float* scratch) {
-      float *g_room = scratch + tile * dim, *made = g_room + tile * dim, *ends = made + tile * dim;
+      float *g_room = scratch + tile * dim, *made_room = g_room + tile * dim, *ends = made_room + tile * dim;
       float* noises = ends + 2 * dim;
       const float *x = read_tile(k, rows, first, n, scratch), *g = read_tile(k, incoming, first, n, g_room);
+      float* made = out ? made_tile(*out, first, made_room) : made_room;
       Noise noise1(k, seed, noise_std, dim, 0, noises);
       Noise noise2(k, seed, noise_std, dim, total * ((dim + 3) / 4), noises + noise_floats);
       for (int64_t r = 0; r < n; ++r) {
@@ -82,7 +84,7 @@ void sf_diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Te
         if (k.gradient(g + r * dim, x + r * dim, towards, v, weights, 2, dim, out ? made + r * dim : nullptr, a))
           to[0] = a[0], to[1] = a[1];
       }
-      if (out) k.write(*out, first, n, made);
+      if (out) write_tile(k, *out, first, n, made);
     });
     if (!sums) return;
 

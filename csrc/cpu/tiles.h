@@ -68,12 +68,27 @@ inline int64_t chunk_rows(int64_t tile) {
   return 2 * tile * std::max<int64_t>(1, torch::stable::get_num_threads());
 }
 
-// A tile's rows: in place where they are contiguous fp32, else read into `scratch`.
+// The rows of contiguous fp32, where they lie; null of others.
+inline float* in_place(const Rows& rows, int64_t first) {
+  const bool plain = rows.dtype == Dtype::f32 && rows.inner == 1 && rows.rank == 1 && rows.strides[0] == rows.dim;
+  return plain ? reinterpret_cast<float*>(rows.data) + first * rows.dim : nullptr;
+}
+
+// A tile's rows: in place, or read into `scratch`.
 inline const float* read_tile(const Kernels& k, const Rows& rows, int64_t first, int64_t count, float* scratch) {
-  if (rows.dtype == Dtype::f32 && rows.inner == 1 && rows.rank == 1 && rows.strides[0] == rows.dim)
-    return reinterpret_cast<const float*>(rows.data) + first * rows.dim;
+  if (const float* there = in_place(rows, first)) return there;
   k.read(rows, first, count, scratch);
   return scratch;
+}
+
+// Where to make a tile's rows for write_tile: in place, or in `scratch`.
+inline float* made_tile(const Rows& rows, int64_t first, float* scratch) {
+  float* there = in_place(rows, first);
+  return there ? there : scratch;
+}
+
+inline void write_tile(const Kernels& k, const Rows& rows, int64_t first, int64_t count, const float* made) {
+  if (!in_place(rows, first)) k.write(rows, first, count, made);
 }
 
 // Adds the histogram of a codebook's indices to `counts`.

@@ -66,6 +66,8 @@ inline V minimum(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
 inline V maximum(V a, V b) { return (V)_mm512_max_ps((__m512)a, (__m512)b); }
 inline V root(V a) { return (V)_mm512_sqrt_ps((__m512)a); }
 inline U2 multiply_even(U a, U b) { return (U2)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+// What is left in the upper half is not to be used. A shift would wait for the unit that multiplies.
+inline U2 upper_half(U2 a) { return (U2)_mm512_shuffle_epi32((__m512i)a, _MM_PERM_DDBB); }
 inline I where_less(V a, V b, I yes, I no) {
   return (I)_mm512_mask_mov_epi32((__m512i)no, _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ), (__m512i)yes);
 }
@@ -81,6 +83,7 @@ inline V minimum(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
 inline V maximum(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
 inline V root(V a) { return (V)_mm256_sqrt_ps((__m256)a); }
 inline U2 multiply_even(U a, U b) { return (U2)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+inline U2 upper_half(U2 a) { return (U2)_mm256_shuffle_epi32((__m256i)a, 0xF5); }
 #define LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #else
@@ -91,6 +94,7 @@ inline V root(V a) {
   return a;
 }
 inline U2 multiply_even(U a, U b) { return ((U2)a & 0xFFFFFFFFu) * ((U2)b & 0xFFFFFFFFu); }
+inline U2 upper_half(U2 a) { return a >> 32; }
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
 #endif
