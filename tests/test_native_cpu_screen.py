@@ -129,6 +129,17 @@ def test_rows_midway_between_two_codewords(isa: str, dim: int, far: float) -> No
     check_nearest(far + 0.05 * (first - far), codebook)
 
 
+@pytest.mark.parametrize("dim", [3, 4, 6, 8, 9, 10, 64])
+def test_rows_beyond_codewords_that_are_nearly_equal(isa: str, dim: int) -> None:
+    """Scores are large, and those of a pair differ by less than what their first bits tell."""
+    gen = generator()
+    codebook = torch.nn.functional.normalize(torch.randn(1000, dim, generator=gen))
+    pairs = codebook + 10.0 ** -torch.linspace(4, 6, 1000)[:, None] * torch.randn(1000, dim, generator=gen)
+    check_nearest(
+        (1.5 + 2.5 * torch.rand(8000, 1, generator=gen)) * codebook.repeat(8, 1), torch.cat([codebook, pairs])
+    )
+
+
 @pytest.mark.parametrize("dim", [4, 8, 9, 10, 64, 300])
 def test_few_rows_are_left_open(isa: str, dim: int) -> None:
     """A first pass whose bounds are useless is right all the same, and slow."""

@@ -90,17 +90,21 @@ struct Multiplier {
 // f(row, panel, part, least scores) of 32 rows and the panels first .. last - 1; kOfLane as in screen.inl.
 //
 // The matrix unit and the vector units work side by side only if their instructions are near one another: while a panel is
-// multiplied, the minima of the one before are taken, some rows after every step. Of the eight tiles four are in use: on a
-// shared machine there were times when loads and products waited for one another, the more the more tiles were in use
-// (perhaps for want of registers to load ahead into).
+// multiplied, the minima of the one before are taken, some rows after every step. Rows of one step or two stay in tiles, for
+// longer ones four of the eight are in use: on a shared machine there were times when loads and products waited for one
+// another, the more the more tiles were loaded in turn (perhaps for want of registers to load ahead into).
 template <int kOfLane, bool folded, class F>
 inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Packed& packed, int64_t first, int64_t last,
                                                  int64_t dim, F f) {
   alignas(64) float scores[2][kRows * kPanel];
-  const int64_t steps = kPanel / W * depth(dim), share = (kRows + steps - 1) / steps;
-  if (folded) {
+  const int64_t deep = depth(dim), steps = kPanel / W * deep, share = (kRows + steps - 1) / steps;
+  if (deep <= 2) {
     _tile_loadd(2, rows, 64);
     _tile_loadd(4, rows + 256, 64);
+  }
+  if (deep == 2) {
+    _tile_loadd(5, rows + 512, 64);
+    _tile_loadd(6, rows + 768, 64);
   }
   const uint32_t* codewords = packed.coarse + first * panel_words(dim);
   for (int64_t p = first; p <= last; ++p) {
@@ -126,17 +130,27 @@ inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Pac
     for (int chunk = 0; chunk < kPanel / W && p < last; ++chunk, to += W) {
       _tile_zero(0);
       _tile_zero(1);
-      const uint32_t* row = rows;
-      for (int64_t b = depth(dim); b > 0; --b, row += 512, codewords += 256) {
-        if (!folded) _tile_loadd(2, row, 64);
+      if (deep <= 2) {
         _tile_loadd(3, codewords, 64);
         _tile_dpbf16ps(0, 2, 3);
-        if (folded) {
-          _tile_dpbf16ps(1, 4, 3);
-        } else {
-          _tile_loadd(2, row + 256, 64);
-          _tile_dpbf16ps(1, 2, 3);
-        }
+        _tile_dpbf16ps(1, 4, 3);
+        take_minima(done + share);
+        codewords += 256;
+      }
+      if (deep == 2) {
+        _tile_loadd(3, codewords, 64);
+        _tile_dpbf16ps(0, 5, 3);
+        _tile_dpbf16ps(1, 6, 3);
+        take_minima(done + share);
+        codewords += 256;
+      }
+      const uint32_t* row = rows;
+      for (int64_t b = deep > 2 ? deep : 0; b > 0; --b, row += 512, codewords += 256) {
+        _tile_loadd(2, row, 64);
+        _tile_loadd(3, codewords, 64);
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_loadd(2, row + 256, 64);
+        _tile_dpbf16ps(1, 2, 3);
         take_minima(done + share);
       }
       _tile_stored(0, to, 4 * kPanel);
