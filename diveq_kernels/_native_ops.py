@@ -116,8 +116,7 @@ class NativeOperations:
         """(z_q, indices, counts [K]); without a seed the detach form, z_q = c_i."""
         if _is_wide(z, codebook):
             return reference.diveq(z, codebook, mask, seed, noise_std, precision)
-        z_q, indices, counts = self._composite(z, codebook[None], None, None, mask, seed, noise_std, precision, False)
-        return z_q, indices[0], counts[0]
+        return self._composite(z, codebook, None, None, mask, seed, noise_std, precision, False)
 
     def diveq_backward(
         self,
@@ -133,10 +132,9 @@ class NativeOperations:
         """With a = (g·u)/m: ∂L/∂z = g − a·d and ∂L/∂c_i += a·d."""
         if _is_wide(z, codebook):
             return reference.diveq_backward(grad, z, codebook, indices, seed, noise_std, need_z, need_codebook)
-        grad_z, grad_books = self._composite_backward(
-            False, grad, z, codebook[None], None, indices[None], seed, noise_std, need_z, need_codebook
+        return self._composite_backward(
+            False, grad, z, codebook, None, indices, seed, noise_std, need_z, need_codebook
         )
-        return grad_z, grad_books[0] if need_codebook else grad_books
 
     # ---- SF-DiVeQ ----------------------------------------------------------------------------------------------------
 
@@ -274,9 +272,9 @@ class NativeOperations:
         precision: str,
         is_product: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        stages, codewords = books.shape[0], books.shape[1] - int(dither is not None)
-        z_q, indices = torch.empty_like(z), _per_row(z, torch.int32, stages)
-        counts = torch.zeros((stages, codewords), dtype=torch.int32, device=z.device)
+        *stages, codewords = books.shape[:-1]
+        z_q, indices = torch.empty_like(z), _per_row(z, torch.int32, *stages)
+        counts = torch.zeros((*stages, codewords - int(dither is not None)), dtype=torch.int32, device=z.device)
         self._library.composite(
             z,
             books,
@@ -307,7 +305,8 @@ class NativeOperations:
         need_codebook: bool,
     ) -> tuple[Tensor, Tensor]:
         gradients, indices = _gradients(z, books, need_z, need_codebook), indices.contiguous()
-        weights, count = _plain(dither, torch.float32), books.shape[1] - int(dither is not None)
+        weights, count = _plain(dither, torch.float32), books.shape[-2] - int(dither is not None)
         arguments = (_narrow(grad), z, books, weights, indices, seed, noise_std, is_product)
-        self._backward("composite_backward", *arguments, indices=indices, count=count, gradients=gradients)
+        by_stage = indices if books.dim() == 3 else indices[None]
+        self._backward("composite_backward", *arguments, indices=by_stage, count=count, gradients=gradients)
         return _finished(z, books, gradients)
