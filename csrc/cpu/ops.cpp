@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "isa.h"
+#include "rotation.h"
 #include "tiles.h"
 
 namespace diveq {
@@ -27,11 +28,15 @@ void philox(Tensor seed, int64_t start, Tensor words, Tensor normals) {
 STABLE_TORCH_LIBRARY(diveq_cpu, m) {
   m.def("instruction_set() -> int");
   m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
+  m.def("unit(Tensor x, Tensor? grad, Tensor(a!) out) -> ()");
+  m.def("rotate(Tensor source, Tensor target, Tensor x, bool transposed, Tensor(a!) out) -> ()");
   diveq::define_operations(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diveq_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&diveq::instruction_set));
   m.impl("philox", TORCH_BOX(&diveq::philox));
+  m.impl("unit", TORCH_BOX(&diveq::unit));
+  m.impl("rotate", TORCH_BOX(&diveq::rotate));
   diveq::implement_operations(m);
 }
