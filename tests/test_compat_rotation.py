@@ -175,6 +175,7 @@ def test_what_the_kernels_do_not_take_is_the_package_s() -> None:
     for x, y in ((source.double(), target.double()), (source[:0], target[:0])):
         assert torch.equal(_rotation.l2norm(x), package.l2norm(x))
         assert torch.equal(_rotation.rotate_to(x, y), package.rotate_to(x, y))
+    assert _rotation.l2norm(source[:, :0]).shape == (6, 0)
     (leaf,) = leaves(source)
     with use_backend("reference"):
         outputs = _rotation.rotate_to(leaf, target), _rotation.l2norm(leaf)

@@ -181,6 +181,20 @@ def test_calls_that_need_all_distances():
     assert ours._codebook.distances_wanted is False and ours.route_gradients_to_input
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_compiled(cosine):
+    eager = accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20, use_cosine_sim=cosine))
+    compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager")
+    for x in torch.randn(3, 2, 10, 8):
+        results = []
+        for model in (eager, compiled):
+            leaf = x.clone().requires_grad_()
+            quantized, indices, loss = model(leaf)
+            (quantized.square().sum() + loss.sum()).backward()
+            results.append((quantized, indices, loss, leaf.grad))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
 LEFT_ALONE = {
     "samples codes": {"stochastic_sample_codes": True},
     "softmax of all distances": {"straight_through": True, "rotation_trick": False},

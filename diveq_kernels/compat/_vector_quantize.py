@@ -160,6 +160,7 @@ class FusedVectorQuantize(VectorQuantize):  # type: ignore[misc]
         VectorQuantize.forward.__code__,
         VectorQuantize.forward.__globals__ | {"rotate_to": rotate_to},
         argdefs=VectorQuantize.forward.__defaults__,
+        closure=VectorQuantize.forward.__closure__,
     )
 
     def forward(self, x: Tensor, indices: Tensor | None = None, **options: Any) -> Any:
