@@ -16,6 +16,16 @@ package = pytest.importorskip("vector_quantize_pytorch")
 OPTIONS = {
     "plain": {},
     "cosine": {"use_cosine_sim": True},
+    "cosine, straight through": {"use_cosine_sim": True, "rotation_trick": False},
+    "cosine, separate heads": {
+        "use_cosine_sim": True,
+        "heads": 2,
+        "codebook_dim": 4,
+        "separate_codebook_per_head": True,
+    },
+    "cosine, dead codes": {"use_cosine_sim": True, "threshold_ema_dead_code": 1},
+    "no gradients to the input": {"route_gradients_to_input": False},
+    "frozen": {"freeze_codebook": True},
     "straight through": {"rotation_trick": False},
     "heads": {"heads": 2, "codebook_dim": 4},
     "separate heads": {"heads": 2, "codebook_dim": 4, "separate_codebook_per_head": True},
@@ -53,7 +63,7 @@ def compare(theirs, inputs, steps=3, **call):
 
 
 # The package's own commitment loss takes no mask with heads or channels first.
-NOT_MASKED = {"heads", "separate heads", "channels first"}
+NOT_MASKED = {"heads", "separate heads", "cosine, separate heads", "channels first"}
 CASES = [(name, masked) for name in OPTIONS for masked in (False, True) if not (masked and name in NOT_MASKED)]
 
 
@@ -65,6 +75,74 @@ def test_one_quantizer(name, masked):
     call = {"mask": torch.arange(10) < torch.tensor([[4], [10], [7]])} if masked else {}
     ours = compare(layer, inputs, **call)
     assert type(ours).__name__ == "FusedVectorQuantize" and isinstance(ours, package.VectorQuantize)
+
+
+CALLS = {
+    "frozen": {"freeze_codebook": True},
+    "accumulated": {"accum_ema_update": True},
+    "weighted": {"ema_update_weight": torch.linspace(0, 1, 20)},
+    "weighted by use": {"ema_update_weight": lambda sums, counts: counts / counts.amax()},
+    "not updated": {"ema_update": False},
+}
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_options_of_a_call(call, cosine):
+    layer = package.VectorQuantize(dim=8, codebook_size=20, use_cosine_sim=cosine)
+    ours = compare(layer, torch.randn(4, 3, 10, 8), **call)
+    for name in ("cluster_size", "embed_avg"):
+        found, wanted = (getattr(model._codebook, name).grad for model in (ours, layer))
+        assert (wanted is None) == (found is None) == ("accum_ema_update" not in call)
+        if wanted is not None:
+            torch.testing.assert_close(found, wanted)
+
+
+def test_sums_of_all_processes():
+    layer = package.VectorQuantize(dim=8, codebook_size=20, heads=2, codebook_dim=4, separate_codebook_per_head=True)
+    plain, together = copy.deepcopy(layer), layer
+    together._codebook.all_reduce_fn = double  # as if another process had the same rows
+    inputs = torch.randn(4, 3, 10, 8)
+    compare(together, inputs)
+    compare(plain, inputs)
+    assert not torch.allclose(together._codebook.cluster_size, plain._codebook.cluster_size)
+
+
+def double(tensor):
+    tensor.mul_(2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_moving_averages_are_exact(masked):
+    layer = accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20, decay=0.6))
+    before = copy.deepcopy(layer._codebook)
+    x, mask = torch.randn(3, 2000, 8), torch.rand(3, 2000) < (0.5 if masked else 1)
+    indices = torch.cdist(x.double(), before.embed.double()).argmin(-1)[mask]
+    layer(x, mask=mask if masked else None)
+    size = torch.bincount(indices, minlength=20).double()
+    sums = torch.zeros(20, 8, dtype=torch.float64).index_add_(0, indices, x[mask].double())
+    for found, old, new in (
+        (layer._codebook.cluster_size, before.cluster_size, size),
+        (layer._codebook.embed_avg, before.embed_avg, sums),
+    ):
+        wanted = 0.6 * old.double() + 0.4 * new
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_only_accelerated_models_leave_out_the_package_s_slow_functions():
+    pytest.importorskip("diveq_kernels.native_cpu", reason="needs the C++ library", exc_type=ImportError)
+    module = package.vector_quantize_pytorch
+    theirs = package.VectorQuantize(dim=8, codebook_size=20, use_cosine_sim=True)
+    ours = accelerate_vector_quantize(copy.deepcopy(theirs))
+    called, x = [], torch.randn(2, 10, 8, requires_grad=True)
+    for model in (ours, theirs):
+        with torch.profiler.profile() as profile:
+            model(x)
+        called.append({event.key for event in profile.key_averages()})
+    assert "aten::bmm" not in called[0] and "aten::bmm" in called[1]
+    assert "diveq_cpu::rotate" in called[0] and "diveq_cpu::rotate" not in called[1]
+    assert "diveq_cpu::unit" in called[0] and "diveq_cpu::unit" not in called[1]
+    assert theirs.forward.__func__.__globals__["rotate_to"] is module.rotate_to
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"shared_codebook": True}], ids=str)
@@ -101,6 +179,20 @@ def test_calls_that_need_all_distances():
     for topk in (1, 3):
         torch.testing.assert_close(ours(x, topk=topk), theirs(x, topk=topk))
     assert ours._codebook.distances_wanted is False and ours.route_gradients_to_input
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_compiled(cosine):
+    eager = accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20, use_cosine_sim=cosine))
+    compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager")
+    for x in torch.randn(3, 2, 10, 8):
+        results = []
+        for model in (eager, compiled):
+            leaf = x.clone().requires_grad_()
+            quantized, indices, loss = model(leaf)
+            (quantized.square().sum() + loss.sum()).backward()
+            results.append((quantized, indices, loss, leaf.grad))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
 LEFT_ALONE = {

@@ -1,5 +1,5 @@
-// What the operations (nearest.cpp, composite.cpp, sf_diveq.cpp, project.cpp) ask of the kernels, which are compiled once
-// per instruction set (kernels.inl).
+// What the operations (nearest.cpp, composite.cpp, sf_diveq.cpp, project.cpp, rotation.cpp) ask of the kernels, which are
+// compiled once per instruction set (kernels.inl).
 //
 // Plain structs and pointers only. A function template or a std:: container instantiated in a file compiled for AVX-512
 // could be the copy that the linker keeps for everybody, and then stop an older processor.
@@ -76,6 +76,12 @@ struct Kernels {
   // out += a·(target - z), and out = a·(target - z).
   void (*add_pull)(float a, const float* target, const float* z, int64_t dim, float* out);
   void (*pull)(float a, const float* target, const float* z, int64_t dim, float* out);
+
+  // Rows [rows][dim]: x/‖x‖, or with `grad` the gradient to x.
+  void (*unit)(const float* x, const float* grad, int64_t rows, int64_t dim, float* out);
+  // R·x or Rᵀ·x of rows, where R takes `from` to `to` (rotation.cpp).
+  void (*rotate)(const float* from, const float* to, const float* x, bool transposed, int64_t rows, int64_t dim,
+                 float* out);
 
   // scratch holds 4·dim floats.
   void (*pack_curve)(const Codes&, const PackedCurve&, int64_t first_panel, int64_t last_panel, float* scratch);

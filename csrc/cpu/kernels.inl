@@ -46,6 +46,8 @@ int64_t panel_words(int64_t) { return 0; }
 
 #include "step.inl"
 
+#include "rotation.inl"
+
 #include "project.inl"
 
 #define DIVEQ_TEXT_OF(x) #x
@@ -56,10 +58,10 @@ int64_t panel_words(int64_t) { return 0; }
 }  // namespace
 
 const Kernels DIVEQ_JOIN(kernels_, DIVEQ_ISA) = {
-    DIVEQ_TEXT(DIVEQ_ISA), MR,      NR,   W,       kLeastScreened, kRows, kPanel, panel_words, read,
-    write,                 codeword, part, pack,   search_scratch, search,      noise,
-    words,                 sqdist,  step, gradient, add_pull,      pull,        pack_curve,
-    project_scratch,       project, between,       project_gradient, add_bend,
+    DIVEQ_TEXT(DIVEQ_ISA), MR,      NR,         W,        kLeastScreened, kRows, kPanel, panel_words, read,
+    write,                 codeword, part,      pack,     search_scratch, search, noise,
+    words,                 sqdist,  step,       gradient, add_pull,       pull,   unit,  rotate,      pack_curve,
+    project_scratch,       project, between,    project_gradient,         add_bend,
 };
 
 }  // namespace diveq

@@ -5,6 +5,7 @@
 
 #include "isa.h"
 #include "packed.h"
+#include "rotation.h"
 
 namespace diveq {
 namespace {
@@ -40,6 +41,8 @@ STABLE_TORCH_LIBRARY(diveq_cpu, m) {
   m.def("instruction_set() -> int");
   m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
   m.def("left_open(Tensor z, Tensor codebook) -> int");
+  m.def("unit(Tensor x, Tensor? grad, Tensor(a!) out) -> ()");
+  m.def("rotate(Tensor source, Tensor target, Tensor x, bool transposed, Tensor(a!) out) -> ()");
   diveq::define_operations(m);
 }
 
@@ -47,5 +50,7 @@ STABLE_TORCH_LIBRARY_IMPL(diveq_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&diveq::instruction_set));
   m.impl("philox", TORCH_BOX(&diveq::philox));
   m.impl("left_open", TORCH_BOX(&diveq::left_open));
+  m.impl("unit", TORCH_BOX(&diveq::unit));
+  m.impl("rotate", TORCH_BOX(&diveq::rotate));
   diveq::implement_operations(m);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from math import sqrt
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook, accum_grad_, ema_inplace, gumbel_sample
 
 import diveq_kernels.functional as F
+from diveq_kernels.compat._rotation import l2norm, rotate_to
 
 _logger = logging.getLogger("diveq_kernels")
 _SMALLEST_VARIANCE = 1e-5  # the package's own
@@ -62,7 +64,7 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
         if self.affine_param:
             codebooks = _standardise(codebooks, self, "codebook", "batch")
         quantized, indices = zip(*map(self._quantize, rows, codebooks), strict=True)
-        chosen = torch.stack(indices)
+        chosen = _stack(indices)
         if self.training and update_usage and not freeze_codebook and topk is None:
             self.update_codebook(
                 rows,
@@ -73,7 +75,7 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
                 ema_update=ema_update,
             )
         shape = x.shape[:-1]
-        quantize, embed_ind = torch.stack(quantized).reshape(x.shape), chosen.reshape(shape)
+        quantize, embed_ind = _stack(quantized).reshape(x.shape), chosen.reshape(shape)
         if topk is not None:
             return quantize.unsqueeze(-2), embed_ind.unsqueeze(-1), None
         return quantize, embed_ind, None
@@ -90,7 +92,7 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
             z_q, indices = F.diveq(rows, codebook, noise_std=self.noise_std)
             return z_q, indices
         indices = F.nearest(rows.detach(), codebook.detach()).indices
-        return codebook[indices], indices
+        return codebook.index_select(0, indices), indices
 
     def track_cluster_size_and_embed_avg(
         self,
@@ -110,7 +112,9 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
         weight = torch.ones_like(flatten[..., 0]) if mask is None else mask.to(flatten.dtype)
         cluster_size = torch.zeros_like(self.cluster_size, dtype=flatten.dtype).scatter_add_(1, embed_onehot, weight)
         embed_sum = torch.zeros_like(self.embed_avg, dtype=flatten.dtype)
-        embed_sum.scatter_add_(1, embed_onehot[..., None].expand_as(flatten), flatten * weight[..., None])
+        added = flatten if mask is None else flatten * weight[..., None]
+        for sums, indices, rows in zip(embed_sum, embed_onehot, added, strict=True):
+            sums.index_add_(0, indices, rows)
         self.all_reduce_fn(cluster_size)
         self.all_reduce_fn(embed_sum)
         weight_of_update = (
@@ -121,6 +125,11 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
                 accum_grad_(average, new)
             else:
                 ema_inplace(average, new, self.decay, weight_of_update)
+
+
+def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
+    """As torch's, without the copy of a single one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _flatten(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -146,6 +155,13 @@ class FusedVectorQuantize(VectorQuantize):  # type: ignore[misc]
     """Tells its codebook what a forward needs of it."""
 
     route_gradients_to_input: bool
+    # The package's own code, which finds our `rotate_to` by that name. Other models keep the package's.
+    _package_forward = FunctionType(
+        VectorQuantize.forward.__code__,
+        VectorQuantize.forward.__globals__ | {"rotate_to": rotate_to},
+        argdefs=VectorQuantize.forward.__defaults__,
+        closure=VectorQuantize.forward.__closure__,
+    )
 
     def forward(self, x: Tensor, indices: Tensor | None = None, **options: Any) -> Any:
         """As in the package."""
@@ -157,7 +173,7 @@ class FusedVectorQuantize(VectorQuantize):  # type: ignore[misc]
             # What the codebook returns is z_q already: no gradients to route.
             codebook.noise_std, self.route_gradients_to_input = sqrt(self.directional_reparam_variance), False
         try:
-            return super().forward(x, indices, **options)
+            return self._package_forward(x, indices, **options)
         finally:
             codebook.distances_wanted, codebook.noise_std = False, None
             self.route_gradients_to_input = routes
@@ -196,3 +212,5 @@ def accelerate(module: torch.nn.Module) -> None:
             continue
         layer.__class__ = FusedVectorQuantize
         layer._codebook.__class__ = FusedCodebook
+        if layer._codebook.use_cosine_sim:
+            layer._codebook.transform_input = l2norm
