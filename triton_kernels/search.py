@@ -160,7 +160,7 @@ class _Problem(NamedTuple):
         """Measure every codeword for the rows ``taken``."""
         launch(
             exhaust_kernel, (torch.sym_min(self.rows, PROGRAMS),), self.z.device,
-            *rows_of(self.z), self.codebook, *self.codebook.stride(), self.dither, search.packed.bias, self.points,
+            *rows_of(self.z), self.codebook, *self.codebook.stride(), self.dither, self.points,
             *taken, self.indices, self.sqdist,
             D=search.options["D"], PADDED_D=search.options["PADDED_D"], LANES=32 * WARPS, num_warps=WARPS,
         )  # fmt: skip
