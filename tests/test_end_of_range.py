@@ -40,10 +40,10 @@ def far_in_all(dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def about_the_end(dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
-    """On a line, codewords whose square is just in fp32, on one side, and on the other just not: rows between them."""
+    """On a line, codewords whose square is just not in fp32 and, on the other side, shorter ones: rows between them."""
     line = torch.nn.functional.normalize(torch.randint(0, 2, (1, dim), generator=gen) - 0.5)
-    at = torch.cat([torch.linspace(-1.84e19, -0.6e19, 100), torch.linspace(1.85e19, 1.92e19, 100)])
-    rows = torch.cat([torch.linspace(-2e19, 2.1e19, 90), torch.linspace(6e18, 9.5e18, 40)])
+    at = torch.cat([torch.linspace(-2.8e18, -2e18, 60), torch.linspace(1.85e19, 1.92e19, 140)])
+    rows = torch.cat([torch.linspace(-2e19, 2.1e19, 60), torch.linspace(5e18, 8.9e18, 60)])
     order = torch.randperm(CODEWORDS, generator=gen)
     return rows[:, None] * line, (at[:, None] * line)[order]
 
