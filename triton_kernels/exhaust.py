@@ -13,31 +13,30 @@ import triton.language as tl
 from diveq_kernels.triton_kernels.rows import load_points
 from diveq_kernels.triton_kernels.settle import hidden_from_compiler
 
-PROGRAMS = 512  # a few for every SM
-WARPS = 8
+PROGRAMS = 1024  # a few for every SM
 
 
 @triton.jit
 def nearest_of_all(
     z, start, step, codebook, code_stride, code_step, dither, real,
-    D: tl.constexpr, PADDED_D: tl.constexpr, LANES: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(index of the nearest point, its squared distance) for the row that begins at ``start``.
 
     Of points that are not finite the distance is NaN or Inf, as it is of all where the row is not: then 0 and Inf.
     """
-    COLUMNS: tl.constexpr = 32 if LANES >= 256 and dither is None else 16  # what is under way at a time
-    lane = tl.arange(0, LANES)
-    best = tl.full((LANES,), float("inf"), tl.float32)
-    found = tl.zeros((LANES,), tl.int32)
+    COLUMNS: tl.constexpr = 16  # what is under way at a time
+    lane = tl.arange(0, BLOCK_K)
+    best = tl.full((BLOCK_K,), float("inf"), tl.float32)
+    found = tl.zeros((BLOCK_K,), tl.int32)
     spoilt = tl.zeros((COLUMNS,), tl.float32)
     for begin in range(0, hidden_from_compiler(PADDED_D, real), COLUMNS):
         k = begin + tl.arange(0, COLUMNS)
         spoilt += 0.0 * tl.load(z + start + k.to(tl.int64) * step, mask=k < D, other=0.0).to(tl.float32)
     end = tl.where(tl.sum(spoilt, axis=0) == 0.0, real, 0)
-    for first in range(0, end, LANES):
+    for first in range(0, end, BLOCK_K):
         j = first + lane
-        total = tl.zeros((LANES,), tl.float32)
+        total = tl.zeros((BLOCK_K,), tl.float32)
         for begin in range(0, hidden_from_compiler(PADDED_D, real), COLUMNS):
             k = begin + tl.arange(0, COLUMNS)
             x = tl.load(z + start + k.to(tl.int64) * step, mask=k < D, other=0.0).to(tl.float32)
@@ -72,14 +71,14 @@ def exhaust_rows(
 @triton.jit
 def exhaust_kernel(
     z, inner, outer_stride, inner_stride, step, codebook, code_stride, code_step, dither, real,
-    taken, taken_count, indices, sqdist, D: tl.constexpr, PADDED_D: tl.constexpr, LANES: tl.constexpr,
+    taken, taken_count, indices, sqdist, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Index and squared distance of the nearest point for the rows ``taken``."""
     for i in range(tl.program_id(0), tl.load(taken_count), tl.num_programs(0)):
         n = tl.load(taken + i)
         start = (n // inner) * outer_stride + (n % inner) * inner_stride
         index, distance = nearest_of_all(
-            z, start, step, codebook, code_stride, code_step, dither, real, D, PADDED_D, LANES,
+            z, start, step, codebook, code_stride, code_step, dither, real, D, PADDED_D, BLOCK_K,
         )  # fmt: skip
         tl.store(indices + n, index)
         if sqdist is not None:
