@@ -66,13 +66,15 @@ class Family(NamedTuple):
 _OTHERS = {
     "pack": Family(("search", "residual"), ("pack_kernel",)),
     "settle": Family(("search", "train", "sf_train"), ("settle_kernel",)),
+    "exhaust": Family(("search", "sf_train"), ("exhaust_kernel",)),
     "step": Family(
-        ("train", "sf_train", "residual"),
+        ("train", "sf_train"),
         (
             "diveq_kernel", "sf_diveq_kernel", "diveq_backward_kernel", "sf_diveq_backward_kernel",
-            "composite_backward_kernel", "nearest_backward_kernel",
+            "nearest_backward_kernel",
         ),  # fmt: skip
     ),
+    "composite_backward": Family(("residual",), ("composite_backward_kernel",)),
     "segments": Family(("train", "sf_train"), ("segment_kernel",), deterministic=True),
     "curve": Family(("project",), ("curve_kernel",)),
     "project_backward": Family(("project_train",), ("project_backward_kernel",)),

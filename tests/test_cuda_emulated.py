@@ -26,6 +26,7 @@ SELECTION = {
     "test_gradients.py": "(values_in_every_dtype and (float32 or bfloat16)) or deterministic",
     "test_project_gradients.py": "(test_values and float32) or (exactly_at and float16)",
     "test_nonfinite.py": "nan or 0.0-inf",
+    "test_end_of_range.py": "cuda",
     "test_mask.py": "cuda",
     "test_noise.py": "the_seed_decides",
     "test_native_cuda.py": "not large",

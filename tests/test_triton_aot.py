@@ -95,9 +95,10 @@ def spills_allowed(kernel: str) -> int:
     """Bytes a thread: 0 but for settle_kernel.
 
     ptxas makes room for one more block on an SM wherever a few values that are needed before and after the loops, not
-    in them, are all that it takes. Whatever the tile it does so in some variants, and in others with every version.
+    in them, are all that it takes. It is down to a mask of the thread's number, in some variants, others with every
+    version; with 8 warps, with 4 rows, or with a limit of its registers too.
     """
-    return 64 if kernel == "settle_kernel" else 0
+    return 8 if kernel == "settle_kernel" else 0
 
 
 def check_fits(launches: list[Launch], architecture: int) -> list[Compiled]:

@@ -37,7 +37,7 @@ from diveq_kernels.triton_kernels.rows import (
 )
 from diveq_kernels.triton_kernels.scan import scan
 from diveq_kernels.triton_kernels.search import Search
-from diveq_kernels.triton_kernels.settle import settle
+from diveq_kernels.triton_kernels.settle import is_open, settle
 
 _PROGRAMS = 2048  # more than any GPU runs at once; each has a tile of residuals
 
@@ -103,14 +103,15 @@ def composite_kernel(
                 PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             GROUPS: tl.constexpr = BLOCK_K // 8
-            j, _, undecided = settle(
-                tl.reshape(best, (BLOCK_N, GROUPS)), tl.reshape(where, (BLOCK_N, GROUPS)), least_hidden, squares, live,
+            j, _, limit, undecided = settle(
+                tl.reshape(best, (BLOCK_N, GROUPS)), tl.reshape(where, (BLOCK_N, GROUPS)), squares, live,
                 source, source_starts, source_step, book, code_stride, code_step, weights, of_bias, typical + s,
                 codewords, PRODUCT, EXACT, KAPPA, 0, D, PADDED_D, BLOCK_N, GROUPS, GROUPS,
             )  # fmt: skip
             if EXACT:
+                undecided = is_open(undecided, limit, least_hidden, squares, live)
                 j = exhaust_rows(
-                    undecided, j, source, source_starts, source_step, book, code_stride, code_step, weights, of_bias,
+                    undecided, j, source, source_starts, source_step, book, code_stride, code_step, weights,
                     codewords, D, PADDED_D, BLOCK_N,
                 )  # fmt: skip
             tl.store(indices + s * rows + n, tl.where(live, j, -1), mask=inside)

@@ -1,6 +1,8 @@
 """Gradient of residual and product quantization in one pass over the rows: ẑ and the noise are made again.
 
 With d = ẑ − z and a = (g·u)/m: ∂L/∂z = g − a·d, and every codeword chosen receives a·d, or its group's slice of it.
+
+Tiles of its own, with more warps than the other steps': what waits while a loop goes over the stages would be spilled.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ def _backward(
     total = torch.zeros(codebooks.shape if need_codebook else (0,), dtype=torch.float32, device=z.device)
     rows, dim = math.prod(z.shape[:-1]), z.shape[-1]
     if rows:
-        tile = configuration("step", dim, z.device)
+        tile = configuration("composite_backward", dim, z.device)
         dither = None if dither is None else dither.contiguous()
         launch(
             composite_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,

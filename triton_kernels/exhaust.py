@@ -1,8 +1,8 @@
 """The last resort of an exact search: rows measured against the whole codebook, Σ(z − c)² in fp32, one by one.
 
-They are those for which settle.py cannot rule out that a better group of codewords was hidden, few on ordinary data.
-One row keeps a program busy for as long as the codebook takes to come from L2, so they are spread over
-the GPU, not measured where they are found. How many there are only the GPU knows.
+They are those for which settle.py cannot rule out that a better group of codewords was hidden, few on ordinary data,
+and those near the end of fp32's range. One row keeps a program busy for as long as the codebook takes to come from L2,
+so they are spread over the GPU, not measured where they are found. How many there are only the GPU knows.
 """
 
 from __future__ import annotations
@@ -13,30 +13,36 @@ import triton.language as tl
 from diveq_kernels.triton_kernels.rows import load_points
 from diveq_kernels.triton_kernels.settle import hidden_from_compiler
 
-PROGRAMS = 512  # a few for every SM
-WARPS = 8
+PROGRAMS = 1024  # a few for every SM
 
 
 @triton.jit
 def nearest_of_all(
-    z, start, step, codebook, code_stride, code_step, dither, bias, real,
-    D: tl.constexpr, PADDED_D: tl.constexpr, LANES: tl.constexpr,
+    z, start, step, codebook, code_stride, code_step, dither, real,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(index of the nearest point, its squared distance) for the row that begins at ``start``."""
-    COLUMNS: tl.constexpr = 32 if LANES >= 256 and dither is None else 16  # what is under way at a time
-    lane = tl.arange(0, LANES)
-    best = tl.full((LANES,), float("inf"), tl.float32)
-    found = tl.zeros((LANES,), tl.int32)
-    for first in range(0, real, LANES):
+    """(index of the nearest point, its squared distance) for the row that begins at ``start``.
+
+    Of points that are not finite the distance is NaN or Inf, as it is of all where the row is not: then 0 and Inf.
+    """
+    COLUMNS: tl.constexpr = 16  # what is under way at a time
+    lane = tl.arange(0, BLOCK_K)
+    best = tl.full((BLOCK_K,), float("inf"), tl.float32)
+    found = tl.zeros((BLOCK_K,), tl.int32)
+    spoilt = tl.zeros((COLUMNS,), tl.float32)
+    for begin in range(0, hidden_from_compiler(PADDED_D, real), COLUMNS):
+        k = begin + tl.arange(0, COLUMNS)
+        spoilt += 0.0 * tl.load(z + start + k.to(tl.int64) * step, mask=k < D, other=0.0).to(tl.float32)
+    end = tl.where(tl.sum(spoilt, axis=0) == 0.0, real, 0)
+    for first in range(0, end, BLOCK_K):
         j = first + lane
-        there = tl.load(bias + j, mask=j < real, other=float("inf")) < float("inf")
-        total = tl.zeros((LANES,), tl.float32)
+        total = tl.zeros((BLOCK_K,), tl.float32)
         for begin in range(0, hidden_from_compiler(PADDED_D, real), COLUMNS):
             k = begin + tl.arange(0, COLUMNS)
             x = tl.load(z + start + k.to(tl.int64) * step, mask=k < D, other=0.0).to(tl.float32)
             c = load_points(codebook, code_stride, code_step, dither, j, j < real, begin, D, COLUMNS)
             total += tl.sum((c - x[None, :]) * (c - x[None, :]), axis=1)
-        closer = there & (total < best)
+        closer = (j < real) & (total < best)
         found = tl.where(closer, j, found)
         best = tl.where(closer, total, best)
     least = tl.min(best, axis=0)
@@ -45,7 +51,7 @@ def nearest_of_all(
 
 @triton.jit
 def exhaust_rows(
-    these, index, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
+    these, index, z, starts, step, codebook, code_stride, code_step, dither, real,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``index`` [BN] with the nearest of all in the rows ``these``: for a kernel that must know it to go on."""
@@ -55,7 +61,7 @@ def exhaust_rows(
         row = number == tl.argmax(left, axis=0)
         start = tl.sum(tl.where(row, starts, 0), axis=0)
         nearest, _ = nearest_of_all(
-            z, start, step, codebook, code_stride, code_step, dither, bias, real, D, PADDED_D, 128,
+            z, start, step, codebook, code_stride, code_step, dither, real, D, PADDED_D, 128,
         )  # fmt: skip
         index = tl.where(row, nearest, index)
         left = tl.where(row, 0, left)
@@ -64,15 +70,15 @@ def exhaust_rows(
 
 @triton.jit
 def exhaust_kernel(
-    z, inner, outer_stride, inner_stride, step, codebook, code_stride, code_step, dither, bias, real,
-    taken, taken_count, indices, sqdist, D: tl.constexpr, PADDED_D: tl.constexpr, LANES: tl.constexpr,
+    z, inner, outer_stride, inner_stride, step, codebook, code_stride, code_step, dither, real,
+    taken, taken_count, indices, sqdist, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Index and squared distance of the nearest point for the rows ``taken``."""
     for i in range(tl.program_id(0), tl.load(taken_count), tl.num_programs(0)):
         n = tl.load(taken + i)
         start = (n // inner) * outer_stride + (n % inner) * inner_stride
         index, distance = nearest_of_all(
-            z, start, step, codebook, code_stride, code_step, dither, bias, real, D, PADDED_D, LANES,
+            z, start, step, codebook, code_stride, code_step, dither, real, D, PADDED_D, BLOCK_K,
         )  # fmt: skip
         tl.store(indices + n, index)
         if sqdist is not None:

@@ -22,6 +22,7 @@ from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, laun
 from diveq_kernels.triton_kernels.middle import middle
 from diveq_kernels.triton_kernels.product import scale_of, split
 from diveq_kernels.triton_kernels.rows import load_targets
+from diveq_kernels.triton_kernels.scan import BEYOND
 
 
 def dtype_of(product: str) -> torch.dtype:
@@ -34,7 +35,7 @@ class Packed(NamedTuple):
     """Searched points of S codebooks, with K' and D' padded to whole tiles."""
 
     points: Tensor  # −2c, [S, parts, K', D']
-    bias: Tensor  # ‖c‖², or what stands for it, [S, K']; +Inf where there is nothing to choose
+    bias: Tensor  # ‖c‖², or what stands for it, [S, K']; +Inf where there is nothing to choose, see also BEYOND
     centre: Tensor  # [S, D']
     typical: Tensor  # a middling ‖c‖, [S]
 
@@ -68,6 +69,7 @@ def pack_kernel(
     centre += stage * PADDED_D
 
     squares = tl.zeros((BLOCK_K,), tl.float32)
+    spoilt = tl.zeros((BLOCK_K,), tl.float32)
     for first in range(0, PADDED_D, BLOCK_D):
         c = _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D, BLOCK_D)
         if not EXACT:
@@ -75,6 +77,8 @@ def pack_kernel(
             # what ``fast`` promises, rather than an error that grows with ‖z‖‖c‖.
             c = split(c, PRODUCT, UPCAST)[0].to(tl.float32)
         squares += tl.sum(c * c, axis=1)
+        if EXACT:
+            spoilt += tl.sum(c * 0.0, axis=1)  # NaN where a value is not finite
         if PRODUCT == "bf16":
             squares += 2.0 * tl.sum(c * tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :], axis=1)
     usable = live & (squares < float("inf"))  # false for NaN as well
@@ -83,7 +87,10 @@ def pack_kernel(
         middling = tl.load(typical + stage)
         scale = scale_of(middling)
         fits = (middling > 2.0**-40) & (middling < 2.0**40)
-    tl.store(bias + stage * padded_count + j, tl.where(usable, squares, float("inf")))
+    of_c = tl.where(usable, squares, float("inf"))
+    if EXACT:
+        of_c = tl.where((squares == float("inf")) & (spoilt == 0.0) & live, BEYOND, of_c)
+    tl.store(bias + stage * padded_count + j, of_c)
     for first in range(0, PADDED_D, BLOCK_D):
         c = _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D, BLOCK_D)
         c = tl.where(usable[:, None], -2.0 * scale * c, 0.0)

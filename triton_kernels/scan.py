@@ -17,6 +17,10 @@ has a true score of at most T + E + 2(κ₁s + κ₂)‖c‖². What lies more t
 the nearest. s = ‖x‖ over a typical ‖c‖ makes the bound nearly 2κ‖x‖‖c‖ at no cost per distance, and codewords far
 from all others do not widen it for the rest.
 
+**The end of the range.** Codewords with ‖c‖² beyond fp32 (‖c‖ > 1.84·10¹⁹) have the score of one with
+‖c‖² = ``BEYOND``, orthogonal to all rows. That is less than their own, and rules none of them out. Rows that are nearly
+as long are measured against the whole codebook.
+
 A product in fp16 has x and c at scales α and β (product.py), so the scores at αβ; ρ takes that along. Its E has another
 √D·2⁻²²·‖x‖ times a typical ‖c‖ for what is subnormal.
 
@@ -33,6 +37,11 @@ import triton.language as tl
 
 from diveq_kernels.triton_kernels.product import centred_rows, multiply, operands, scale_of
 from diveq_kernels.triton_kernels.rows import row_starts
+
+# ‖x‖² from which on the scan does not decide. Below it no product with a codeword whose ‖c‖² is in fp32 overflows.
+LONG = tl.constexpr(8e37)
+# ‖c‖² of a codeword that is too long for fp32: no more than its ‖c‖² − 2 x·c with any x that is not LONG.
+BEYOND = tl.constexpr(8e36)
 
 
 @triton.jit
@@ -113,8 +122,8 @@ def scan(
 ):  # fmt: skip
     """For rows at ``starts``: the least score in each place, the first codeword of its tile, the least hidden, ‖x‖².
 
-    Of the codewords from ``begin`` to ``end``. The first two are [BN, BLOCK_K / 32, 4]. ‖x‖² is +Inf in rows that are
-    not finite.
+    Of the codewords from ``begin`` to ``end``. The first two are [BN, BLOCK_K / 32, 4]. ‖x‖² is +Inf or NaN in rows
+    that are not finite, and +Inf in those that are too long for fp32.
     """
     part = tl.cast(count, tl.int64) * PADDED_D  # a number in what torch.compile looks at
     CHUNK: tl.constexpr = min(BLOCK_D, 64)  # more columns of fp32 at a time would cost registers
@@ -122,7 +131,6 @@ def scan(
     for first in range(0, PADDED_D, CHUNK):
         x = centred_rows(z, starts, step, live, centre, first, PRODUCT, D, CHUNK)
         squares += tl.sum(x * x, axis=1)
-    squares = tl.where(squares < float("inf"), squares, float("inf"))  # NaN as well
 
     middling = tl.load(typical)
     usual = tl.where(squares < float("inf"), squares, 0.0)

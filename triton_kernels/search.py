@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.triton_kernels.exhaust import PROGRAMS, WARPS, exhaust_kernel
+from diveq_kernels.triton_kernels.exhaust import PROGRAMS, exhaust_kernel
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
 from diveq_kernels.triton_kernels.pack import Packed, pack
 from diveq_kernels.triton_kernels.product import error_bound, product_for
@@ -160,9 +160,10 @@ class _Problem(NamedTuple):
         """Measure every codeword for the rows ``taken``."""
         launch(
             exhaust_kernel, (torch.sym_min(self.rows, PROGRAMS),), self.z.device,
-            *rows_of(self.z), self.codebook, *self.codebook.stride(), self.dither, search.packed.bias, self.points,
+            *rows_of(self.z), self.codebook, *self.codebook.stride(), self.dither, self.points,
             *taken, self.indices, self.sqdist,
-            D=search.options["D"], PADDED_D=search.options["PADDED_D"], LANES=32 * WARPS, num_warps=WARPS,
+            D=search.options["D"], PADDED_D=search.options["PADDED_D"],
+            **configuration("exhaust", search.options["D"], self.z.device),
         )  # fmt: skip
 
 

@@ -21,15 +21,19 @@ import triton
 import triton.language as tl
 
 from diveq_kernels.triton_kernels.rows import row_starts
-from diveq_kernels.triton_kernels.scan import bounds
+from diveq_kernels.triton_kernels.scan import BEYOND, LONG, bounds
 
 _LEFT = tl.constexpr(-2)  # the index of a row that is left to another kernel, until then
 
 
 @triton.jit
-def hidden_from_compiler(PADDED_D: tl.constexpr, positive):
-    """PADDED_D, as a number that the compiler does not know: it would unroll the loop, and spill."""
-    return tl.minimum(PADDED_D, PADDED_D + positive)
+def hidden_from_compiler(number, positive):
+    """The number, as one that the compiler does not know.
+
+    A loop up to a known one would be unrolled, and spill. What is computed from a known one before a loop and again
+    after it is one value, and kept: ptxas spills such values for one more block on an SM.
+    """
+    return tl.minimum(number, number + positive)
 
 
 @triton.jit
@@ -107,7 +111,8 @@ def look_again(
         distance = tl.where(closer, d, distance)
         index = tl.where(closer, j, index)
         if EXACT:
-            limit = tl.where(active, tl.minimum(limit, score + 2.0 * (of_x + of_c * heaviest)), limit)
+            lowers = active & (heaviest < BEYOND)  # else the score may be that of a codeword beyond the range
+            limit = tl.where(lowers, tl.minimum(limit, score + 2.0 * (of_x + of_c * heaviest)), limit)
         else:
             limit = tl.where(active, score, limit)
         rest = tl.where(chosen, float("inf"), rest)
@@ -121,28 +126,33 @@ def look_again(
 
 @triton.jit
 def settle(
-    scores, where, least_hidden, squares, live, z, starts, step,
+    scores, where, squares, live, z, starts, step,
     codebook, code_stride, code_step, dither, bias, typical, real,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr, MOST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """(index of the nearest searched point, its squared distance, whether another may be nearer) for scanned rows.
+    """(index of the nearest point measured, its squared distance, limit, active) for scanned rows: see ``look_again``.
 
-    ``scores`` and ``where`` are [BN, GROUPS]. Rows that are not finite get index 0 and distance Inf.
+    ``scores`` and ``where`` are [BN, GROUPS]. Rows that are not finite, or for ``exact`` too long, get index 0,
+    distance Inf and limit -Inf.
     """
-    live = live & (squares < float("inf"))
+    live = live & (squares < (LONG if EXACT else float("inf")))
     of_c, of_x = bounds(tl.where(live, squares, 0.0), tl.load(typical), PRODUCT, KAPPA, D)
     index = tl.zeros((BLOCK_N,), tl.int32)
     distance = tl.full((BLOCK_N,), float("inf"), tl.float32)
     limit = tl.where(live, float("inf"), float("-inf"))
-    index, distance, limit, undecided = look_again(
+    return look_again(
         scores, where, index, distance, limit, of_c, of_x, z, starts, step,
         codebook, code_stride, code_step, dither, bias, real, MOST,
         EXACT, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
     )  # fmt: skip
-    if EXACT:
-        undecided = undecided | (live & (least_hidden <= limit) & (limit < float("inf")))
-    return index, distance, undecided
+
+
+@triton.jit
+def is_open(active, limit, least_hidden, squares, live):
+    """Which rows of an exact search stay open after ``settle``: also those for which a hidden group may be the best."""
+    hidden = (least_hidden <= limit) & (least_hidden < float("inf"))
+    return live & (active | hidden | (squares >= LONG))  # false for NaN
 
 
 @triton.jit
@@ -158,11 +168,12 @@ def settle_kernel(
     Rows that stay open, or that have more than ``MOST`` groups to measure, are added to ``left``, and their number to
     ``left_count``. Where ``too_wide`` is 1, the points do not fit into the product's range: then all rows stay open.
     """
-    at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0)
     if taken is not None:
         rows = tl.load(taken_count)
-        if tl.program_id(0) * BLOCK_N >= rows:
+        if block * BLOCK_N >= rows:
             return
+    at = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = at < rows
     n = at
     if taken is not None:
@@ -174,17 +185,27 @@ def settle_kernel(
     best = tl.load(scores + group, mask=inside[:, None], other=float("inf"))
     where = tl.load(tiles + group, mask=inside[:, None], other=0)
     of_x = tl.load(squares + at, mask=inside, other=float("inf"))
-    least_hidden = of_x
+    starts = row_starts(n, inner, outer_stride, inner_stride)
+    index, distance, limit, undecided = settle(
+        best, where, of_x, live, z, starts, step,
+        codebook, code_stride, code_step, dither, bias, typical, real,
+        PRODUCT, EXACT, KAPPA, MOST, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
+    )  # fmt: skip
+    # Again, not kept. Not by one function for both times: torch.compile would take what it reads for written.
+    at = hidden_from_compiler(block, real).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = at < rows
+    n = at
+    if taken is not None:
+        n = tl.load(taken + at, mask=inside, other=0)
+    live = inside
+    if mask is not None:
+        live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
     if EXACT:
         SPLITS: tl.constexpr = GROUPS // PLACES
         of_splits = (at * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
         least_hidden = tl.min(tl.load(hidden + of_splits, mask=inside[:, None], other=float("inf")), axis=1)
-    starts = row_starts(n, inner, outer_stride, inner_stride)
-    index, distance, undecided = settle(
-        best, where, least_hidden, of_x, live, z, starts, step,
-        codebook, code_stride, code_step, dither, bias, typical, real,
-        PRODUCT, EXACT, KAPPA, MOST, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
-    )  # fmt: skip
+        of_x = tl.load(squares + at, mask=inside, other=0.0)
+        undecided = is_open(undecided, limit, least_hidden, of_x, live)
     found = tl.where(live, index, -1)
     if left is not None:
         if too_wide is not None:

@@ -17,6 +17,8 @@ namespace diveq {
 // The columns of a tile are dealt to 8 subsets: subset 4h + t has columns 2t and 2t + 1 of every 8 in half h.
 constexpr int kSubsets = 8;
 
+constexpr float kReach = 1.8e19f;  // ‖c‖² of all that are no further out is in fp32, and no product of two such overflows
+
 // The best score of a subset, where it is, and the second best.
 struct Best {
   float value = -INFINITY, second = -INFINITY;
@@ -84,7 +86,8 @@ __device__ inline void settle(const Searched& rows, const float* centre, int64_t
     const float length = sqrtf(squares), apart = squares - 2.0f * greatest;
     const float R = (length + sqrtf(fmaxf(apart, 0.0f))) / (1.0f - sqrtf(5.0f * error));
     const float E = 1.01f * (error * R * (0.5f * R + length) + FLT_MIN * (16.0f * dim + R));
-    const float limit = greatest - 2.0f * E;
+    // Further out than packed codewords can be: one whose square is not in fp32 may be the nearest. (Not so for NaN.)
+    const float limit = R >= kReach ? -INFINITY : greatest - 2.0f * E;
     const unsigned open = __ballot_sync(kWholeWarp, mine.value >= limit && lane < kSubsets);
     const unsigned wide = __ballot_sync(kWholeWarp, mine.second >= limit && lane < kSubsets);
     if (wide || __popc(open) > 1) {

@@ -1,0 +1,131 @@
+"""Codewords whose square leaves fp32, and rows as long: the nearest codeword still, wherever its distance is in fp32.
+
+A search that squares what lies between 10^19 and 10^38 gets Inf. Such a codeword may be nearest to a row all the same,
+and every other row has the codeword that it would have had without it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Quantizer, Target, for_every_quantizer, generator, on_every_target
+from oracle import parts, sqdist
+from torch import Tensor
+
+import diveq_kernels.functional as F
+
+CODEWORDS = 200  # more than one tile has, and the far ones in all of them
+FAR = range(3, CODEWORDS, 23)
+
+
+def far_in_one_place(dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Codewords that are long in one coordinate, each in its own way; rows with the same, and ordinary rows."""
+    codebook = torch.randn(CODEWORDS, dim, generator=gen)
+    for i, j in enumerate(FAR):
+        codebook[j, i % dim] = (-1) ** (i // dim) * [2e19, 1e22, 1e30, 3e38][i % 4]
+    beside = codebook[list(FAR)]
+    beside = torch.where(beside.abs() > 1e18, beside, beside + 0.3 * torch.randn(beside.shape, generator=gen))
+    return torch.cat([torch.randn(150, dim, generator=gen), codebook[list(FAR)], beside]), codebook
+
+
+def far_in_all(dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two in three are of length 2·10^19 to 8·10^19, so that several can be nearest; the others are ordinary."""
+    codebook = torch.nn.functional.normalize(torch.randn(CODEWORDS, dim, generator=gen))
+    long = torch.arange(CODEWORDS) % 3 > 0
+    codebook[long] *= 2e19 + 6e19 * torch.rand(int(long.sum()), 1, generator=gen)
+    beside = torch.nn.functional.normalize(torch.randn(150, dim, generator=gen))
+    beside = beside * 9e18 * torch.rand(150, 1, generator=gen)
+    beside += codebook[torch.randint(0, CODEWORDS, (150,), generator=gen)]
+    return torch.cat([beside, torch.randn(50, dim, generator=gen)]), codebook
+
+
+def about_the_end(dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """On a line, codewords whose square is just not in fp32 and, on the other side, shorter ones: rows between them.
+
+    No more than one tile of the Triton scan has, the shorter ones a group of it: so that the scores alone decide what
+    is measured, of either kind.
+    """
+    line = torch.nn.functional.normalize(torch.randint(0, 2, (1, dim), generator=gen) - 0.5)
+    at = torch.linspace(1.85e19, 1.92e19, 58)
+    at[[0, 1, 8, 9, 16, 17, 24, 25]] = torch.linspace(-2.8e18, -2e18, 8)
+    rows = torch.cat([torch.linspace(-2e19, 2.1e19, 60), torch.linspace(5e18, 8.9e18, 60)])
+    return rows[:, None] * line, at[:, None] * line
+
+
+CASES = {"far in one place": far_in_one_place, "far in all": far_in_all, "about the end": about_the_end}
+
+
+def assert_least(found: Tensor, distances: Tensor) -> None:
+    """The least distance, to the rounding of a sum of squares in fp32."""
+    assert ((found >= 0) & (found < distances.shape[1])).all()
+    picked = distances.gather(1, found[:, None])[:, 0]
+    assert (picked <= distances.amin(1) * (1 + 1e-5) + 1e-5).all(), (picked / distances.amin(1)).max()
+
+
+@on_every_target
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [3, 40])
+def test_nearest(target: Target, case: str, dim: int, dtype: torch.dtype) -> None:
+    z, codebook = (x.to(dtype) for x in CASES[case](dim, generator()))
+    distances = sqdist(z, codebook)
+    there = distances.amin(1) < 3e38  # else the row counts as not finite
+    assert there.sum() > 80
+    found = F.nearest(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    indices, lengths = found.indices.cpu(), found.sqdist.cpu()
+    assert_least(indices[there], distances[there])
+    picked = distances.gather(1, indices[:, None])[:, 0]
+    torch.testing.assert_close(lengths[there].double(), picked[there], rtol=1e-5, atol=1e-5)
+    assert ((indices >= 0) & (indices < len(codebook))).all() and (lengths[~there] > 3e38).all()
+
+
+@on_every_target
+def test_rows_and_codewords_that_are_not_finite_among_them(target: Target) -> None:
+    z, codebook = far_in_one_place(8, generator())
+    codebook[1::5] = torch.tensor([float("nan"), float("inf"), -float("inf"), float("nan")]).repeat(10)[:, None]
+    bad = torch.arange(len(z)) % 4 == 1
+    z[bad] = torch.where(torch.arange(8) == 5, torch.tensor(float("inf")), 3e38)
+    z[bad.nonzero()[::2, 0], 5] = float("nan")
+    there = codebook.isfinite().all(1).nonzero()[:, 0]
+    distances = sqdist(z[~bad], codebook[there])
+    found = F.nearest(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    indices = found.indices.cpu()
+    assert ((indices >= 0) & (indices < CODEWORDS)).all() and not found.sqdist[bad.to(target.device)].isfinite().any()
+    near, indices = distances.amin(1) < 3e38, indices[~bad]
+    assert near.sum() > 80
+    place = torch.searchsorted(there, indices[near])
+    assert torch.equal(there[place], indices[near])
+    assert_least(place, distances[near])
+
+
+@on_every_target
+@for_every_quantizer
+def test_quantizers(target: Target, quantizer: Quantizer) -> None:
+    """Codes, z_q and gradients of rows that are far out in one coordinate, where a codeword is."""
+    gen, dim = generator(), 24
+    books = torch.randn(quantizer.books_shape(CODEWORDS, dim), generator=gen)
+    first = books if quantizer.kind == "single" else books[0]  # a later stage sees what the first one leaves
+    chosen = torch.arange(200) % 2 == 0
+    z = torch.randn(200, dim, generator=gen)
+    for i, j in enumerate(FAR):
+        length = [2e19, -1e22, 1e30, -3e38][i % 4]
+        first[j : j + 1 + quantizer.space_filling, i] = length  # both ends of a segment
+        z[2 * i, i] = length
+    dither = {}
+    if quantizer.space_filling:
+        shape = (*books.shape[:-2], CODEWORDS - 1)
+        dither = {"dither": torch.full(shape, 0.5, device=target.device)}  # so that 3e38 remains 3e38
+    z_, books_ = z.to(target.device).requires_grad_(), books.to(target.device).requires_grad_()
+    found = quantizer(z_, books_, noise_std=0.0, backend=target.backend, **dither)
+    codes, half = found.indices.cpu(), dither["dither"].cpu() if dither else None
+    codes = codes if codes.ndim == 2 else codes[None]
+    searches = parts(quantizer.kind, z.double(), books.double(), codes if len(codes) > 1 else codes[0], half)
+    for of_stage, (rows, candidates) in zip(codes, searches, strict=True):
+        assert_least(of_stage, sqdist(rows, candidates))
+    assert codes[0][chosen][: len(FAR)].tolist() == list(FAR)
+    assert found.z_q.isfinite().all()
+    near = found.z_q.detach().cpu().double() - z.double()
+    assert (near.norm(dim=1) < 20).all()
+    g = torch.randn(200, dim, generator=gen).to(target.device)
+    for gradient in torch.autograd.grad(found.z_q, (z_, books_), g):
+        assert gradient.isfinite().all()
