@@ -5,10 +5,10 @@
 // A row z = ẑ + e_z and a codeword c = ĉ + e_c, both less the centre, where ẑ and ĉ are what the coarse products see: the
 // score ‖c‖²/2 - z·c is off by at most
 //     ‖e_z‖‖c‖ + ‖ẑ‖‖e_c‖
-// and what fp32 does to the rest.
+// and what fp32 does to the rest. Where rows are short the product itself is a lower bound (`folded`, fold.inl).
 //
-// Over the codewords a row keeps, for each lane, the three least of the lower bounds of its scores, those of kOfLane
-// codewords together. The low bits hold the number of these, so that nothing else has to be kept: a span of 2^kNumberBits
+// Over the codewords a row keeps, for each lane, the three least (two, if they are as close as folded ones) of the lower
+// bounds of its scores, those of kOfLane codewords together. The low bits hold the number of these, so that nothing else has to be kept: a span of 2^kNumberBits
 // numbers at a time.
 
 constexpr int64_t kBlockBytes = 1 << 19;  // of the second-level cache
@@ -262,11 +262,10 @@ int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z,
                                                      row.length * load(packed.losses + first + p));
         }
         sweep<kOfLane, folded>(coarse + g * words, packed, first, last, dim,
-                       [&](int64_t r, int64_t p, int part, V least) __attribute__((always_inline)) {
-                         if (!folded) least -= errors[r * kBlockPanels + p - first];
-                         update(states[g * kRows + r], least,
-                                (int32_t)((p - start) * kParts + part));
-                       });
+                               [&](int64_t r, int64_t p, int part, V least) __attribute__((always_inline)) {
+                                 if (!folded) least -= errors[r * kBlockPanels + p - first];
+                                 update(states[g * kRows + r], least, (int32_t)((p - start) * kParts + part));
+                               });
       }
     }
     for (int64_t n = 0; n < rows; ++n)
