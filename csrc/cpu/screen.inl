@@ -8,8 +8,8 @@
 // and what fp32 does to the rest. Where rows are short the product itself is a lower bound (`folded`, fold.inl).
 //
 // Over the codewords a row keeps, for each lane, the three least (two, if they are as close as folded ones) of the lower
-// bounds of its scores, those of kOfLane codewords together. The low bits hold the number of these, so that nothing else has to be kept: a span of 2^kNumberBits
-// numbers at a time.
+// bounds of its scores, those of kOfLane codewords together. The low bits hold the number of these, so that nothing else has
+// to be kept: a span of 2^kNumberBits numbers at a time.
 
 constexpr int64_t kBlockBytes = 1 << 19;  // of the second-level cache
 constexpr int64_t kBlockPanels = 64;  // at most, of which each row has a bound
