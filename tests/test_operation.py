@@ -64,24 +64,14 @@ def test_eager_calls_do_not_meet_the_dispatcher(name: str, monkeypatch: pytest.M
         assert not any(output.requires_grad for output in getattr(ops, name)(*inputs))
 
 
-class Dispatch(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+def noting(mode: type, method: str) -> Any:
+    """A mode of that kind, with the ``names`` of what it saw."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def note(self: Any, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
-
-class Function(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+    return type("Noting", (mode,), {method: note, "names": []})()
 
 
 class Named(Tensor):
@@ -98,10 +88,10 @@ class Named(Tensor):
 
 def test_modes_see_the_operation() -> None:
     inputs = arguments("diveq")
-    with Dispatch() as seen:
+    with noting(TorchDispatchMode, "__torch_dispatch__") as seen:
         gradients(inputs, ops.diveq(*inputs))
     assert {"diveq.diveq.default", "diveq.diveq_backward.default"} <= set(seen.names)
-    with Function() as seen:
+    with noting(TorchFunctionMode, "__torch_function__") as seen:
         ops.diveq(*inputs)
     assert "diveq.diveq.default" in seen.names
 

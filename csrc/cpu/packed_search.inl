@@ -49,7 +49,9 @@ int64_t search(const Codes& c, const Packed& packed, bool exact, const float* z,
     int32_t* left = (int32_t*)scratch;
     scratch += rows;
 #if defined(DIVEQ_AMX)
-    const auto first_pass = c.dim <= kMostFolded ? screen<4, true> : c.count >= kMany * c.dim ? screen<4, false> : screen<2, false>;
+    const auto first_pass = c.dim <= kMostFolded           ? screen<4, true>
+                            : c.count >= kMany * c.dim ? screen<4, false>
+                                                       : screen<2, false>;
 #else
     const auto first_pass = screen<2, false>;
 #endif
