@@ -57,7 +57,10 @@ def find(z: Tensor, codebook: Tensor, mask: Tensor | None = None, dither: Tensor
         codebook = torch.lerp(codebook[:-1], codebook[1:], dither[:, None])
     expected = sqdist(z, codebook)
     kept = torch.ones(len(z), dtype=torch.bool) if mask is None else mask
-    assert torch.equal(found[kept].long(), expected.argmin(1)[kept])
+    least, picked = expected.amin(1)[kept], expected[kept].gather(1, found[kept].long()[:, None])[:, 0]
+    # Distances that a sum in fp32 cannot tell apart are ties; equal ones are not, of which it is the first.
+    tie = (picked > least) & (picked <= least * (1 + 5e-7))
+    assert (tie | (found[kept] == expected.argmin(1)[kept])).all()
     torch.testing.assert_close(distances[kept].double(), expected.amin(1)[kept], rtol=1e-5, atol=1e-9)
     assert (found[~kept] == -1).all() and (distances[~kept] == 0).all()
     return found
