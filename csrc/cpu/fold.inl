@@ -3,7 +3,7 @@
 // A step multiplies 32 dimensions in any case. Where there are few, both sides are split, x = x' + x'' + e with
 // |x''| ≤ 2^-8|x| and |e| ≤ 2^-16|x|, and the rest of the bound is put beside them:
 //     x'·c' + x'·c'' + x''·c' + ‖c‖²/2 (in three parts) - ‖x‖·(what the products lack and rounding does, for ‖x‖ = 1)
-// So nothing is left to be added, and the bounds are some hundred times closer than those of whole bf16.
+// So nothing is left to be added, and the bounds are far closer than those of one bf16 each.
 
 constexpr int64_t kTail = 4;
 constexpr int64_t kMostFolded = (kDepth - kTail) / 3;
