@@ -1,12 +1,17 @@
 // Squared distances from a row to a codeword: in fp32, and in fp64 where a search has to tell close ones apart.
 
-float sqdist(const float* z, const float* c, int64_t dim) {
+inline float sqdist(const float* z, const float* c, int64_t dim) {
   V total = {};
   each(dim, [&](int64_t k, int n) {
     const V d = load(c + k, n) - load(z + k, n);
     total += d * d;
   });
   return sum(total);
+}
+
+// ‖z - c‖² of rows and the codewords at their indices.
+void distances(const Codes& c, const float* z, int64_t rows, const int32_t* indices, float* out, float* scratch) {
+  for (int64_t r = 0; r < rows; ++r) out[r] = sqdist(z + r * c.dim, codeword(c, indices[r], scratch), c.dim);
 }
 
 constexpr int H = W / 2;

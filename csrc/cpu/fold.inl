@@ -45,12 +45,17 @@ inline __m512i fold_codeword(V c, float half, float loss, __m512i order) {
 void fold_rows(const float* z, int64_t ld, int64_t count, const float* centre, int64_t dim, uint32_t* out, float* squares,
                float* lost) {
   const __m512i order = fold_order(dim, true);
-  for (int r = 0; r < kRows; ++r, out += W) {
-    const V x = load(centre, (int)dim) - load(z + (r < count ? r : count - 1) * ld, (int)dim);
-    squares[r] = sum(x * x);
-    lost[r] = 0;  // the products' bound has it
-    const __m512i folded = fold(x, 0x3F803F803F80 | above(length_of(squares[r])) << 48, order);  // 1, 1, 1, ‖x‖
-    memcpy(out, &folded, sizeof folded);
+  const V middle = load(centre, (int)dim);
+  for (int first = 0; first < kRows; first += 4) {
+    V x[4];
+    for (int r = 0; r < 4; ++r) x[r] = middle - load(z + (first + r < count ? first + r : count - 1) * ld, (int)dim);
+    const Four square = sums(x[0] * x[0], x[1] * x[1], x[2] * x[2], x[3] * x[3]);
+    memcpy(squares + first, &square, sizeof square);
+    memset(lost + first, 0, sizeof square);  // the products' bound has it
+    for (int r = 0; r < 4; ++r, out += W) {
+      const __m512i folded = fold(x[r], 0x3F803F803F80 | above(length_of(square[r])) << 48, order);  // 1, 1, 1, ‖x‖
+      memcpy(out, &folded, sizeof folded);
+    }
   }
 }
 

@@ -67,6 +67,8 @@ struct Kernels {
   void (*words)(uint64_t seed, uint64_t start, int64_t quads, uint32_t* out);
 
   float (*sqdist)(const float* z, const float* c, int64_t dim);
+  // ‖z - c‖² of rows z [rows][dim] and the codewords at their indices; scratch holds dim floats.
+  void (*distances)(const Codes&, const float* z, int64_t rows, const int32_t* indices, float* out, float* scratch);
   // z_q = z + Σ_e w_e·m_e·u_e over one or two ends; without noise z_q = Σ_e w_e·target_e. NaN where an m is not finite.
   void (*step)(const float* z, const float* const* targets, const float* const* noise, const float* weights, int ends,
                int64_t dim, float* out);

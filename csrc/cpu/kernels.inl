@@ -60,7 +60,7 @@ int64_t panel_words(int64_t) { return 0; }
 const Kernels DIVEQ_JOIN(kernels_, DIVEQ_ISA) = {
     DIVEQ_TEXT(DIVEQ_ISA), MR,      NR,         W,        kLeastScreened, kRows, kPanel, panel_words, read,
     write,                 codeword, part,      pack,     search_scratch, search, noise,
-    words,                 sqdist,  step,       gradient, add_pull,       pull,   unit,  rotate,      pack_curve,
+    words,                 sqdist,  distances, step,       gradient, add_pull,       pull,   unit,  rotate,      pack_curve,
     project_scratch,       project, between,    project_gradient,         add_bend,
 };
 

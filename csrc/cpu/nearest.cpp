@@ -20,11 +20,9 @@ void nearest(Tensor z, Tensor codebook, Maybe mask, bool exact, Tensor indices, 
     float *one = scratch + tile * dim, *rest = one + dim;
     const float* x = read_tile(k, rows, first, n, scratch);
     k.search(codes, book.packed, exact, x, dim, n, chosen + first, rest);
-    for (int64_t r = 0; r < n; ++r) {
-      int32_t& index = chosen[first + r];
-      distances[first + r] = k.sqdist(x + r * dim, k.codeword(codes, index, one), dim);
-      if (kept && !kept[first + r]) index = -1, distances[first + r] = 0;
-    }
+    k.distances(codes, x, n, chosen + first, distances + first, one);
+    for (int64_t r = first; kept && r < first + n; ++r)
+      if (!kept[r]) chosen[r] = -1, distances[r] = 0;
   });
 }
 

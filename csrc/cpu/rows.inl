@@ -138,14 +138,17 @@ void write(const Rows& r, int64_t row, int64_t rows, const float* in) {
   }
 }
 
-const float* codeword(const Codes& c, int64_t j, float* scratch) {
-  const int64_t at = j * c.row;
-  if (c.dtype == Dtype::f32 && c.inner == 1) return (const float*)c.data + at;
+__attribute__((noinline)) const float* read_codeword(const Codes& c, int64_t at, float* scratch) {
   for (int64_t k = 0; k < c.dim; ++k)
     scratch[k] = c.dtype == Dtype::f32    ? widen<Dtype::f32>(c.data, at + k * c.inner)
                  : c.dtype == Dtype::bf16 ? widen<Dtype::bf16>(c.data, at + k * c.inner)
                                           : widen<Dtype::f16>(c.data, at + k * c.inner);
   return scratch;
+}
+
+inline const float* codeword(const Codes& c, int64_t j, float* scratch) {
+  const int64_t at = j * c.row;
+  return c.dtype == Dtype::f32 && c.inner == 1 ? (const float*)c.data + at : read_codeword(c, at, scratch);
 }
 
 void part(const Codes& c, int64_t j, float* out, float* scratch) {

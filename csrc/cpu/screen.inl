@@ -24,11 +24,11 @@ constexpr float kNone = 3e38f;  // or there is no finite codeword
 // The codewords of a panel less the centre, to rows [kPanel][ld], and half their squares. Returns the greatest square.
 float centred_panel(const Codes& c, const Packed& packed, int64_t panel, float* rows, int64_t ld, float* scratch) {
   float greatest = 0;
-  for (int lane = 0; lane < kPanel; ++lane) {
-    const int64_t at = panel * kPanel + lane;
-    const float squares = centred(c, packed.order[at], packed.centre, rows + lane * ld, scratch);
+  for (int at = 0; at < kPanel; ++at) {
+    const int32_t j = packed.order[panel * kPanel + at % W * (kPanel / W) + at / W];  // so that those of a lane are together
+    const float squares = centred(c, j, packed.centre, rows + at * ld, scratch);
     const bool there = squares <= FLT_MAX;
-    packed.halves[at] = there ? squares / 2 : kNone;
+    packed.halves[panel * kPanel + at] = there ? squares / 2 : kNone;
     if (there) greatest = squares > greatest ? squares : greatest;
   }
   return greatest;
@@ -110,17 +110,24 @@ inline void list(Row& row, int32_t j, float distance, float lower) {
   row.index[row.ties++] = j;
 }
 
-// Compares the kOfLane codewords of a lane, the first and every W-th of `order`, with those that were found before.
+// Compares the kOfLane codewords of a lane, `order` to begin with, with those that were found before.
 template <int kOfLane, bool dithered>
 inline void compare(Row& row, const Codes& c, const int32_t* order, float* scratch) {
+  const __m128i numbers = kOfLane == 4 ? _mm_loadu_si128((const __m128i*)order) : _mm_loadl_epi64((const __m128i*)order);
+  __m128i there = _mm_cmplt_epi32(numbers, _mm_set1_epi32((int32_t)c.count));
+  if (kOfLane == 2) there = _mm_move_epi64(there);
+  int32_t j[4];
+  _mm_storeu_si128((__m128i*)j, _mm_and_si128(numbers, there));
   const float *first[kOfLane], *second[kOfLane];
   float weight[kOfLane];
-  for (int i = 0; i < kOfLane; ++i, scratch += 2 * c.dim) {
-    const int64_t j = order[i * W] < c.count ? order[i * W] : 0;
-    first[i] = codeword(c, j, scratch);
-    if (dithered) second[i] = codeword(c, j + 1, scratch + c.dim), weight[i] = c.dither[j];
+#pragma GCC unroll 4
+  for (int i = 0; i < kOfLane; ++i) {
+    first[i] = codeword(c, j[i], scratch + 2 * i * c.dim);
+    if (!dithered) continue;
+    second[i] = codeword(c, j[i] + 1, scratch + (2 * i + 1) * c.dim);
+    weight[i] = c.dither[j[i]];
   }
-  V of_d[kOfLane] = {}, of_ends[kOfLane] = {};
+  V of_d[4] = {}, of_ends[4] = {};
   each(c.dim, [&](int64_t k, int n) __attribute__((always_inline)) {
     const V z = load(row.z + k, n);
 #pragma GCC unroll 4
@@ -135,21 +142,22 @@ inline void compare(Row& row, const Codes& c, const int32_t* order, float* scrat
     }
   });
   // Which of them is the nearest no processor can guess: branches only where it is known.
-  float distance[kOfLane], margin[kOfLane], upper = INFINITY;
-  for (int i = 0; i < kOfLane; ++i) {
-    distance[i] = order[i * W] < c.count ? sum(of_d[i]) : INFINITY;
-    const float mixing = dithered ? 4 * kUnit * sqrtf(sum(of_ends[i])) : 0.0f;  // how far rounding can move the point
-    margin[i] = (c.dim / 16 + 24) * kUnit * distance[i] + 1e-35f;
-    if (dithered) margin[i] += 2.01f * sqrtf(distance[i]) * mixing + mixing * mixing;
-    const float highest = distance[i] + margin[i];
-    upper = highest < upper ? highest : upper;
+  Four distance = sums(of_d[0], of_d[1], of_d[2], of_d[3]);
+  distance = (Four)_mm_blendv_ps((__m128)four(INFINITY), (__m128)distance, (__m128)there);
+  Four margin = (c.dim / 16 + 24) * kUnit * distance + 1e-35f;
+  if (dithered) {  // how far rounding can move the point
+    const Four ends = sums(of_ends[0], of_ends[1], of_ends[2], of_ends[3]);
+    const Four mixing = 4 * kUnit * (Four)_mm_sqrt_ps((__m128)ends);
+    margin += 2.01f * (Four)_mm_sqrt_ps((__m128)distance) * mixing + mixing * mixing;
   }
-  lower_to(row, upper);
-  unsigned may = 0;
-  for (int i = 0; i < kOfLane; ++i) may |= (unsigned)(distance[i] - margin[i] <= row.upper) << i;  // none that is not finite
+  const Four lower = distance - margin;
+  __m128 upper = _mm_min_ps((__m128)(distance + margin), (__m128)four(INFINITY));  // the second of what is not a number
+  upper = _mm_min_ps(upper, _mm_movehl_ps(upper, upper));
+  lower_to(row, _mm_cvtss_f32(_mm_min_ss(upper, _mm_movehdup_ps(upper))));
+  unsigned may = _mm_movemask_ps(_mm_cmple_ps((__m128)lower, (__m128)four(row.upper)));  // none that is not finite
   for (; may; may &= may - 1) {
     const int i = __builtin_ctz(may);
-    list(row, order[i * W], distance[i], distance[i] - margin[i]);
+    list(row, order[i], distance[i], lower[i]);
   }
 }
 
@@ -163,8 +171,9 @@ inline float limit_of(const Row& row, int64_t dim) {
 template <int kOfLane, int kKept>
 void examine(Row& row, const Codes& c, const int32_t* order, int64_t start, int64_t end, const Least<kKept>& s,
              float* scratch) {
+  constexpr int kLane = kPanel / W, kParts = kLane / kOfLane;  // a lane's codewords in a panel, and their numbers
   const auto look_at = [&](int64_t number, int lane) {
-    const int32_t* of_lane = order + number * kOfLane * W + lane;
+    const int32_t* of_lane = order + number / kParts * kPanel + lane * kLane + number % kParts * kOfLane;
     c.dither ? compare<kOfLane, true>(row, c, of_lane, scratch) : compare<kOfLane, false>(row, c, of_lane, scratch);
   };
   const auto number_of = [&](const V& keys, int lane) { return start + (((const int32_t*)&keys)[lane] & (kSpan - 1)); };

@@ -113,6 +113,23 @@ inline float sum(V v) {
 #endif
 }
 
+#if DIVEQ_LANES == 16
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four four(float x) { return x - Four{}; }
+
+// Of four vectors.
+inline Four sums(V a, V b, V c, V d) {
+  const auto folded = [](V v) __attribute__((always_inline)) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  };
+  const auto paired = [](__m128 x, __m128 y) { return _mm_add_ps(_mm_unpacklo_ps(x, y), _mm_unpackhi_ps(x, y)); };
+  const __m128 ab = paired(folded(a), folded(b)), cd = paired(folded(c), folded(d));
+  return (Four)_mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+}
+#endif
+
 // A bit for every lane that is at most the limit.
 inline unsigned at_most(V v, float limit) {
 #if DIVEQ_LANES == 16
