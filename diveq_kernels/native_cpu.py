@@ -1,10 +1,10 @@
 """The ``cpu`` backend: fused C++ kernels for AVX-512, AVX2 with FMA, or any processor (``csrc/``).
 
-Functions have the arguments and results of ``diveq_kernels.reference``, which also runs what is fp64; ``unit`` and
-``rotate`` are here alone, for ``diveq_kernels.compat``. The instruction set is the best that the processor has; the
-environment variable ``DIVEQ_CPU_ISA`` (amx, avx512vnni, avx512, avx2, portable) forces one. ``amx`` and ``avx512vnni``
-are avx512 with a first pass of the search in bf16 or in 8-bit integers, and the same results. Results do not depend on
-the number of threads, nor on how rows are laid out in memory.
+Functions have the arguments and results of ``diveq_kernels.reference``, which also runs what is fp64; ``unit``,
+``rotate``, ``commit``, ``commit_backward`` and ``accumulate`` are here alone, for ``diveq_kernels.compat``. The
+instruction set is the best that the processor has; the environment variable ``DIVEQ_CPU_ISA`` (amx, avx512vnni, avx512,
+avx2, portable) forces one. ``amx`` and ``avx512vnni`` are avx512 with a first pass of the search in bf16 or in 8-bit
+integers, and the same results. Results do not depend on the number of threads, nor on how rows are laid out in memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from diveq_kernels import _native
 from diveq_kernels._native_ops import NativeOperations
 
 __all__ = [
+    "accumulate",
+    "commit",
+    "commit_backward",
     "describe",
     "diveq",
     "diveq_backward",
@@ -57,7 +60,7 @@ def unit(x: Tensor, grad: Tensor | None = None) -> Tensor:
     return out
 
 
-def rotate(source: Tensor, target: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
+def rotate(source: Tensor, target: Tensor, x: Tensor | None = None, transposed: bool = False) -> Tensor:
     """R·x of every row, where R = s(I − 2wwᵀ + 2qpᵀ) takes source to target: the rotation trick (arXiv:2410.06424).
 
     p and q are the source and the target divided by their lengths, s is the target's length divided by the source's;
@@ -65,15 +68,55 @@ def rotate(source: Tensor, target: Tensor, x: Tensor, transposed: bool = False) 
 
     Args:
         source: [..., D], fp32, bf16 or fp16, D > 0, any strides.
-        target: Like source in shape, as is x; the result is like x in shape, of the dtype that source and target
-            promote to.
-        x: What to rotate; the source itself in a forward pass, the gradient in a backward pass.
-        transposed: Rᵀ·x instead, which is the gradient.
+        target: Like source in shape, as are x and the result, which is of the dtype that source and target promote to.
+        x: What to rotate; None: the source itself, which comes to the target if neither is shorter than 1e-6.
+        transposed: Rᵀ·x instead, which is the gradient; not without x.
     """
     dtype = torch.result_type(source, target)
-    out = torch.empty_like(x, dtype=dtype)
+    out = torch.empty_like(source if x is None else x, dtype=dtype)
     torch.ops.diveq_cpu.rotate(source, target, x, transposed, out)
     return out
+
+
+def commit(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """``rotate(x, target)`` and ‖x − target‖² of every row, fp32 [...].
+
+    Args:
+        x: [..., D], fp32, bf16 or fp16, D > 0, any strides.
+        target: Like x in shape.
+    """
+    out = torch.empty_like(x, dtype=torch.result_type(x, target))
+    distances = torch.empty(x.shape[:-1], dtype=torch.float32)
+    torch.ops.diveq_cpu.commit(x, target, out, distances)
+    return out, distances
+
+
+def commit_backward(grad: Tensor, factor: float, source: Tensor, target: Tensor, of_unit: bool) -> Tensor:
+    """The gradient to the source of ``commit``: Rᵀ·grad + factor·(x − target).
+
+    Args:
+        grad: Gradient to the rotated rows, [..., D], fp32, bf16 or fp16, any strides.
+        factor: Twice the gradient to the squared distances, one for all.
+        source: [..., D], fp32, bf16 or fp16, D > 0, any strides; the result is like it.
+        target: Like source in shape.
+        of_unit: x is not the source but ``unit(source)``.
+    """
+    out = torch.empty_like(source)
+    torch.ops.diveq_cpu.commit_backward(grad, factor, source, target, of_unit, out)
+    return out
+
+
+def accumulate(x: Tensor, indices: Tensor, weights: Tensor | None, sums: Tensor, counts: Tensor) -> None:
+    """Add every row to the sum of its codeword, and 1 to its count, or the row's weight times them.
+
+    Args:
+        x: [N, D], fp32, bf16 or fp16, D > 0, any strides.
+        indices: int64 [N], from 0 to K − 1.
+        weights: fp32 [N], contiguous.
+        sums: fp32 [K, D], contiguous, is added to.
+        counts: fp32 [K], contiguous, is added to.
+    """
+    torch.ops.diveq_cpu.accumulate(x, indices, weights, sums, counts)
 
 
 def instruction_set() -> str:

@@ -18,7 +18,7 @@ pytest.importorskip("vector_quantize_pytorch", reason="needs the `bench` extra: 
 from vector_quantize_pytorch import vector_quantize_pytorch as package  # noqa: E402
 
 from diveq_kernels import native_cpu  # noqa: E402
-from diveq_kernels.compat import _rotation  # noqa: E402
+from diveq_kernels.compat import _one_pass  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 3), (16, 16), (17, 17), (33, 64), (300, 40), (20, 300), (3, 4096), (2, 9, 5, 12)]
@@ -31,8 +31,10 @@ def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
 def check_rotation(source: Tensor, target: Tensor, grad: Tensor, tolerance: float) -> None:
     """Values and gradients, each row's error beside the row's length."""
     (ours,), (theirs,) = leaves(source), leaves(source, dtype=torch.float64)
-    rotated, wanted = _rotation.rotate_to(ours, target), package.rotate_to(theirs, target.double())
-    assert type(rotated.grad_fn).__name__ == "_RotationBackward" and rotated.dtype == source.dtype
+    rotated, wanted = _one_pass.rotate_to(ours, target), package.rotate_to(theirs, target.double())
+    committed = source.dtype == target.dtype == torch.float32
+    assert type(rotated.grad_fn).__name__ == ("_CommittedBackward" if committed else "_RotationBackward")
+    assert rotated.dtype == source.dtype
     rotated.backward(grad)
     wanted.backward(grad.double())
     close(rotated, wanted, tolerance)
@@ -75,7 +77,7 @@ def test_autocast() -> None:
     source, target, grad = (torch.randn(40, 12, generator=gen) for _ in range(3))
     (half,) = leaves(source.bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rotated, theirs = _rotation.rotate_to(half, target), package.rotate_to(half, target)
+        rotated, theirs = _one_pass.rotate_to(half, target), package.rotate_to(half, target)
     rotated.backward(grad)
     assert rotated.dtype == theirs.dtype == torch.float32
     assert half.grad is not None and half.grad.dtype == torch.bfloat16
@@ -111,7 +113,7 @@ def test_unit_rows(isa: str, dtype: torch.dtype, shape: tuple[int, ...], monkeyp
     if len(shape) > 2:
         x, grad = x.transpose(0, 1), grad.transpose(0, 1)
     (ours,), (theirs,) = leaves(x), leaves(x, dtype=torch.float64)
-    found, wanted = _rotation.l2norm(ours), package.l2norm(theirs)
+    found, wanted = _one_pass.l2norm(ours), package.l2norm(theirs)
     found.backward(grad)
     wanted.backward(grad.double())
     assert type(found.grad_fn).__name__ == "_UnitBackward" and found.dtype == dtype
@@ -125,35 +127,48 @@ def test_unit_rows(isa: str, dtype: torch.dtype, shape: tuple[int, ...], monkeyp
     assert dtype == torch.float16 or ours.grad.isfinite().all()
 
 
+def results(rows: list[Tensor]) -> list[Tensor]:
+    """What is made of a source, a target and a gradient."""
+    source, target, grad = rows
+    return [
+        native_cpu.unit(source),
+        native_cpu.unit(source, grad),
+        native_cpu.rotate(source, target),
+        native_cpu.rotate(*rows, transposed=True),
+        *native_cpu.commit(source, target),
+        native_cpu.commit_backward(grad, 0.5, source, target, True),
+    ]
+
+
 def test_a_row_that_is_not_finite_spoils_no_other(isa: str) -> None:  # noqa: F811
     gen = generator()
     rows = [torch.randn(40, 20, generator=gen) for _ in range(3)]
-    clean = [native_cpu.unit(rows[0]), native_cpu.unit(rows[0], rows[2]), native_cpu.rotate(*rows)]
+    clean = results(rows)
     for bad in (torch.nan, torch.inf):
         spoiled = [r.clone() for r in rows]
         spoiled[0][7, 3] = bad
-        found = [native_cpu.unit(spoiled[0]), native_cpu.unit(spoiled[0], rows[2]), native_cpu.rotate(*spoiled)]
+        found = results(spoiled)
         for a, b in zip(found, clean, strict=True):
-            assert a[7].isnan().any() and torch.equal(a[:7], b[:7]) and torch.equal(a[8:], b[8:])
+            assert not a[7].isfinite().all() and torch.equal(a[:7], b[:7]) and torch.equal(a[8:], b[8:])
 
 
 def test_threads_do_not_matter() -> None:
     gen = generator()
     rows = [torch.randn(1000, 20, generator=gen) for _ in range(3)]
-    before, results = torch.get_num_threads(), []
+    before, found = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append((native_cpu.rotate(*rows, transposed=True), native_cpu.unit(rows[0], rows[1])))
+        found.append(results(rows))
     torch.set_num_threads(before)
-    for found in results[1:]:
-        assert all(map(torch.equal, found, results[0]))
+    for others in found[1:]:
+        assert all(map(torch.equal, others, found[0]))
 
 
 def test_second_derivatives() -> None:
     gen = generator()
     source, target, weights, directions = (torch.randn(30, 9, generator=gen) for _ in range(4))
     results = []
-    for functions, dtype in ((_rotation, torch.float32), (package, torch.float64)):
+    for functions, dtype in ((_one_pass, torch.float32), (package, torch.float64)):
         x, g = leaves(source, weights, dtype=dtype)
         outputs = functions.l2norm(x), functions.rotate_to(x, target.to(dtype)).square()
         firsts = [torch.autograd.grad(y, x, g, create_graph=True)[0] for y in outputs]
@@ -165,7 +180,7 @@ def test_second_derivatives() -> None:
 
 def test_gradients_reach_the_source_alone() -> None:
     source, target = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
-    _rotation.rotate_to(source, target).sum().backward()
+    _one_pass.rotate_to(source, target).sum().backward()
     assert source.grad is not None and target.grad is None
 
 
@@ -173,14 +188,14 @@ def test_what_the_kernels_do_not_take_is_the_package_s() -> None:
     gen = generator()
     source, target = (torch.randn(6, 5, generator=gen) for _ in range(2))
     for x, y in ((source.double(), target.double()), (source[:0], target[:0])):
-        assert torch.equal(_rotation.l2norm(x), package.l2norm(x))
-        assert torch.equal(_rotation.rotate_to(x, y), package.rotate_to(x, y))
-    assert _rotation.l2norm(source[:, :0]).shape == (6, 0)
+        assert torch.equal(_one_pass.l2norm(x), package.l2norm(x))
+        assert torch.equal(_one_pass.rotate_to(x, y), package.rotate_to(x, y))
+    assert _one_pass.l2norm(source[:, :0]).shape == (6, 0)
     (leaf,) = leaves(source)
     with use_backend("reference"):
-        outputs = _rotation.rotate_to(leaf, target), _rotation.l2norm(leaf)
-    assert not {"_RotationBackward", "_UnitBackward"} & {type(y.grad_fn).__name__ for y in outputs}
-    assert type(_rotation.rotate_to(leaf, target).grad_fn).__name__ == "_RotationBackward"
+        outputs = _one_pass.rotate_to(leaf, target), _one_pass.l2norm(leaf)
+    assert not {"_CommittedBackward", "_UnitBackward"} & {type(y.grad_fn).__name__ for y in outputs}
+    assert type(_one_pass.rotate_to(leaf, target).grad_fn).__name__ == "_CommittedBackward"
 
 
 def test_compiled() -> None:
@@ -188,7 +203,7 @@ def test_compiled() -> None:
     source, target = (torch.randn(6, 5, generator=gen) for _ in range(2))
 
     def both(x: Tensor, y: Tensor) -> Tensor:
-        return _rotation.rotate_to(_rotation.l2norm(x), y)
+        return _one_pass.rotate_to(_one_pass.l2norm(x), y)
 
     compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
     gradients = []

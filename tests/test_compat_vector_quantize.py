@@ -13,6 +13,8 @@ from diveq_kernels.compat import accelerate_vector_quantize
 
 package = pytest.importorskip("vector_quantize_pytorch")
 
+from diveq_kernels.compat import _one_pass  # noqa: E402
+
 OPTIONS = {
     "plain": {},
     "cosine": {"use_cosine_sim": True},
@@ -140,9 +142,18 @@ def test_only_accelerated_models_leave_out_the_package_s_slow_functions():
             model(x)
         called.append({event.key for event in profile.key_averages()})
     assert "aten::bmm" not in called[0] and "aten::bmm" in called[1]
-    assert "diveq_cpu::rotate" in called[0] and "diveq_cpu::rotate" not in called[1]
-    assert "diveq_cpu::unit" in called[0] and "diveq_cpu::unit" not in called[1]
+    for name in ("diveq_cpu::commit", "diveq_cpu::unit", "diveq_cpu::accumulate"):
+        assert name in called[0] and name not in called[1]
+    assert "aten::mse_loss" not in called[0] and "aten::mse_loss" in called[1]
     assert theirs.forward.__func__.__globals__["rotate_to"] is module.rotate_to
+
+
+def test_a_forward_keeps_nothing():
+    pytest.importorskip("diveq_kernels.native_cpu", reason="needs the C++ library", exc_type=ImportError)
+    layer = accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20))
+    quantized, _, _ = layer(torch.randn(2, 10, 8, requires_grad=True))
+    assert "_Committed" in type(quantized.grad_fn).__name__
+    assert _one_pass._made.loss is None
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"shared_codebook": True}], ids=str)

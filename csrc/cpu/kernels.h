@@ -75,13 +75,14 @@ struct Kernels {
   // grad_z = g - Σ_e a_e·d_e, a_e = w_e (g·u_e)/m_e, which is returned in `a`; false if an m is not finite.
   bool (*gradient)(const float* g, const float* z, const float* const* targets, const float* const* noise,
                    const float* weights, int ends, int64_t dim, float* grad_z, float* a);
-  // out += a·(target - z), and out = a·(target - z).
+  // out += a·row, out += a·(target - z), and out = a·(target - z).
+  void (*add)(float a, const float* row, int64_t dim, float* out);
   void (*add_pull)(float a, const float* target, const float* z, int64_t dim, float* out);
   void (*pull)(float a, const float* target, const float* z, int64_t dim, float* out);
 
   // Rows [rows][dim]: x/‖x‖, or with `grad` the gradient to x.
   void (*unit)(const float* x, const float* grad, int64_t rows, int64_t dim, float* out);
-  // R·x or Rᵀ·x of rows, where R takes `from` to `to` (rotation.cpp).
+  // R·x (without x, R·from) or Rᵀ·x of rows, where R takes `from` to `to` (rotation.cpp).
   void (*rotate)(const float* from, const float* to, const float* x, bool transposed, int64_t rows, int64_t dim,
                  float* out);
 

@@ -60,8 +60,8 @@ int64_t panel_words(int64_t) { return 0; }
 const Kernels DIVEQ_JOIN(kernels_, DIVEQ_ISA) = {
     DIVEQ_TEXT(DIVEQ_ISA), MR,      NR,         W,        kLeastScreened, kRows, kPanel, panel_words, read,
     write,                 codeword, part,      pack,     search_scratch, search, noise,
-    words,                 sqdist,  distances, step,       gradient, add_pull,       pull,   unit,  rotate,      pack_curve,
-    project_scratch,       project, between,    project_gradient,         add_bend,
+    words,                 sqdist,  distances, step,     gradient,       add,   add_pull, pull, unit, rotate, pack_curve,
+    project_scratch,       project, between,   project_gradient, add_bend,
 };
 
 }  // namespace diveq

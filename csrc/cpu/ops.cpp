@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "isa.h"
+#include "model_rows.h"
 #include "packed.h"
-#include "rotation.h"
 
 namespace diveq {
 namespace {
@@ -42,7 +42,10 @@ STABLE_TORCH_LIBRARY(diveq_cpu, m) {
   m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
   m.def("left_open(Tensor z, Tensor codebook) -> int");
   m.def("unit(Tensor x, Tensor? grad, Tensor(a!) out) -> ()");
-  m.def("rotate(Tensor source, Tensor target, Tensor x, bool transposed, Tensor(a!) out) -> ()");
+  m.def("rotate(Tensor source, Tensor target, Tensor? x, bool transposed, Tensor(a!) out) -> ()");
+  m.def("commit(Tensor x, Tensor target, Tensor(a!) out, Tensor(b!) distances) -> ()");
+  m.def("commit_backward(Tensor grad, float factor, Tensor source, Tensor target, bool of_unit, Tensor(a!) out) -> ()");
+  m.def("accumulate(Tensor x, Tensor indices, Tensor? weights, Tensor(a!) sums, Tensor(b!) counts) -> ()");
   diveq::define_operations(m);
 }
 
@@ -52,5 +55,8 @@ STABLE_TORCH_LIBRARY_IMPL(diveq_cpu, CompositeExplicitAutograd, m) {
   m.impl("left_open", TORCH_BOX(&diveq::left_open));
   m.impl("unit", TORCH_BOX(&diveq::unit));
   m.impl("rotate", TORCH_BOX(&diveq::rotate));
+  m.impl("commit", TORCH_BOX(&diveq::commit));
+  m.impl("commit_backward", TORCH_BOX(&diveq::commit_backward));
+  m.impl("accumulate", TORCH_BOX(&diveq::accumulate));
   diveq::implement_operations(m);
 }

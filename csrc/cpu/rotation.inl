@@ -35,7 +35,7 @@ void unit(const float* x, const float* grad, int64_t rows, int64_t dim, float* o
   }
 }
 
-void rotate(const float* from, const float* to, const float* x, bool transposed, int64_t rows, int64_t dim, float* out) {
+void turn(const float* from, const float* to, const float* x, bool transposed, int64_t rows, int64_t dim, float* out) {
   for (int64_t first = 0; first < rows; first += W) {
     const int m = rows - first < W ? (int)(rows - first) : W;
     const float *p = from + first * dim, *q = to + first * dim, *v = x + first * dim;
@@ -79,5 +79,21 @@ void rotate(const float* from, const float* to, const float* x, bool transposed,
         const V value = scale[r] * load(v + r * dim + k, n) - a[r] * middle(r, k, n);
         store(out + (first + r) * dim + k, value + b[r] * load(made + r * dim + k, n), n);
       });
+  }
+}
+
+// Without x, `from` itself: R takes it to `to` if nothing that divides is too small.
+void rotate(const float* from, const float* to, const float* x, bool transposed, int64_t rows, int64_t dim, float* out) {
+  if (x) return turn(from, to, x, transposed, rows, dim, out);
+  const auto divides = [](float square) { return square >= kLeastLength * kLeastLength && square <= FLT_MAX; };
+  for (int64_t r = 0; r < rows; ++r, from += dim, to += dim, out += dim) {
+    V squares_p = {}, squares_q = {};
+    each(dim, [&](int64_t k, int n) {
+      const V p = load(from + k, n), q = load(to + k, n);
+      squares_p += p * p;
+      squares_q += q * q;
+      store(out + k, q, n);
+    });
+    if (!divides(sum(squares_p)) || !divides(sum(squares_q))) turn(from, to, from, false, 1, dim, out);
   }
 }

@@ -85,6 +85,10 @@ void add_pull(float a, const float* target, const float* z, int64_t dim, float* 
   });
 }
 
+void add(float a, const float* row, int64_t dim, float* out) {
+  each(dim, [&](int64_t k, int n) { store(out + k, load(out + k, n) + a * load(row + k, n), n); });
+}
+
 void pull(float a, const float* target, const float* z, int64_t dim, float* out) {
   each(dim, [&](int64_t k, int n) { store(out + k, a * (load(target + k, n) - load(z + k, n)), n); });
 }

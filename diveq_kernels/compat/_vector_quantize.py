@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from math import sqrt
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook, accum_grad_, ema_inplace, gumbel_sample
 
 import diveq_kernels.functional as F
-from diveq_kernels.compat._rotation import l2norm, rotate_to
+from diveq_kernels.compat._one_pass import forget_loss, l2norm, mse_loss, rotate_to, sums_of_codewords
 
 _logger = logging.getLogger("diveq_kernels")
 _SMALLEST_VARIANCE = 1e-5  # the package's own
@@ -108,13 +108,8 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
             return
         if self.affine_param:
             flatten = _standardise(flatten, self, "batch", "codebook")
-        flatten = flatten.detach()
-        weight = torch.ones_like(flatten[..., 0]) if mask is None else mask.to(flatten.dtype)
-        cluster_size = torch.zeros_like(self.cluster_size, dtype=flatten.dtype).scatter_add_(1, embed_onehot, weight)
-        embed_sum = torch.zeros_like(self.embed_avg, dtype=flatten.dtype)
-        added = flatten if mask is None else flatten * weight[..., None]
-        for sums, indices, rows in zip(embed_sum, embed_onehot, added, strict=True):
-            sums.index_add_(0, indices, rows)
+        weights = None if mask is None else mask.to(flatten.dtype)
+        embed_sum, cluster_size = sums_of_codewords(flatten.detach(), embed_onehot, weights, self.codebook_size)
         self.all_reduce_fn(cluster_size)
         self.all_reduce_fn(embed_sum)
         weight_of_update = (
@@ -155,10 +150,11 @@ class FusedVectorQuantize(VectorQuantize):  # type: ignore[misc]
     """Tells its codebook what a forward needs of it."""
 
     route_gradients_to_input: bool
-    # The package's own code, which finds our `rotate_to` by that name. Other models keep the package's.
+    # The package's own code, which finds our functions by the names of its own. Other models keep those.
     _package_forward = FunctionType(
         VectorQuantize.forward.__code__,
-        VectorQuantize.forward.__globals__ | {"rotate_to": rotate_to},
+        VectorQuantize.forward.__globals__
+        | {"rotate_to": rotate_to, "F": SimpleNamespace(**vars(torch.nn.functional) | {"mse_loss": mse_loss})},
         argdefs=VectorQuantize.forward.__defaults__,
         closure=VectorQuantize.forward.__closure__,
     )
@@ -175,6 +171,7 @@ class FusedVectorQuantize(VectorQuantize):  # type: ignore[misc]
         try:
             return self._package_forward(x, indices, **options)
         finally:
+            forget_loss()
             codebook.distances_wanted, codebook.noise_std = False, None
             self.route_gradients_to_input = routes
 
