@@ -1,15 +1,18 @@
 """Codewords whose square leaves fp32, and rows as long: the nearest codeword still, wherever its distance is in fp32.
 
 A search that squares what lies between 10^19 and 10^38 gets Inf. Such a codeword may be nearest to a row all the same,
-and every other row has the codeword that it would have had without it.
+and every other row has the codeword that it would have had without it. Segments with such ends are left out by some
+backends' ``project``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from cases import Quantizer, Target, for_every_quantizer, generator, on_every_target
-from oracle import parts, sqdist
+from oracle import f64, nearest_point, parts, sqdist
 from torch import Tensor
 
 import diveq_kernels.functional as F
@@ -129,3 +132,96 @@ def test_quantizers(target: Target, quantizer: Quantizer) -> None:
     g = torch.randn(200, dim, generator=gen).to(target.device)
     for gradient in torch.autograd.grad(found.z_q, (z_, books_), g):
         assert gradient.isfinite().all()
+
+
+# ---- the curve -------------------------------------------------------------------------------------------------
+
+
+def to_far_ends(length: float, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Segments from ordinary codewords to ones far away in one coordinate, and rows beside their first 3 to 8."""
+    codebook = torch.randn(60, 8, generator=gen)
+    far = torch.arange(3, 60, 10)
+    codebook[far, torch.arange(len(far))] = length * (-1.0) ** torch.arange(len(far))
+    near = codebook[far - 1]
+    along = torch.nn.functional.normalize(codebook[far].double() - near).float()
+    beside = [near + step * along + 0.01 * torch.randn(near.shape, generator=gen) for step in range(3, 9)]
+    return torch.cat([torch.randn(100, 8, generator=gen), *beside]), codebook
+
+
+def between_far_ends(length: float, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Segments that pass by the origin between two far ends, and rows beside the middle of each."""
+    codebook = torch.randn(60, 8, generator=gen)
+    far = torch.arange(3, 60, 10)
+    codebook[far] = length * torch.nn.functional.normalize(torch.randn(len(far), 8, generator=gen))
+    codebook[far + 1] = -codebook[far] + 0.1 * length * torch.randn(len(far), 8, generator=gen)
+    beside = [(1 - t) * codebook[far] + t * codebook[far + 1] for t in (0.45, 0.5, 0.55)]
+    moved = [x + 0.01 * length * torch.randn(x.shape, generator=gen) for x in beside]
+    return torch.cat([torch.randn(100, 8, generator=gen), *moved]), codebook
+
+
+def nearest_on(z: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """The nearest points of segments, from the nearer end: from a far one even fp64 has no digits of the other."""
+    from_start, t = nearest_point(f64(z), f64(start), f64(end))
+    return torch.where((t <= 0.5)[:, None], from_start, nearest_point(f64(z), f64(end), f64(start))[0])
+
+
+def to_curve(z: Tensor, codebook: Tensor) -> Tensor:
+    """Squared distances to every segment: [N, K − 1]."""
+    points = [nearest_on(z, start, end) for start, end in zip(codebook[:-1], codebook[1:], strict=True)]
+    return torch.stack([(f64(z) - point).square().sum(1) for point in points], dim=1)
+
+
+def taking_part(target: Target, codebook: Tensor) -> Tensor:
+    """Which segments a backend is sure to look at, by docs/numerics.md."""
+    of_codeword, largest = f64(codebook).square().sum(1), torch.finfo(torch.float32).max
+    start, end = of_codeword[:-1], of_codeword[1:]
+    if target.backend == "triton":
+        return 4 * (start + end + f64(codebook).diff(dim=0).square().sum(1)) < largest
+    if target.backend == "cpu":
+        return (start < largest) & (end < largest)
+    return torch.ones(len(start), dtype=torch.bool)
+
+
+@on_every_target
+@pytest.mark.parametrize(
+    ("case", "length"),
+    [(to_far_ends, length) for length in (3e18, 1e19, 3e19, 1e30, 3e38)]
+    + [(between_far_ends, length) for length in (2e18, 1e19, 3e19)],
+)
+def test_project(target: Target, case: Callable[..., tuple[Tensor, Tensor]], length: float) -> None:
+    """The nearest of the segments that take part, or a nearer one; on triton none of the others."""
+    z, codebook = case(length, generator())
+    found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    indices, points, t = found.indices.cpu(), f64(found.points), f64(found.t)
+    distances, there = to_curve(z, codebook), taking_part(target, codebook)
+    assert there.sum() > 40 and (distances.amin(1) < 3e38).all()
+    assert ((indices >= 0) & (indices < len(there))).all() and ((t >= 0) & (t <= 1)).all()
+    assert target.backend != "triton" or there[indices].all()
+    picked, least = distances.gather(1, indices[:, None])[:, 0], distances[:, there].amin(1)
+    assert (picked <= least * (1 + 1e-5) + 1e-5).all(), (picked - least).max()
+    start, end = codebook[indices], codebook[indices + 1]
+    size = 1 + (1 - t) * f64(start).norm(dim=1) + t * f64(end).norm(dim=1)
+    steps = 1e-7 * t * (f64(end) - f64(start)).norm(dim=1)  # of t: beside the end of a long segment they are far apart
+    assert ((points - nearest_on(z, start, end)).norm(dim=1) <= 1e-5 * size + steps).all()
+
+
+@on_every_target
+@pytest.mark.parametrize("length", [8e18, 3e19])
+def test_project_where_no_segment_takes_part(target: Target, length: float) -> None:
+    """On triton all rows count as not finite; elsewhere they have their nearest point, if its distance is in fp32."""
+    gen = generator()
+    codebook = length * torch.nn.functional.normalize(torch.randn(40, 8, generator=gen))
+    z = codebook[:39] + 0.1 * length * torch.randn(39, 8, generator=gen)
+    z = torch.cat([torch.randn(10, 8, generator=gen), z, torch.randn(10, 8, generator=gen)])
+    found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    indices, points = found.indices.cpu(), f64(found.points)
+    assert ((indices >= 0) & (indices < len(codebook) - 1)).all()
+    if target.backend == "triton":
+        assert points.isnan().all() and found.t.isnan().all()
+        return
+    distances = to_curve(z, codebook)
+    near = distances.amin(1) < 3e38
+    assert near.sum() >= 39
+    assert_least(indices[near], distances[near])
+    expected = nearest_on(z, codebook[indices], codebook[indices + 1])
+    assert ((points - expected).norm(dim=1) <= 1e-5 * length)[near].all()

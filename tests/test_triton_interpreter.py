@@ -21,7 +21,7 @@ SELECTION = {
     "test_quantize.py": "test_values and float32",
     "test_gradients.py": "(values_in_every_dtype and float32) or deterministic",
     "test_nonfinite.py": "(test_bad_rows or curve_there or no_good) and nan",
-    "test_end_of_range.py": "(40 and about) or (3 and place) or not_finite or residual_sf or product_diveq",
+    "test_end_of_range.py": "(40 and about) or (3 and place) or not_finite or residual_sf or product_diveq or project",
     "test_mask.py": "triton",
     "test_noise.py": "the_seed_decides",
     "test_deterministic.py": "triton",
@@ -44,7 +44,14 @@ IN_TWO_PASSES = {
     "test_triton_passes.py": "triton-cpu",
 }
 # What only the projection has: left out of the other files, where its cases would take long.
-PROJECTION = ("test_project.py", "test_project_gradients.py", "test_nonfinite.py", "test_mask.py", "test_ties.py")
+PROJECTION = (
+    "test_project.py",
+    "test_project_gradients.py",
+    "test_nonfinite.py",
+    "test_end_of_range.py",
+    "test_mask.py",
+    "test_ties.py",
+)
 
 
 def run_interpreted(file: str, names: str, **environment: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from diveq_kernels.triton_kernels import INTERPRETED, search  # noqa: E402
+from diveq_kernels.triton_kernels import INTERPRETED, exhaust, search  # noqa: E402
 from diveq_kernels.triton_kernels.launch import forced  # noqa: E402
 from diveq_kernels.triton_kernels.middle import middle  # noqa: E402
 
@@ -78,14 +78,16 @@ def test_no_row_is_left_where_none_is_open(left: list[set[int]], target: str) ->
     assert left == [set()]
 
 
-def test_rows_with_many_equal_groups_are_left(left: list[set[int]], target: str) -> None:
-    """Five copies in five groups are more than a first pass looks at; of the copies the first is chosen."""
+@pytest.mark.parametrize("groups", [3, 4, 5])
+def test_rows_with_many_equal_groups_are_left(groups: int, left: list[set[int]], target: str) -> None:
+    """A first pass looks at three groups, no more; of copies the first is chosen."""
     z, codebook = clusters(150)
-    codebook[[6, 21, 36, 51]] = codebook[3].clone()  # of one tile, so that none hides another
+    codebook[[6, 21, 36, 51][: groups - 1]] = codebook[3].clone()  # of one tile, so that none hides another
     open_rows = torch.arange(150) % 13 == 5
     z[open_rows] = codebook[3] + 0.01
     found = find(z, codebook)
-    assert left[0] >= set(open_rows.nonzero()[:, 0].tolist()) and len(left[0]) < 50
+    rows = set(open_rows.nonzero()[:, 0].tolist())
+    assert left[0] >= rows and len(left[0]) < 50 if groups > 3 else left[0].isdisjoint(rows)
     assert (found[open_rows] == 3).all()
 
 
@@ -98,6 +100,49 @@ def test_rows_whose_nearest_may_be_hidden_are_left(left: list[set[int]], target:
     found = find(z, codebook)
     assert left[0] >= set(range(0, 150, 20)) and len(left[0]) < 100
     assert (found[::20] == 6).all()
+
+
+def test_no_row_is_left_where_there_is_nothing_to_choose(
+    left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that found nothing have no limit: what is not there is within it, but hides nothing."""
+    monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 1 << 16)
+    z, codebook = clusters(40)
+    found = search.find(z, torch.full_like(codebook, float("nan")), None, None, "exact")
+    assert left == [set()] and (found == 0).all()
+
+
+def test_rows_that_are_not_finite_are_compared_with_nothing(
+    left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with Inf in it is as long as those that are compared with the whole codebook, but there is none near it."""
+    looks: list[int] = []
+    load_points = exhaust.load_points
+
+    def watched(*arguments: Any) -> Any:
+        looks.append(1)
+        return load_points(*arguments)
+
+    monkeypatch.setattr(exhaust, "load_points", watched)
+    z, codebook = clusters(40)
+    z[::4, 5] = float("inf")
+    distances = torch.zeros(40)
+    found = search.find(z, codebook, None, None, "exact", distances)
+    assert (found[::4] == 0).all() and distances[::4].isinf().all() and distances.isinf().sum() == 10
+    assert left[0] >= set(range(0, 40, 4)) and not looks
+    z[::4, 5] = 1e19
+    search.find(z, codebook, None, None, "exact")
+    assert looks
+
+
+def test_codewords_that_are_not_finite_behind_the_nearest_of_all(left: list[set[int]], target: str) -> None:
+    """Rows compared with the whole codebook: in the same lane, whatever the number of lanes."""
+    codebook = torch.randn(600, 12, generator=generator())
+    codebook[5, 0] = 1.2e19
+    codebook[[5 + 128, 5 + 256, 5 + 512]] = torch.tensor([float("nan"), float("inf"), float("nan")])[:, None]
+    distances = torch.zeros(20)
+    found = search.find(codebook[5].repeat(20, 1), codebook, None, None, "exact", distances)
+    assert len(left[0]) == 20 and (found == 5).all() and (distances == 0).all()
 
 
 @pytest.mark.parametrize("outlier", [3e4, 1e8, 1e15])

@@ -31,7 +31,7 @@ def hidden_from_compiler(number, positive):
     """The number, as one that the compiler does not know.
 
     A loop up to a known one would be unrolled, and spill. What is computed from a known one before a loop and again
-    after it is one value, and kept: ptxas spills such values for one more block on an SM.
+    after it is one value, and kept.
     """
     return tl.minimum(number, number + positive)
 
@@ -73,8 +73,8 @@ def _measure_group(
     total = tl.sum(total, axis=2)
     there = of_j < float("inf")  # nor a codeword that is not finite
     total = tl.where(there, total, float("inf"))
-    least = tl.min(total, axis=1)
-    nearest = tl.min(tl.where(total == least[:, None], j, 2147483647), axis=1)
+    least, of_group = tl.min(total, axis=1, return_indices=True)
+    nearest = begin + of_group // 2 * 8 + of_group % 2
     return nearest, least, tl.max(tl.where(there, of_j, 0.0), axis=1)
 
 
@@ -98,9 +98,13 @@ def look_again(
     begins = where + place % PLACES // 4 * 32 + place % 4 * 2
     score, column = tl.min(rest, axis=1, return_indices=True)
     active = (score <= limit) & (score < float("inf"))
-    turns = tl.max(active.to(tl.int32), axis=0)
-    while turns > 0:
+    measured = 0
+    # One turn always: were there a way around the loop, values that are needed before and after it would meet behind
+    # it, and ptxas would spill those that it otherwise computes again.
+    more = 1
+    while more > 0:
         chosen = place == column[:, None]
+        rest = tl.where(chosen, float("inf"), rest)
         begin = tl.sum(tl.where(chosen, begins, 0), axis=1)
         j, d, heaviest = _measure_group(
             begin, active, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
@@ -115,12 +119,12 @@ def look_again(
             limit = tl.where(lowers, tl.minimum(limit, score + 2.0 * (of_x + of_c * heaviest)), limit)
         else:
             limit = tl.where(active, score, limit)
-        rest = tl.where(chosen, float("inf"), rest)
         score, column = tl.min(rest, axis=1, return_indices=True)
         active = (score <= limit) & (score < float("inf"))
-        turns = tl.where(tl.max(active.to(tl.int32), axis=0) > 0, turns + 1, 0)
+        more = tl.max(active.to(tl.int32), axis=0)
         if MOST > 0:
-            turns = tl.where(turns > MOST, 0, turns)
+            measured += 1
+            more = tl.where(measured < MOST, more, 0)
     return index, distance, limit, active
 
 
