@@ -174,12 +174,9 @@ def to_curve(z: Tensor, codebook: Tensor) -> Tensor:
 def taking_part(target: Target, codebook: Tensor) -> Tensor:
     """Which segments a backend is sure to look at, by docs/numerics.md."""
     of_codeword, largest = f64(codebook).square().sum(1), torch.finfo(torch.float32).max
-    start, end = of_codeword[:-1], of_codeword[1:]
-    if target.backend == "triton":
-        return 4 * (start + end + f64(codebook).diff(dim=0).square().sum(1)) < largest
-    if target.backend == "cpu":
-        return (start < largest) & (end < largest)
-    return torch.ones(len(start), dtype=torch.bool)
+    if target.backend != "triton":
+        return torch.ones(len(codebook) - 1, dtype=torch.bool)
+    return 4 * (of_codeword[:-1] + of_codeword[1:] + f64(codebook).diff(dim=0).square().sum(1)) < largest
 
 
 @on_every_target

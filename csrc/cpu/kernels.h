@@ -34,7 +34,7 @@ struct PackedCurve {
   float* lengths;  // [panels][panel] half its squared length,
   float* inverses;  // [panels][panel] one over its squared length, 0 if it has none,
   float* floors;  // [panels][panel] and a bound of its score: infinite where there is no finite segment
-  float* reaches;  // [panels] the greatest length of a codeword at a segment's end
+  float* reaches;  // [panels] the greatest length of a codeword at a segment's end, infinite if its square is
 };
 
 struct Kernels {

@@ -25,14 +25,18 @@ void pack_curve(const Codes& c, const PackedCurve& packed, int64_t first, int64_
       const float to = centred(c, j, packed.centre, end, scratch);
       const float from = v > 0 ? centred(c, j < c.count ? j - 1 : j, packed.centre, start, scratch) : INFINITY;
       const bool there = to <= FLT_MAX && from <= FLT_MAX;
+      // An end too far for a square in fp32: all that is known of the segment is that it is there.
+      const bool beyond = !there && v > 0 && j < c.count && finite(codeword(c, j - 1, scratch), dim) &&
+                          finite(codeword(c, j, scratch), dim);
       const float length = there ? sqdist(start, end, dim) : 0.0f;
       packed.halves[p * NR + lane] = to <= FLT_MAX ? to / 2 : 0.0f;
       packed.lengths[p * NR + lane] = length / 2;
       packed.inverses[p * NR + lane] = length > kFlat ? 1 / length : 0.0f;
-      packed.floors[p * NR + lane] = there ? -INFINITY : INFINITY;
+      packed.floors[p * NR + lane] = there || beyond ? -INFINITY : INFINITY;
       for (int64_t k = 0; k < dim; ++k) values[k * NR + lane] = end[k];
       if (there) reach = to > reach ? to : reach;
       if (there) reach = from > reach ? from : reach;
+      if (beyond) reach = INFINITY;
     }
     packed.reaches[p] = sqrtf(reach);
   }
