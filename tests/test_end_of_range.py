@@ -137,9 +137,9 @@ def test_quantizers(target: Target, quantizer: Quantizer) -> None:
 # ---- the curve -------------------------------------------------------------------------------------------------
 
 
-def to_far_ends(length: float, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+def to_far_ends(length: float, codewords: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     """Segments from ordinary codewords to ones far away in one coordinate, and rows beside their first 3 to 8."""
-    codebook = torch.randn(60, 8, generator=gen)
+    codebook = torch.randn(codewords, 8, generator=gen)
     far = torch.arange(3, 60, 10)
     codebook[far, torch.arange(len(far))] = length * (-1.0) ** torch.arange(len(far))
     near = codebook[far - 1]
@@ -148,9 +148,9 @@ def to_far_ends(length: float, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.cat([torch.randn(100, 8, generator=gen), *beside]), codebook
 
 
-def between_far_ends(length: float, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+def between_far_ends(length: float, codewords: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     """Segments that pass by the origin between two far ends, and rows beside the middle of each."""
-    codebook = torch.randn(60, 8, generator=gen)
+    codebook = torch.randn(codewords, 8, generator=gen)
     far = torch.arange(3, 60, 10)
     codebook[far] = length * torch.nn.functional.normalize(torch.randn(len(far), 8, generator=gen))
     codebook[far + 1] = -codebook[far] + 0.1 * length * torch.randn(len(far), 8, generator=gen)
@@ -181,13 +181,14 @@ def taking_part(target: Target, codebook: Tensor) -> Tensor:
 
 @on_every_target
 @pytest.mark.parametrize(
-    ("case", "length"),
-    [(to_far_ends, length) for length in (3e18, 1e19, 3e19, 1e30, 3e38)]
-    + [(between_far_ends, length) for length in (2e18, 1e19, 3e19)],
+    ("case", "length", "codewords"),
+    [(to_far_ends, length, 60) for length in (3e18, 1e19, 3e19, 1e30, 3e38)]
+    + [(between_far_ends, length, 60) for length in (2e18, 1e19, 3e19)]
+    + [(between_far_ends, 3e19, 600)],  # most of them nowhere near those
 )
-def test_project(target: Target, case: Callable[..., tuple[Tensor, Tensor]], length: float) -> None:
+def test_project(target: Target, case: Callable[..., tuple[Tensor, Tensor]], length: float, codewords: int) -> None:
     """The nearest of the segments that take part, or a nearer one; on triton none of the others."""
-    z, codebook = case(length, generator())
+    z, codebook = case(length, codewords, generator())
     found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
     indices, points, t = found.indices.cpu(), f64(found.points), f64(found.t)
     distances, there = to_curve(z, codebook), taking_part(target, codebook)
