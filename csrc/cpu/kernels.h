@@ -1,5 +1,5 @@
-// What the operations (nearest.cpp, composite.cpp, sf_diveq.cpp, project.cpp, rotation.cpp) ask of the kernels, which are
-// compiled once per instruction set (kernels.inl).
+// What the operations (nearest.cpp, composite.cpp, sf_diveq.cpp, project.cpp; for other libraries' models rotation.cpp,
+// commitment.cpp, accumulate.cpp) ask of the kernels, which are compiled once per instruction set (kernels.inl).
 //
 // Plain structs and pointers only. A function template or a std:: container instantiated in a file compiled for AVX-512
 // could be the copy that the linker keeps for everybody, and then stop an older processor.
