@@ -49,9 +49,9 @@ def test_bad_rows(
     assert torch.equal(dz[~rows], clean_dz[~rows])
     # Nothing of a bad row in the codebook's gradient, whatever the gradient that arrives at it.
     only_good_rows = run(z, g * ~rows[:, None])[2]
-    if target.device == "cpu":
+    if target.device == "cpu" and target.backend != "cuda":
         torch.testing.assert_close(dc, only_good_rows, rtol=1e-6, atol=1e-6)
-    else:  # in no order, and then rounded to the codebook's dtype
+    else:  # in no order, the emulated kernels' either, and then rounded to the codebook's dtype
         assert same_sums(target, dc, only_good_rows)
     for incoming in (NAN, INF):
         g_spoilt = torch.where(rows[:, None], incoming, g)
