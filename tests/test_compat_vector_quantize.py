@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from diveq_kernels.compat import accelerate_vector_quantize
 
@@ -154,6 +155,22 @@ def test_a_forward_keeps_nothing():
     quantized, _, _ = layer(torch.randn(2, 10, 8, requires_grad=True))
     assert "_Committed" in type(quantized.grad_fn).__name__
     assert _one_pass._made.loss is None
+
+
+def test_checkpointing_runs_what_comes_before_no_oftener():
+    theirs = package.VectorQuantize(dim=8, codebook_size=20, use_cosine_sim=True, freeze_codebook=True)
+    encoder, data, results = torch.nn.Linear(8, 8), torch.randn(2, 10, 8), []
+    for quantizer in (theirs, accelerate_vector_quantize(copy.deepcopy(theirs))):
+        passes = []
+        layers = copy.deepcopy(encoder), quantizer
+        layers[0].register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        x = data.clone().requires_grad_()
+        quantized, _, loss = checkpoint(torch.nn.Sequential(*layers), x, use_reentrant=False)
+        assert len(passes) == 1
+        (quantized.square().sum() + loss.sum()).backward()
+        assert len(passes) == 2
+        results.append(x.grad)
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"shared_codebook": True}], ids=str)

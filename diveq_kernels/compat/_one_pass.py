@@ -21,7 +21,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def l2norm(t: Tensor) -> Tensor:
     """The package's: rows of unit length, where they are longer than 1e-6."""
-    result: Tensor = _Unit.apply(t) if _takes("unit", t) else package.l2norm(t)  # type: ignore[no-untyped-call]
+    if not _takes("unit", t):
+        return package.l2norm(t)  # type: ignore[no-any-return]
+    result: Tensor = _Unit.apply(t)  # type: ignore[no-untyped-call]
+    result.unit_of = t  # type: ignore[attr-defined]
     return result
 
 
@@ -35,9 +38,9 @@ def rotate_to(src: Tensor, tgt: Tensor) -> Tensor:
     target = tgt.detach()
     if {src.dtype, tgt.dtype} != {torch.float32}:
         return _rotated(src, None, target, False)
-    of_unit = type(src.grad_fn) is _Unit._backward_cls
-    source = src.grad_fn.saved_tensors[0] if of_unit else src  # type: ignore[union-attr]
-    rotated, loss = _Committed.apply(source, src.detach(), target, of_unit)  # type: ignore[no-untyped-call]
+    # Not from grad_fn.saved_tensors: under checkpointing a look at those runs the forward pass again.
+    source = getattr(src, "unit_of", src)
+    rotated, loss = _Committed.apply(source, src.detach(), target, source is not src)  # type: ignore[no-untyped-call]
     _made.loss = src, target, loss
     return rotated  # type: ignore[no-any-return]
 
@@ -45,9 +48,9 @@ def rotate_to(src: Tensor, tgt: Tensor) -> Tensor:
 def mse_loss(input: Tensor, target: Tensor, *options: Any, **more_options: Any) -> Tensor:
     """As in ``torch.nn.functional``; that of what was rotated last and what it was rotated to is there already."""
     if not (torch.compiler.is_compiling() or options or more_options or input.requires_grad):
-        src, tgt, loss = getattr(_made, "loss", None) or (None, None, None)
-        if target is src and tgt is not None and input.data_ptr() == tgt.data_ptr():
-            return loss  # type: ignore[return-value]
+        made = getattr(_made, "loss", None)
+        if made is not None and target is made[0] and input.data_ptr() == made[1].data_ptr():
+            return made[2]  # type: ignore[no-any-return]
     return torch.nn.functional.mse_loss(input, target, *options, **more_options)
 
 
