@@ -154,6 +154,8 @@ def _allowed(name: str, max_dim: int, tiles: Tiles, table: Table) -> bool:
     }
     if any(not limits[key][0] <= value <= limits[key][1] for key, value in tiles.items() if key in limits):
         return False
+    if tiles.get("IN_REGISTERS") and tiles["BLOCK_D"] < widest:
+        return False
     # The packers write whole tiles of their own, without masks, into what is padded to whole tiles of the others.
     if name in packers:
         return all(entry["BLOCK_K"] % tiles["BLOCK_K"] == 0 for user in packers[name] for entry in table[user])
@@ -162,7 +164,7 @@ def _allowed(name: str, max_dim: int, tiles: Tiles, table: Table) -> bool:
 
 
 def _moves(present: Tiles) -> Iterator[Tiles]:
-    """One thing twice or half as large (a stage more or less); then what trades one thing for another."""
+    """One thing twice or half as large (a stage more or less); what trades one thing for another; rows in registers."""
     steps = {key: (-1, 1) if key == "num_stages" else (0.5, 2) for key in present if key in _AXES}
     single = [(key, step) for key, both in steps.items() for step in both]
     traded = {("BLOCK_N", "BLOCK_K"), ("BLOCK_N", "num_stages"), ("BLOCK_K", "num_stages")}
@@ -177,6 +179,8 @@ def _moves(present: Tiles) -> Iterator[Tiles]:
         for key, step in change:
             moved[key] = moved[key] + int(step) if key == "num_stages" else int(moved[key] * step)
         yield moved
+    if "IN_REGISTERS" in present:
+        yield {**present, "IN_REGISTERS": 1 - present["IN_REGISTERS"]}
 
 
 def candidates(part: Part, table: Table) -> list[Tiles]:

@@ -301,6 +301,22 @@ def test_peak_memory(name: str, precision: str) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("dim", [20, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_in_registers(dtype: torch.dtype, dim: int) -> None:
+    """Tensor cores multiply them as they do rows in shared memory."""
+    from diveq_kernels.triton_kernels.launch import configuration, forced
+
+    gen, found = generator(), []
+    z, words = (torch.randn(n, dim, generator=gen).to(dtype).cuda() for n in (1 << 16, 1000))  # for two passes
+    kind = "search_bf16" if dtype == torch.bfloat16 else "search_fp16"
+    for held in (0, 1):
+        with forced(kind, configuration(kind, dim, z.device) | {"IN_REGISTERS": held}):
+            found.append(F.nearest(z, words, backend="triton"))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+@gpu
 @for_every_quantizer
 def test_runs_repeat(quantizer: Quantizer) -> None:
     step, inputs = training_step(quantizer), step_inputs(quantizer, "cuda", rows=20_000)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from triton_aot import SHARED_LIMIT, Compiled, Launch, compile_for, launches_of, recorded  # noqa: E402
-from triton_sass import instructions_per_pair  # noqa: E402
+from triton_aot import SHARED_LIMIT, Compiled, Launch, compile_for, launches_of, recorded, run_tool  # noqa: E402
+from triton_sass import instructions_per_pair, loops  # noqa: E402
 
 from diveq_kernels import triton_kernels  # noqa: E402
+from diveq_kernels.triton_kernels.launch import forced  # noqa: E402
 from diveq_kernels.triton_kernels.search import ROWS_FOR_TWO_PASSES  # noqa: E402
 
 ROWS, FEW_ROWS, CODEWORDS = ROWS_FOR_TWO_PASSES, 4096, 8192
@@ -195,3 +196,20 @@ def test_instructions_per_distance() -> None:
         launches = launches_of(lambda z=z, c=codebook, p=precision: triton_kernels.nearest(z, c, None, p), 90)
         counts = [instructions_per_pair(x, 90) for x in launches if x.kernel.__name__ == "scan_kernel"]
         assert counts and counts[0] is not None and counts[0].per_pair <= 4.0, counts
+
+
+@pytest.mark.parametrize("product", ["bf16", "bf16x2", "fp16"])
+def test_rows_in_registers(product: str) -> None:
+    """Tensor cores do not read them from shared memory, nor does every turn load them from there."""
+    rows, (precision, dtype, of_codebook) = HOW[product][-1]
+    z, codebook = meta(rows, 64, dtype=dtype), meta(CODEWORDS, 64, dtype=of_codebook)
+    (tiles,) = (entry for entry in table(90)[f"search_{product}"] if entry["max_dim"] == 64)
+    tiles = {name: value for name, value in tiles.items() if name != "max_dim"} | {"IN_REGISTERS": 1}
+    with forced(f"search_{product}", tiles), recorded(90) as launches:
+        triton_kernels.nearest(z, codebook, None, precision)
+    launches = [x for x in launches if x.kernel.__name__ == "scan_kernel" and x.options["PRODUCT"] == product]
+    (scan,) = check_fits(launches, 90)
+    turn = loops(run_tool("cuobjdump", scan.cubin, "-sass"))[0]
+    products = [line.split(",") for line in turn if line.startswith("HGMMA")]
+    assert products and not any("gdesc" in operands[1] for operands in products), products
+    assert not any(line.startswith("LDSM") for line in turn)

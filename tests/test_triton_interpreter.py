@@ -30,6 +30,7 @@ SELECTION = {
     "test_project_gradients.py": "float32",
     "test_ties.py": "not 140",
     "test_triton_bound.py": "no_index",
+    "test_triton_project.py": "triton",
     "test_triton_replace.py": "triton",
 }
 # The same again where every search leaves rows to a second pass, however few there are.
@@ -47,6 +48,7 @@ IN_TWO_PASSES = {
 PROJECTION = (
     "test_project.py",
     "test_project_gradients.py",
+    "test_triton_project.py",
     "test_nonfinite.py",
     "test_end_of_range.py",
     "test_mask.py",

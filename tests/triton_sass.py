@@ -31,7 +31,7 @@ class Count(NamedTuple):
 
 
 def loops(sass: str) -> list[list[str]]:
-    """Every backward branch's body, as opcodes, that holds a tensor-core instruction; smallest first."""
+    """Every backward branch's body, as instructions, that holds a tensor-core instruction; smallest first."""
     lines = [match.groups() for match in map(_LINE.match, sass.splitlines()) if match]
     place = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
     found = []
@@ -39,7 +39,7 @@ def loops(sass: str) -> list[list[str]]:
         target = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
         begin = place.get(int(target[1], 16)) if target else None
         if begin is not None and begin < i:
-            body = [name for _, name, _ in lines[begin : i + 1]]
+            body = [f"{name}{operands}" for _, name, operands in lines[begin : i + 1]]
             if any(map(_TENSOR_CORE.match, body)):
                 found.append(body)
     return sorted(found, key=len)

@@ -122,6 +122,32 @@ def operands(x, scale, PRODUCT: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def held(part, first, before, PADDED_D: tl.constexpr, CHUNK: tl.constexpr):
+    """``before`` [BN, PADDED_D] with ``part`` [BN, CHUNK], bf16 or fp16, added to its columns from ``first`` on.
+
+    By a product with the identity, in which nothing is rounded: tensor cores leave it in the registers from which
+    Hopper's multiply it, once it is bf16 or fp16 again. From shared memory it would be read for every product with it.
+    """
+    identity = first + tl.arange(0, CHUNK)[:, None] == tl.arange(0, PADDED_D)[None, :]
+    return tl.dot(part, identity.to(part.dtype), before)
+
+
+@triton.jit
+def held_rows(
+    z, starts, step, live, centre, scale,
+    PRODUCT: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The high part of centred rows [BN, PADDED_D], in the registers from which Hopper's tensor cores multiply."""
+    CHUNK: tl.constexpr = min(PADDED_D, 64)  # what is in shared memory meanwhile
+    rows = tl.zeros((BLOCK_N, PADDED_D), tl.float32)
+    for first in tl.static_range(0, PADDED_D, CHUNK):
+        x = centred_rows(z, starts, step, live, centre, first, PRODUCT, D, CHUNK)
+        high, _ = operands(x, scale, PRODUCT, UPCAST)
+        rows = held(high, first, rows, PADDED_D, CHUNK)
+    return rows.to(high.dtype)
+
+
+@triton.jit
 def multiply(high, low, points, part, j, first, along, PRODUCT: tl.constexpr, PADDED_D: tl.constexpr,
              BLOCK_D: tl.constexpr):  # fmt: skip
     """along − 2 z·c_j over one chunk of D: [BN, BK]. ``points`` holds −2c, its low part ``part`` elements on."""

@@ -29,7 +29,7 @@ from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.curve import HIGH, LEAVE, LOW, SCALE, SHIFT, SQUARE, pack_curve
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
-from diveq_kernels.triton_kernels.product import round_for_product
+from diveq_kernels.triton_kernels.product import held, round_for_product
 from diveq_kernels.triton_kernels.rows import (
     deliver,
     load_rows,
@@ -71,8 +71,7 @@ def _scores(
             x = _centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, BLOCK_D)
         c = tl.load(tile + row[:, None] * PADDED_D + (begin + tl.arange(0, BLOCK_D))[None, :])
         if PRODUCT == "bf16":
-            left = x if UPCAST else x.to(tl.bfloat16)
-            both = tl.dot(left, tl.trans(c), both)
+            both = tl.dot(x.to(c.dtype), tl.trans(c), both)
         else:
             both = tl.dot(x, tl.trans(c), both, input_precision=PRODUCT)
     to_near, along = tl.split(tl.permute(tl.reshape(both, (BLOCK_N, 2, BLOCK_K)), (0, 2, 1)))
@@ -161,8 +160,10 @@ def _nearest_segment(
     z, starts, step, live, codebook, code_stride, code_step, centre, segments, table, count, slack,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """(index of the nearest segment, whether there is one) for rows [BLOCK_N]; 0 for rows that are not finite."""
+    tl.static_assert(not IN_REGISTERS or (PRODUCT == "bf16" and PADDED_D == BLOCK_D))
     slack = tl.cast(slack, tl.float32)  # Inductor passes Python's floats as fp64
     squares = tl.zeros((BLOCK_N,), tl.float32)
     x = _centred_rows(z, starts, step, live, centre, 0, PRODUCT, D, BLOCK_D)
@@ -173,6 +174,9 @@ def _nearest_segment(
     live = live & (squares < float("inf"))  # false for NaN as well
     if PADDED_D == BLOCK_D:
         x = tl.where(live[:, None], x, 0.0)
+        if IN_REGISTERS:
+            x = x if UPCAST else x.to(tl.bfloat16)
+            x = held(x, 0, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), BLOCK_D, BLOCK_D).to(x.dtype)
     norm = tl.where(live, tl.sqrt(squares), 0.0)
     longest = tl.max(norm, axis=0)
 
@@ -247,6 +251,7 @@ def project_kernel(
     points, p_inner, p_outer_stride, p_inner_stride, p_step, indices, position,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Points, segment indices and t for BLOCK_N rows."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -257,7 +262,7 @@ def project_kernel(
     starts = row_starts(n, inner, outer_stride, inner_stride)
     j, found = _nearest_segment(
         z, starts, step, kept, codebook, code_stride, code_step, centre, segments, table, count, slack,
-        PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+        PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
     )  # fmt: skip
     share, base, _ = position_on(
         z, starts, step, found, codebook, code_stride, code_step, j, D, BLOCK_N
@@ -299,6 +304,6 @@ def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
             curve.centre, curve.segments, curve.table, curve.table.shape[1], (3 * dim + 64) * 2.0**-24,
             *written, indices, position,
             PRODUCT=product, EXACT=precision == "exact", UPCAST=INTERPRETED, D=dim,
-            PADDED_D=curve.segments.shape[-1], **tiles,
+            PADDED_D=curve.segments.shape[-1], **{"IN_REGISTERS": 0, **tiles},
         )  # fmt: skip
     return deliver(points, written), indices, position

@@ -28,6 +28,10 @@ A product in fp16 has x and c at scales α and β (product.py), so the scores at
 what L2 can deliver. Two or more blocks per SM let one multiply while another takes minima; where rows are few, parts of
 the codebook are scanned side by side. A long row is taken in chunks (``BLOCK_D`` < D). `benchmarks/sass.py` prints
 instructions per distance.
+
+**Rows in registers** (``IN_REGISTERS``). Hopper's tensor cores read both operands from shared memory, as often as they
+multiply, and tiles of 64 codewords bring that to its limit before the products. They can take the rows from registers:
+half of what is read, for BLOCK_N · D / (64 num_warps) registers of every thread.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diveq_kernels.triton_kernels.product import centred_rows, multiply, operands, scale_of
+from diveq_kernels.triton_kernels.product import centred_rows, held_rows, multiply, operands, scale_of
 from diveq_kernels.triton_kernels.rows import row_starts
 
 # ‖x‖² from which on the scan does not decide. Below it no product with a codeword whose ‖c‖² is in fp32 overflows.
@@ -119,6 +123,7 @@ def scan(
     z, starts, step, live, points, bias, centre, typical, count, begin, end,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_REGISTERS: tl.constexpr = False,
 ):  # fmt: skip
     """For rows at ``starts``: the least score in each place, the first codeword of its tile, the least hidden, ‖x‖².
 
@@ -140,10 +145,15 @@ def scan(
     if PRODUCT == "fp16":
         scale = scale_of(scaled_length(usual, middling))
         weight *= scale * scale_of(middling)
-    x = centred_rows(z, starts, step, live, centre, 0, PRODUCT, D, BLOCK_D)
-    high, low = operands(x, scale, PRODUCT, UPCAST)
+    if IN_REGISTERS:
+        tl.static_assert(PADDED_D == BLOCK_D and (PRODUCT == "bf16" or PRODUCT == "bf16x2" or PRODUCT == "fp16"))
+        high = held_rows(z, starts, step, live, centre, scale, PRODUCT, UPCAST, D, PADDED_D, BLOCK_N)
+        low = high
+    else:
+        x = centred_rows(z, starts, step, live, centre, 0, PRODUCT, D, BLOCK_D)
+        high, low = operands(x, scale, PRODUCT, UPCAST)
 
-    if PRODUCT == "bf16":
+    if PRODUCT == "bf16" or IN_REGISTERS:
         best, where, hidden = _scan_tiles(
             high, low, weight, scale, z, starts, step, live, centre, points, part, bias, begin, end,
             PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
@@ -176,6 +186,7 @@ def scan_kernel(
     taken, taken_count, scores, tiles, hidden, squares, SPLITS: tl.constexpr,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """``scan`` of BLOCK_N rows; if ``taken`` is there, of those that it lists.
 
@@ -202,7 +213,7 @@ def scan_kernel(
         end = tl.minimum(begin + tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K, count)
     best, where, least_hidden, of_x = scan(
         z, starts, step, live, points, bias, centre, typical, count, begin, end,
-        PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+        PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
     )  # fmt: skip
     place = tl.arange(0, BLOCK_K // 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     to = ((at * SPLITS + split) * (BLOCK_K // 8))[:, None, None] + place

@@ -145,7 +145,7 @@ class _Problem(NamedTuple):
         launch(
             scan_kernel, (*search.grid(rows), splits), device,
             *rows_of(z), rows, self.mask, points, bias, centre, typical, count,
-            *taken, scores, tiles, hidden, squares, SPLITS=splits, **options,
+            *taken, scores, tiles, hidden, squares, SPLITS=splits, **{"IN_REGISTERS": 0, **options},
         )  # fmt: skip
         tile = configuration("settle", options["D"], device)
         launch(
