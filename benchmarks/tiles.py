@@ -34,7 +34,6 @@ _ELEMENTS = 1 << 25  # of z at most
 _HOW = {
     "fp16": ("exact", "float32"),  # the first of two passes; of fewer rows, all are bf16x3's
     "bf16x3": ("exact", "float32"),
-    "tf32x3": ("exact", "float32"),
     "bf16x2": ("exact", "bfloat16"),
     "tf32": ("fast", "float32"),
     "bf16": ("fast", "bfloat16"),

@@ -19,7 +19,7 @@ from diveq_kernels import triton_kernels  # noqa: E402
 
 ROWS, CODEWORDS = 65536, 8193
 ARCHITECTURES = (80, 90, 100)
-HOW = {"tf32x3": ("exact", torch.float32), "tf32": ("fast", torch.float32), "bf16": ("fast", torch.bfloat16)}
+HOW = {"bf16x3": ("exact", torch.float32), "tf32": ("fast", torch.float32), "bf16": ("fast", torch.bfloat16)}
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,8 +1,8 @@
 """The curve as the projection reads it: per segment its near end, its unit direction, and a few numbers.
 
 Costs K·D once per call. The near end a is the end closer to the centre: squares measured from a far end, or from a
-diverged codeword, would lose the digits of rows near the other. Everything is measured from what the products will see,
-already rounded, so that ``fast`` is the exact projection on slightly moved segments.
+diverged codeword, would lose the digits of rows near the other. For one product everything is measured from what it
+will see, already rounded, so that ``fast`` is the exact projection on slightly moved segments.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ from torch import Tensor
 
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
 from diveq_kernels.triton_kernels.middle import middle
-from diveq_kernels.triton_kernels.product import round_for_product
+from diveq_kernels.triton_kernels.product import round_for_product, split
 from diveq_kernels.triton_kernels.rows import load_targets
 
 # Rows of ``Curve.table``, by segment: 1/‖v‖ of the stored direction v; −a·v/‖v‖; the range of a + τ·v/‖v‖ that is the
-# segment, [0, ‖d‖] or [−‖d‖, 0]; ‖a‖², +Inf where there is no segment; and the τ beyond which the next one is nearer.
+# segment, [0, ‖d‖] or [−‖d‖, 0]; ‖a‖², +Inf where there is no segment; ‖a‖; the τ beyond which the next one is nearer.
 SCALE = tl.constexpr(0)
 SHIFT = tl.constexpr(1)
 LOW = tl.constexpr(2)
 HIGH = tl.constexpr(3)
 SQUARE = tl.constexpr(4)
-LEAVE = tl.constexpr(5)
-_TABLE_ROWS = 6
+NORM = tl.constexpr(5)
+LEAVE = tl.constexpr(6)
+_TABLE_ROWS = 7
 
 
 class Curve(NamedTuple):
     """K−1 segments, padded to K' of D': what ``project_kernel`` streams."""
 
-    segments: Tensor  # [K' / BLOCK_K, 2, BLOCK_K, D']: a, centred and rounded; then c_{j+1} − c_j at length 1, or 0
-    table: Tensor  # [6, K']
+    # [K' / BLOCK_K, parts, 2, BLOCK_K, D']: a, centred and rounded; then c_{j+1} − c_j at length 1, or 0. The high part
+    # of each, and where the product has two the low one.
+    segments: Tensor
+    table: Tensor  # [7, K']
     centre: Tensor  # [D']
 
 
@@ -58,7 +61,7 @@ def _is_segment(square_s, square_e, square_d):
 @triton.jit
 def curve_kernel(
     codebook, code_stride, code_step, centre, segments, table, count, padded_count,
-    TILE: tl.constexpr, PRODUCT: tl.constexpr,
+    TILE: tl.constexpr, PRODUCT: tl.constexpr, UPCAST: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Centre, orient, round and measure BLOCK_K segments."""
@@ -82,7 +85,7 @@ def curve_kernel(
     length = tl.where(usable, tl.sqrt(square_d), 0.0)
     per_length = tl.where(length > 0.0, 1.0 / tl.where(length > 0.0, length, 1.0), 0.0)
 
-    place = j.to(tl.int64) // TILE * (2 * TILE) + j % TILE
+    place = j.to(tl.int64) // TILE * (2 * PARTS * TILE) + j % TILE
     of_a = tl.zeros((BLOCK_K,), tl.float32)
     of_v = tl.zeros((BLOCK_K,), tl.float32)
     along = tl.zeros((BLOCK_K,), tl.float32)
@@ -96,8 +99,13 @@ def curve_kernel(
         of_v += tl.sum(v * v, axis=1)
         along += tl.sum(a * v, axis=1)
         at = segments + place[:, None] * PADDED_D + (first + tl.arange(0, BLOCK_D))[None, :]
-        tl.store(at, a.to(segments.dtype.element_ty))
-        tl.store(at + TILE * PADDED_D, v.to(segments.dtype.element_ty))
+        of_high, of_low = split(a, PRODUCT, UPCAST)
+        along_high, along_low = split(v, PRODUCT, UPCAST)
+        tl.store(at, of_high)
+        tl.store(at + TILE * PADDED_D, along_high)
+        if PARTS == 2:
+            tl.store(at + 2 * TILE * PADDED_D, of_low)
+            tl.store(at + 3 * TILE * PADDED_D, along_low)
     scale = tl.where(of_v > 0.0, 1.0 / tl.sqrt(tl.where(of_v > 0.0, of_v, 1.0)), 0.0)
     low = tl.where(start_is_near, 0.0, -length)
     tl.store(table + SCALE * padded_count + j, scale)
@@ -105,6 +113,7 @@ def curve_kernel(
     tl.store(table + LOW * padded_count + j, low)
     tl.store(table + HIGH * padded_count + j, low + length)
     tl.store(table + SQUARE * padded_count + j, tl.where(usable, of_a, float("inf")))
+    tl.store(table + NORM * padded_count + j, tl.where(usable, tl.sqrt(of_a), 0.0))
     tl.store(table + LEAVE * padded_count + j, tl.where(goes_on, low + length, float("inf")))
 
 
@@ -119,11 +128,13 @@ def pack_curve(codebook: Tensor, product: str, tiles: dict[str, int]) -> Curve:
     dim, count = codebook.shape[1], codebook.shape[0] - 1
     padded_dim = triton.cdiv(dim, tiles["BLOCK_D"]) * tiles["BLOCK_D"]
     padded_count = triton.cdiv(count, tiles["BLOCK_K"]) * tiles["BLOCK_K"]
-    narrow = product == "bf16" and not INTERPRETED  # the interpreter's bf16 product is wrong
+    narrow = product in ("bf16", "bf16x3") and not INTERPRETED  # the interpreter's bf16 product is wrong
     dtype = torch.bfloat16 if narrow else torch.float32
+    parts = 2 if product == "bf16x3" else 1
+    shape = (padded_count // tiles["BLOCK_K"], parts, 2, tiles["BLOCK_K"], padded_dim)
     device = codebook.device
     curve = Curve(
-        torch.empty((padded_count // tiles["BLOCK_K"], 2, tiles["BLOCK_K"], padded_dim), dtype=dtype, device=device),
+        torch.empty(shape, dtype=dtype, device=device),
         torch.empty((_TABLE_ROWS, padded_count), dtype=torch.float32, device=device),
         middle(codebook[None], padded_dim)[0][0],
     )
@@ -131,6 +142,7 @@ def pack_curve(codebook: Tensor, product: str, tiles: dict[str, int]) -> Curve:
     launch(
         curve_kernel, (triton.cdiv(padded_count, tile["BLOCK_K"]),), device,
         codebook, *codebook.stride(), curve.centre, curve.segments, curve.table, count, padded_count,
-        TILE=tiles["BLOCK_K"], PRODUCT=product, D=dim, PADDED_D=padded_dim, BLOCK_D=tiles["BLOCK_D"], **tile,
+        TILE=tiles["BLOCK_K"], PRODUCT=product, UPCAST=INTERPRETED, PARTS=parts,
+        D=dim, PADDED_D=padded_dim, BLOCK_D=tiles["BLOCK_D"], **tile,
     )  # fmt: skip
     return curve

@@ -10,12 +10,16 @@ less ‖z‖². N×K is never stored, and each thread keeps the least of each of
 most κ·r(2‖z‖ + r): the product with a moves it by 2κ‖z‖‖a‖, one with d̂ moves E by κ(‖z‖ + ‖a‖) and the score by at
 most 2|τ| times that, ‖d‖, where it ends the clamp, by as much again. So a score less that is a lower bound. Segments
 that may lie below the winner's upper bound are measured again, from z, c_j and c_{j+1} as they are, by differences from
-the end that is nearer to z: if they are two, those; if more, all in a second pass over the curve. A row beyond the end
-of a segment is as near to the next, so such segments are passed over: codewords do not count twice.
+the end that is nearer to z: of the pairs that were kept, those; where another may be among them, all in a second pass
+over the curve. A row beyond the end of a segment is as near to the next, so such segments are passed over: codewords do
+not count twice.
 
-κ = (3D + 64)·2⁻²⁴: 2D for D accumulations in fp32, truncated rather than rounded on tensor cores; D for the sums in
-‖d‖, ‖v‖ and a·v; the rest for the three TF32 products, the centring and the last steps. It is derived; no GPU has
-confirmed it yet. ``fast`` takes the least of the scores as they are.
+κ is that of the products, three of bf16 (product.py), and (D + 64)·2⁻²⁴: D for the sums in ‖d‖, ‖v‖ and a·v, the rest
+for the centring and the last steps. It is derived; no GPU has confirmed it yet. ``fast`` takes the least of the scores
+as they are.
+
+The parts of the curve are made once (curve.py); made in every tile of rows, as one instruction for three TF32 products
+does, they cost more than all else. `benchmarks/sass.py` prints instructions per segment.
 """
 
 from __future__ import annotations
@@ -27,9 +31,9 @@ from torch import Tensor
 
 from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.triton_kernels.curve import HIGH, LEAVE, LOW, SCALE, SHIFT, SQUARE, pack_curve
+from diveq_kernels.triton_kernels.curve import HIGH, LEAVE, LOW, NORM, SCALE, SHIFT, SQUARE, pack_curve
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
-from diveq_kernels.triton_kernels.product import held, round_for_product
+from diveq_kernels.triton_kernels.product import error_bound, held, multiply, split
 from diveq_kernels.triton_kernels.rows import (
     deliver,
     load_rows,
@@ -44,47 +48,52 @@ _STEP = tl.constexpr(16)  # columns at a time where rows are measured: more woul
 
 
 @triton.jit
-def _centred_rows(z, starts, step, live, centre, first, PRODUCT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _centred_rows(z, starts, step, live, centre, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     x = load_rows(z, starts, step, live, first, D, BLOCK_D)
-    return round_for_product(x - tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :], PRODUCT)
+    return x - tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :]
 
 
 @triton.jit
-def _reach(square, length, longest):
-    """r of the bound, from ‖a‖² and ‖d‖ of segments and the length of the longest row."""
-    of_a = tl.where(square < float("inf"), tl.sqrt(square), 0.0)
+def _reach(of_a, length, longest):
+    """r of the bound, from ‖a‖ and ‖d‖ of segments and the length of the longest row."""
     return of_a + tl.minimum(length, longest + of_a)
 
 
 @triton.jit
 def _scores(
-    x, z, starts, step, live, norm, longest, centre, segments, table, count, slack, first,
+    high, low, z, starts, step, live, norm, longest, centre, segments, table, count, slack, first,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Lower bounds on ‖z − p_j‖² − ‖z‖² (``fast``: the values) for BLOCK_K segments: [BLOCK_N, BLOCK_K]."""
+    PARTS: tl.constexpr = 2 if PRODUCT == "bf16x3" else 1
     row = tl.arange(0, 2 * BLOCK_K)  # near ends, then directions
+    part = 2 * BLOCK_K * PADDED_D
+    tile = segments + tl.full((), first, tl.int64) * (2 * PARTS * PADDED_D)
     both = tl.zeros((BLOCK_N, 2 * BLOCK_K), tl.float32)
-    tile = segments + tl.full((), first, tl.int64) * (2 * PADDED_D)
-    for begin in range(0, PADDED_D, BLOCK_D):
-        if PADDED_D > BLOCK_D:
-            x = _centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, BLOCK_D)
-        c = tl.load(tile + row[:, None] * PADDED_D + (begin + tl.arange(0, BLOCK_D))[None, :])
-        if PRODUCT == "bf16":
-            both = tl.dot(x.to(c.dtype), tl.trans(c), both)
-        else:
-            both = tl.dot(x, tl.trans(c), both, input_precision=PRODUCT)
+    if PADDED_D == BLOCK_D:
+        both = multiply(high, low, tile, part, row, 0, both, PRODUCT, PADDED_D, BLOCK_D)
+    else:
+        for begin in range(0, PADDED_D, BLOCK_D):
+            x = _centred_rows(z, starts, step, live, centre, begin, D, BLOCK_D)
+            high, low = split(x, PRODUCT, UPCAST)
+            if EXACT:
+                chunk = tl.zeros((BLOCK_N, 2 * BLOCK_K), tl.float32)
+                chunk = multiply(high, low, tile, part, row, begin, chunk, PRODUCT, PADDED_D, BLOCK_D)
+                both = tl.fma(chunk, 1.0, both)  # a plain sum would be folded into the product's accumulation
+            else:
+                both = multiply(high, low, tile, part, row, begin, both, PRODUCT, PADDED_D, BLOCK_D)
     to_near, along = tl.split(tl.permute(tl.reshape(both, (BLOCK_N, 2, BLOCK_K)), (0, 2, 1)))
     column = tl.arange(0, BLOCK_K)
     numbers = table + first
-    low = tl.load(numbers + LOW * count + column)
-    high = tl.load(numbers + HIGH * count + column)
+    least = tl.load(numbers + LOW * count + column)
+    most = tl.load(numbers + HIGH * count + column)
     square = tl.load(numbers + SQUARE * count + column)
     along = along * tl.load(numbers + SCALE * count + column)[None, :]
     along += tl.load(numbers + SHIFT * count + column)[None, :]  # E
-    tau = tl.minimum(tl.maximum(along, low[None, :]), high[None, :])
+    tau = tl.minimum(tl.maximum(along, least[None, :]), most[None, :])
     if EXACT:
-        reach = _reach(square, high - low, longest)
+        reach = _reach(tl.load(numbers + NORM * count + column), most - least, longest)
         square -= slack * reach * reach
     score = (square[None, :] - 2.0 * to_near) + tau * (tau - 2.0 * along)
     if EXACT:
@@ -156,6 +165,20 @@ def _nearer(
 
 
 @triton.jit
+def _nearer_of_pair(
+    nearest, index, z, starts, step, wanted, codebook, code_stride, code_step, table, count, first,
+    D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``_nearer`` of the pair of segments that begins with ``first``."""
+    for member in tl.static_range(2):
+        nearest, index = _nearer(
+            nearest, index, z, starts, step, wanted, codebook, code_stride, code_step, table, count, first + member,
+            D, BLOCK_N,
+        )  # fmt: skip
+    return nearest, index
+
+
+@triton.jit
 def _nearest_segment(
     z, starts, step, live, codebook, code_stride, code_step, centre, segments, table, count, slack,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
@@ -163,20 +186,18 @@ def _nearest_segment(
     IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """(index of the nearest segment, whether there is one) for rows [BLOCK_N]; 0 for rows that are not finite."""
-    tl.static_assert(not IN_REGISTERS or (PRODUCT == "bf16" and PADDED_D == BLOCK_D))
+    tl.static_assert(not IN_REGISTERS or ((PRODUCT == "bf16" or PRODUCT == "bf16x3") and PADDED_D == BLOCK_D))
     slack = tl.cast(slack, tl.float32)  # Inductor passes Python's floats as fp64
     squares = tl.zeros((BLOCK_N,), tl.float32)
-    x = _centred_rows(z, starts, step, live, centre, 0, PRODUCT, D, BLOCK_D)
     for begin in range(0, PADDED_D, BLOCK_D):
-        if PADDED_D > BLOCK_D:
-            x = _centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, BLOCK_D)
+        x = _centred_rows(z, starts, step, live, centre, begin, D, BLOCK_D)
         squares += tl.sum(x * x, axis=1)
     live = live & (squares < float("inf"))  # false for NaN as well
-    if PADDED_D == BLOCK_D:
-        x = tl.where(live[:, None], x, 0.0)
-        if IN_REGISTERS:
-            x = x if UPCAST else x.to(tl.bfloat16)
-            x = held(x, 0, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), BLOCK_D, BLOCK_D).to(x.dtype)
+    x = _centred_rows(z, starts, step, live, centre, 0, D, BLOCK_D)
+    high, low = split(x, PRODUCT, UPCAST)
+    if IN_REGISTERS:
+        high = held(high, 0, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), BLOCK_D, BLOCK_D).to(high.dtype)
+        low = held(low, 0, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), BLOCK_D, BLOCK_D).to(high.dtype)
     norm = tl.where(live, tl.sqrt(squares), 0.0)
     longest = tl.max(norm, axis=0)
 
@@ -187,7 +208,7 @@ def _nearest_segment(
     tile = tl.zeros((BLOCK_N, PAIRS), tl.int32)
     for first in tl.range(0, count, BLOCK_K):
         score = _scores(
-            x, z, starts, step, live, norm, longest, centre, segments, table, count, slack, first,
+            high, low, z, starts, step, live, norm, longest, centre, segments, table, count, slack, first,
             PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         score = tl.min(tl.reshape(score, (BLOCK_N, PAIRS, 2)), axis=2)
@@ -197,39 +218,39 @@ def _nearest_segment(
         least = tl.minimum(least, score)
 
     pair = tile + 2 * tl.arange(0, PAIRS)[None, :]  # its first segment
-    best = tl.min(least, axis=1)
-    winner = tl.min(tl.where(least == best[:, None], pair, count - 2), axis=1)
+    lowest = tl.min(least, axis=1)
+    winner = tl.min(tl.where(least == lowest[:, None], pair, count - 2), axis=1)
     index = tl.full((BLOCK_N,), 0, tl.int32)
     nearest = tl.full((BLOCK_N,), float("inf"), tl.float32)
-    for member in tl.static_range(2):
-        nearest, index = _nearer(
-            nearest, index, z, starts, step, live, codebook, code_stride, code_step, table, count, winner + member,
-            D, BLOCK_N,
-        )  # fmt: skip
+    nearest, index = _nearer_of_pair(
+        nearest, index, z, starts, step, live, codebook, code_stride, code_step, table, count, winner, D, BLOCK_N
+    )  # fmt: skip
     if EXACT:
         reach = tl.zeros((BLOCK_N,), tl.float32)
         for member in tl.static_range(2):
             at = table + winner + member
             length = tl.load(at + HIGH * count) - tl.load(at + LOW * count)
-            reach = tl.maximum(reach, _reach(tl.load(at + SQUARE * count), length, longest))
-        upper = best + 2.0 * slack * reach * (2.0 * norm + reach)
+            reach = tl.maximum(reach, _reach(tl.load(at + NORM * count), length, longest))
+        limit = lowest + 2.0 * slack * reach * (2.0 * norm + reach)
         least = tl.where(pair == winner[:, None], float("inf"), least)
-        second = tl.min(least, axis=1)
-        rival = tl.min(tl.where(least == second[:, None], pair, count - 2), axis=1)
-        third = tl.min(tl.minimum(tl.where(pair == rival[:, None], float("inf"), least), others), axis=1)
-        close = live & (second <= upper) & (second < float("inf"))
-        crowded = live & (third <= upper) & (third < float("inf"))
-        if tl.max(close.to(tl.int32), axis=0) > 0:
-            for member in tl.static_range(2):
-                nearest, index = _nearer(
-                    nearest, index, z, starts, step, close, codebook, code_stride, code_step, table, count,
-                    rival + member, D, BLOCK_N,
-                )  # fmt: skip
+        lowest = tl.min(least, axis=1)
+        close = live & (lowest <= limit) & (lowest < float("inf"))
+        while tl.max(close.to(tl.int32), axis=0) > 0:
+            rival = tl.min(tl.where(least == lowest[:, None], pair, count - 2), axis=1)
+            nearest, index = _nearer_of_pair(
+                nearest, index, z, starts, step, close, codebook, code_stride, code_step, table, count, rival,
+                D, BLOCK_N,
+            )  # fmt: skip
+            least = tl.where(pair == rival[:, None], float("inf"), least)
+            lowest = tl.min(least, axis=1)
+            close = close & (lowest <= limit) & (lowest < float("inf"))
+        hidden = tl.min(others, axis=1)
+        crowded = live & (hidden <= limit) & (hidden < float("inf"))
         if tl.max(crowded.to(tl.int32), axis=0) > 0:
-            limit = tl.where(crowded, upper, float("-inf"))
+            limit = tl.where(crowded, limit, float("-inf"))
             for first in tl.range(0, count, BLOCK_K):
                 score = _scores(
-                    x, z, starts, step, live, norm, longest, centre, segments, table, count, slack, first,
+                    high, low, z, starts, step, live, norm, longest, centre, segments, table, count, slack, first,
                     PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
                 )  # fmt: skip
                 candidate = tl.where(score <= limit[:, None], first + tl.arange(0, BLOCK_K)[None, :], count)
@@ -280,9 +301,9 @@ def project_kernel(
 
 
 def _product_for(dtype: torch.dtype, precision: str) -> str:
-    """Three TF32 products for ``exact``; for ``fast`` bf16 if z is, else TF32."""
+    """Three bf16 products for ``exact``; for ``fast`` bf16 if z is, else TF32."""
     if precision == "exact":
-        return "ieee" if torch.version.hip else "tf32x3"
+        return "ieee" if torch.version.hip else "bf16x3"
     return "bf16" if dtype == torch.bfloat16 else "ieee" if torch.version.hip else "tf32"
 
 
@@ -298,10 +319,11 @@ def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
         product = _product_for(z.dtype, precision)
         tiles = configuration(f"project_{product}", dim, z.device)
         curve = pack_curve(codebook, product, tiles)
+        kappa = error_bound(product, dim, tiles["BLOCK_D"]) + (dim + 64) * 2.0**-24
         launch(
             project_kernel, (triton.cdiv(rows, tiles["BLOCK_N"]),), z.device,
             *rows_of(z), rows, None if mask is None else mask.contiguous(), codebook, *codebook.stride(),
-            curve.centre, curve.segments, curve.table, curve.table.shape[1], (3 * dim + 64) * 2.0**-24,
+            curve.centre, curve.segments, curve.table, curve.table.shape[1], kappa,
             *written, indices, position,
             PRODUCT=product, EXACT=precision == "exact", UPCAST=INTERPRETED, D=dim,
             PADDED_D=curve.segments.shape[-1], **{"IN_REGISTERS": 0, **tiles},
