@@ -54,7 +54,8 @@ def check_fits(launches: list[Launch], architecture: int) -> None:
 def test_forward_compiles_without_spills(architecture: int, product: str, dim: int) -> None:
     launches = forward(dim, *HOW[product], architecture)
     names = [launch.kernel.__name__ for launch in launches]
-    assert names == ["middle_kernel", "curve_kernel", "project_kernel"]
+    passes = 1 if product in ("tf32", "bf16") else 2
+    assert names == ["middle_kernel", "curve_kernel", *["project_kernel"] * passes]
     check_fits(launches, architecture)
 
 

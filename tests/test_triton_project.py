@@ -1,6 +1,8 @@
-"""The projection with bf16 products, which its tests in bf16 reach on a GPU alone. By the interpreter."""
+"""The projection with bf16 products, which its tests in bf16 reach on a GPU alone, and its two passes. Interpreted."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -34,3 +36,32 @@ def test_rows_near_one_segment_each(dim: int, held: int, target: str, monkeypatc
     expected = reference.project(z.double(), codebook.double(), None, "exact")
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("target", ["triton-cpu"])
+def test_only_rows_with_a_hidden_segment_have_another_pass(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two segments in the same place of two tiles but one is kept: rows near both are taken once more."""
+    module = __import__(project.__module__, fromlist=["project"])
+    launch, passes = module.launch, []
+
+    def watched(kernel: Any, grid: Any, device: Any, *arguments: Any, **options: Any) -> None:
+        launch(kernel, grid, device, *arguments, **options)
+        if kernel is module.project_kernel:
+            named = dict(zip(kernel.arg_names, arguments, strict=False))
+            lists = [(named[name], named[f"{name}_count"]) for name in ("taken", "left")]
+            passes.append([None if rows is None else sorted(rows[: int(count[0])].tolist()) for rows, count in lists])
+
+    monkeypatch.setattr(module, "launch", watched)
+    gen = generator()
+    codebook = 8 * torch.randn(160, 12, generator=gen)
+    codebook[69:73] = codebook[5:9] + 1e-5 * torch.randn(4, 12, generator=gen)  # 64 codewords on: two tiles
+    segments = torch.arange(300) % 150
+    z = torch.lerp(codebook[segments], codebook[segments + 1], 0.3 + 0.4 * torch.rand(300, 1, generator=gen))
+    z += 0.05 * torch.randn(300, 12, generator=gen)
+    mask = torch.arange(300) % 7 != 0
+    found = project(z, codebook, mask, "exact")
+    near_both = [n for n in range(300) if mask[n] and segments[n] in (5, 6, 7, 69, 70, 71)]
+    assert near_both and passes == [[None, near_both], [near_both, None]]
+    expected = reference.project(z.double(), codebook.double(), mask, "exact")
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)

@@ -10,9 +10,9 @@ less ‖z‖². N×K is never stored, and each thread keeps the least of each of
 most κ·r(2‖z‖ + r): the product with a moves it by 2κ‖z‖‖a‖, one with d̂ moves E by κ(‖z‖ + ‖a‖) and the score by at
 most 2|τ| times that, ‖d‖, where it ends the clamp, by as much again. So a score less that is a lower bound. Segments
 that may lie below the winner's upper bound are measured again, from z, c_j and c_{j+1} as they are, by differences from
-the end that is nearer to z: of the pairs that were kept, those; where another may be among them, all in a second pass
-over the curve. A row beyond the end of a segment is as near to the next, so such segments are passed over: codewords do
-not count twice.
+the end that is nearer to z: of the pairs that were kept, those. Rows where another may be among them are listed, and a
+second launch, which only these fill, measures all of theirs in another pass over the curve. A row beyond the end of a
+segment is as near to the next, so such segments are passed over: codewords do not count twice.
 
 κ is that of the products, three of bf16 (product.py), and (D + 64)·2⁻²⁴: D for the sums in ‖d‖, ‖v‖ and a·v, the rest
 for the centring and the last steps. It is derived; no GPU has confirmed it yet. ``fast`` takes the least of the scores
@@ -35,9 +35,11 @@ from diveq_kernels.triton_kernels.curve import HIGH, LEAVE, LOW, NORM, SCALE, SH
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
 from diveq_kernels.triton_kernels.product import error_bound, held, multiply, split
 from diveq_kernels.triton_kernels.rows import (
+    ALL,
     deliver,
     load_rows,
     load_targets,
+    none_yet,
     output_like,
     row_starts,
     rows_of,
@@ -183,9 +185,12 @@ def _nearest_segment(
     z, starts, step, live, codebook, code_stride, code_step, centre, segments, table, count, slack,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """(index of the nearest segment, whether there is one) for rows [BLOCK_N]; 0 for rows that are not finite."""
+    """(index of the nearest segment, whether there is one, whether it may be hidden) for rows [BLOCK_N].
+
+    The index is 0 in rows that are not finite. With ``AGAIN`` none is hidden, for another pass over the curve.
+    """
     tl.static_assert(not IN_REGISTERS or ((PRODUCT == "bf16" or PRODUCT == "bf16x3") and PADDED_D == BLOCK_D))
     slack = tl.cast(slack, tl.float32)  # Inductor passes Python's floats as fp64
     squares = tl.zeros((BLOCK_N,), tl.float32)
@@ -225,6 +230,7 @@ def _nearest_segment(
     nearest, index = _nearer_of_pair(
         nearest, index, z, starts, step, live, codebook, code_stride, code_step, table, count, winner, D, BLOCK_N
     )  # fmt: skip
+    crowded = live
     if EXACT:
         reach = tl.zeros((BLOCK_N,), tl.float32)
         for member in tl.static_range(2):
@@ -246,7 +252,7 @@ def _nearest_segment(
             close = close & (lowest <= limit) & (lowest < float("inf"))
         hidden = tl.min(others, axis=1)
         crowded = live & (hidden <= limit) & (hidden < float("inf"))
-        if tl.max(crowded.to(tl.int32), axis=0) > 0:
+        if AGAIN:
             limit = tl.where(crowded, limit, float("-inf"))
             for first in tl.range(0, count, BLOCK_K):
                 score = _scores(
@@ -262,29 +268,44 @@ def _nearest_segment(
                     )  # fmt: skip
                     candidate = tl.where(candidate == j[:, None], count, candidate)
                     j = tl.min(candidate, axis=1)
-    return index, nearest < float("inf")
+    return index, nearest < float("inf"), crowded
 
 
 @triton.jit
 def project_kernel(
     z, inner, outer_stride, inner_stride, step, rows, mask, codebook, code_stride, code_step,
     centre, segments, table, count, slack,
+    taken, taken_count, left, left_count,
     points, p_inner, p_outer_stride, p_inner_stride, p_step, indices, position,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """Points, segment indices and t for BLOCK_N rows."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < rows
+    """Points, segment indices and t for BLOCK_N rows.
+
+    Those whose nearest segment another may hide are added to ``left``, and their number to ``left_count``. If ``taken``
+    is there, only the rows that it lists, which then have another pass over the curve.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if taken is not None:
+        rows = tl.load(taken_count)
+        if tl.program_id(0) * BLOCK_N >= rows:
+            return
+    inside = at < rows
+    n = at
+    if taken is not None:
+        n = tl.load(taken + at, mask=inside, other=0)
     kept = inside
     if mask is not None:
         kept = kept & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
     starts = row_starts(n, inner, outer_stride, inner_stride)
-    j, found = _nearest_segment(
+    j, found, crowded = _nearest_segment(
         z, starts, step, kept, codebook, code_stride, code_step, centre, segments, table, count, slack,
-        PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
+        PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS, taken is not None,
     )  # fmt: skip
+    if left is not None:
+        slot = tl.atomic_add(left_count + tl.zeros((BLOCK_N,), tl.int32), 1, mask=crowded, sem="relaxed")
+        tl.store(left + slot, n, mask=crowded)
     share, base, _ = position_on(
         z, starts, step, found, codebook, code_stride, code_step, j, D, BLOCK_N
     )  # fmt: skip
@@ -316,16 +337,19 @@ def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
     position = torch.empty(z.shape[:-1], dtype=torch.float32, device=z.device)
     rows, dim = indices.numel(), z.shape[-1]
     if rows:
-        product = _product_for(z.dtype, precision)
+        product, exact = _product_for(z.dtype, precision), precision == "exact"
         tiles = configuration(f"project_{product}", dim, z.device)
         curve = pack_curve(codebook, product, tiles)
         kappa = error_bound(product, dim, tiles["BLOCK_D"]) + (dim + 64) * 2.0**-24
-        launch(
-            project_kernel, (triton.cdiv(rows, tiles["BLOCK_N"]),), z.device,
-            *rows_of(z), rows, None if mask is None else mask.contiguous(), codebook, *codebook.stride(),
-            curve.centre, curve.segments, curve.table, curve.table.shape[1], kappa,
-            *written, indices, position,
-            PRODUCT=product, EXACT=precision == "exact", UPCAST=INTERPRETED, D=dim,
-            PADDED_D=curve.segments.shape[-1], **{"IN_REGISTERS": 0, **tiles},
-        )  # fmt: skip
+        mask = None if mask is None else mask.contiguous()
+        crowded = none_yet(rows, z.device) if exact else ALL
+        for taken, left in ((ALL, crowded), (crowded, ALL))[: 1 + exact]:
+            launch(
+                project_kernel, (triton.cdiv(rows, tiles["BLOCK_N"]),), z.device,
+                *rows_of(z), rows, mask, codebook, *codebook.stride(),
+                curve.centre, curve.segments, curve.table, curve.table.shape[1], kappa,
+                *taken, *left, *written, indices, position,
+                PRODUCT=product, EXACT=exact, UPCAST=INTERPRETED, D=dim,
+                PADDED_D=curve.segments.shape[-1], **{"IN_REGISTERS": 0, **tiles},
+            )  # fmt: skip
     return deliver(points, written), indices, position

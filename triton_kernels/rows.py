@@ -23,6 +23,22 @@ class Rows(NamedTuple):
     step: int
 
 
+class Listed(NamedTuple):
+    """Rows that a kernel takes or leaves to another: their numbers int64 [N], and how many there are int32 [1]."""
+
+    rows: Tensor | None
+    count: Tensor | None
+
+
+ALL = Listed(None, None)
+
+
+def none_yet(rows: int, device: torch.device) -> Listed:
+    """A list with room for all rows."""
+    count = torch.zeros(1, dtype=torch.int32, device=device)
+    return Listed(torch.empty(rows, dtype=torch.int64, device=device), count)
+
+
 def _collapse(x: Tensor) -> list[tuple[int, int]]:
     """The leading dimensions as the fewest (size, stride) pairs, outermost first."""
     dims: list[tuple[int, int]] = []

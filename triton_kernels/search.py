@@ -26,7 +26,7 @@ from diveq_kernels.triton_kernels.exhaust import PROGRAMS, exhaust_kernel
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
 from diveq_kernels.triton_kernels.pack import Packed, pack
 from diveq_kernels.triton_kernels.product import error_bound, product_for
-from diveq_kernels.triton_kernels.rows import rows_of
+from diveq_kernels.triton_kernels.rows import ALL, Listed, none_yet, rows_of
 from diveq_kernels.triton_kernels.scan import scan_kernel
 from diveq_kernels.triton_kernels.settle import settle_kernel
 
@@ -34,16 +34,6 @@ ROWS_FOR_TWO_PASSES = 1 << 16  # the second has few rows, but takes as long as o
 _LOOKS = 3  # groups that a first pass measures for a row; one with more is left to the second
 _MOST_SPLITS = 8
 _OF_SETTLE = ("PRODUCT", "EXACT", "KAPPA", "D", "PADDED_D")
-
-
-class _Listed(NamedTuple):
-    """Rows that a kernel takes or leaves: their numbers int64 [N], and how many there are int32 [1]."""
-
-    rows: Tensor | None
-    count: Tensor | None
-
-
-_ALL = _Listed(None, None)
 
 
 class Search:
@@ -128,17 +118,17 @@ class _Problem(NamedTuple):
     def counter(self) -> Tensor:
         return torch.zeros(1, dtype=torch.int32, device=self.z.device)
 
-    def no_rows_yet(self) -> _Listed:
-        return _Listed(torch.empty(self.rows, dtype=torch.int64, device=self.z.device), self.counter())
+    def no_rows_yet(self) -> Listed:
+        return none_yet(self.rows, self.z.device)
 
     def decide(
-        self, search: Search, taken: _Listed, left: _Listed, most: int = 0, too_wide: Tensor | None = None
+        self, search: Search, taken: Listed, left: Listed, most: int = 0, too_wide: Tensor | None = None
     ) -> None:
         """Scan the rows ``taken`` and settle them; those that this cannot decide are listed in ``left``."""
         z, rows, device = self.z, self.rows, self.z.device
         places, options = search.tiles["BLOCK_K"] // 8, search.options
         points, bias, centre, typical, count = search.arguments
-        splits = 1 if taken is not _ALL else search.splits(rows)
+        splits = 1 if taken is not ALL else search.splits(rows)
         groups = splits * places
         scores, tiles = (torch.empty((rows, groups), dtype=t, device=device) for t in (torch.float32, torch.int32))
         hidden, squares = (torch.empty(n, dtype=torch.float32, device=device) for n in (rows * splits, rows))
@@ -156,7 +146,7 @@ class _Problem(NamedTuple):
             MOST=most, GROUPS=groups, PLACES=places, **{name: options[name] for name in _OF_SETTLE}, **tile,
         )  # fmt: skip
 
-    def exhaust(self, search: Search, taken: _Listed) -> None:
+    def exhaust(self, search: Search, taken: Listed) -> None:
         """Measure every codeword for the rows ``taken``."""
         launch(
             exhaust_kernel, (torch.sym_min(self.rows, PROGRAMS),), self.z.device,
@@ -194,19 +184,19 @@ def find(
     product = product_for(z.dtype, precision, torch.float32 if dither is not None else codebook.dtype)
     in_two_passes = product not in ("bf16", "ieee") and problem.rows >= ROWS_FOR_TWO_PASSES
     if precision == "fast" and not in_two_passes:
-        problem.decide(problem.packed(product, precision), _ALL, _ALL)
+        problem.decide(problem.packed(product, precision), ALL, ALL)
         return indices
 
     hard_rows = problem.no_rows_yet()
     if in_two_passes:
         open_rows, too_wide = problem.no_rows_yet(), problem.counter()
         coarse = problem.packed("fp16", "exact", too_wide=too_wide)
-        problem.decide(coarse, _ALL, open_rows, _LOOKS, too_wide)
+        problem.decide(coarse, ALL, open_rows, _LOOKS, too_wide)
         search = problem.packed("bf16x3", "exact", around=(coarse.packed.centre, coarse.packed.typical))
         problem.decide(search, open_rows, hard_rows)
     else:
         search = problem.packed(product, precision)
-        problem.decide(search, _ALL, hard_rows)
+        problem.decide(search, ALL, hard_rows)
     problem.exhaust(search, hard_rows)
     return indices
 
