@@ -24,7 +24,7 @@ CODEWORDS, DIM = 48, 8
 PACK, SEARCH, LAST = ["middle_kernel", "pack_kernel"], ["scan_kernel", "settle_kernel"], "exhaust_kernel"
 KERNELS = {
     "nearest": ([*PACK, *SEARCH, LAST], ["nearest_backward_kernel"]),
-    "project": (["middle_kernel", "curve_kernel", "project_kernel"], ["project_backward_kernel"]),
+    "project": (["middle_kernel", "curve_kernel", *["project_kernel"] * 2], ["project_backward_kernel"]),
     "diveq": ([*PACK, *SEARCH, LAST, "diveq_kernel"], ["diveq_backward_kernel"]),
     "sf_diveq": ([*PACK, *SEARCH, LAST, "sf_diveq_kernel"], ["sf_diveq_backward_kernel"]),
     "residual": ([*PACK, "composite_kernel"], ["composite_backward_kernel"]),

@@ -36,7 +36,9 @@ from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, laun
 from diveq_kernels.triton_kernels.product import error_bound, held, multiply, split
 from diveq_kernels.triton_kernels.rows import (
     ALL,
+    LEFT,
     deliver,
+    list_left,
     load_rows,
     load_targets,
     none_yet,
@@ -303,14 +305,16 @@ def project_kernel(
         z, starts, step, kept, codebook, code_stride, code_step, centre, segments, table, count, slack,
         PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS, taken is not None,
     )  # fmt: skip
-    if left is not None:
-        slot = tl.atomic_add(left_count + tl.zeros((BLOCK_N,), tl.int32), 1, mask=crowded, sem="relaxed")
-        tl.store(left + slot, n, mask=crowded)
     share, base, _ = position_on(
         z, starts, step, found, codebook, code_stride, code_step, j, D, BLOCK_N
     )  # fmt: skip
     t = tl.where(found, base + share, float("nan"))
-    tl.store(indices + n, tl.where(kept, j, -1), mask=inside)
+    index = tl.where(kept, j, -1)
+    if left is not None:
+        index = tl.where(crowded, LEFT, index)
+    tl.store(indices + n, index, mask=inside)
+    if left is not None:
+        list_left(left, left_count, indices, n, inside, BLOCK_N)
     tl.store(position + n, tl.where(kept, t, 0.0), mask=inside)
     p_starts = row_starts(n, p_inner, p_outer_stride, p_inner_stride)
     for first in range(0, D, _STEP):

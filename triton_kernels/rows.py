@@ -12,6 +12,8 @@ from torch import Tensor
 # What kernels with a search in them take of their rows at a time outside of it: more would cost the search registers.
 COLUMNS = tl.constexpr(16)
 
+LEFT = tl.constexpr(-2)  # the index of a row that is left to another kernel, until then
+
 
 class Rows(NamedTuple):
     """Row n begins at ``(n // inner) * outer_stride + (n % inner) * inner_stride``, its elements ``step`` apart."""
@@ -125,3 +127,16 @@ def count_uses(counts, indices, kept):
     """
     tl.debug_barrier()
     tl.atomic_add(counts + tl.load(indices, mask=kept, other=0), 1, mask=kept, sem="relaxed")
+
+
+@triton.jit
+def list_left(left, left_count, indices, n, inside, BLOCK_N: tl.constexpr):
+    """Add the rows n whose index has just been stored as ``LEFT`` to those listed -> which they are.
+
+    Read back because of ``torch.compile``, as in count_uses: else it would take z and the codebook for written.
+    """
+    tl.debug_barrier()
+    undecided = tl.load(indices + n, mask=inside, other=0) == LEFT
+    slot = tl.atomic_add(left_count + tl.zeros((BLOCK_N,), tl.int32), 1, mask=undecided, sem="relaxed")
+    tl.store(left + slot, n, mask=undecided)
+    return undecided

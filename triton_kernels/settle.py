@@ -20,10 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diveq_kernels.triton_kernels.rows import row_starts
+from diveq_kernels.triton_kernels.rows import LEFT, list_left, row_starts
 from diveq_kernels.triton_kernels.scan import BEYOND, LONG, bounds
-
-_LEFT = tl.constexpr(-2)  # the index of a row that is left to another kernel, until then
 
 
 @triton.jit
@@ -214,14 +212,9 @@ def settle_kernel(
     if left is not None:
         if too_wide is not None:
             undecided = (undecided | (tl.load(too_wide) != 0)) & live
-        found = tl.where(undecided, _LEFT, found)
+        found = tl.where(undecided, LEFT, found)
     tl.store(indices + n, found, mask=inside)
     if left is not None:
-        # Read back because of ``torch.compile``, as in count_uses: else it would take z and the codebook for written.
-        tl.debug_barrier()
-        undecided = tl.load(indices + n, mask=inside, other=0) == _LEFT
-        slot = tl.atomic_add(left_count + tl.zeros((BLOCK_N,), tl.int32), 1, mask=undecided, sem="relaxed")
-        tl.store(left + slot, n, mask=undecided)
-        inside = inside & (undecided == 0)
+        inside = inside & (list_left(left, left_count, indices, n, inside, BLOCK_N) == 0)
     if sqdist is not None:
         tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)
