@@ -147,8 +147,8 @@ def _some_rows(results: Any) -> Any:
 
 
 def _never_the_last(results: Any) -> Any:
-    """As if the last tile of codewords were left out; its rows get the one before."""
-    results[1].clamp_(max=SIZES["codewords"] - 2)
+    """As if a last tile, of one codeword that rows have chosen, were left out; they get the one before."""
+    results[1].clamp_(max=int(results[1].max()) - 1)
     return results
 
 
