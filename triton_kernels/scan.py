@@ -30,8 +30,8 @@ the codebook are scanned side by side. A long row is taken in chunks (``BLOCK_D`
 instructions per distance.
 
 **Rows in registers** (``IN_REGISTERS``). Hopper's tensor cores read both operands from shared memory, as often as they
-multiply, and tiles of 64 codewords bring that to its limit before the products. They can take the rows from registers:
-half of what is read, for BLOCK_N · D / (64 num_warps) registers of every thread.
+multiply; by calculation tiles of 64 codewords bring that to its limit before the products. They can take the rows from
+registers: half of what is read, for BLOCK_N · D / (64 num_warps) registers of every thread.
 """
 
 from __future__ import annotations
