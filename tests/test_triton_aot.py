@@ -111,6 +111,17 @@ def test_compiles_without_spills(dim: int, how: tuple[str, torch.dtype, torch.dt
     assert {"middle_kernel", "pack_kernel", "scan_kernel", "settle_kernel", "composite_kernel"} <= names
 
 
+@pytest.mark.parametrize(("how", "architecture"), [*((EXACT, a) for a in ARCHITECTURES), (HALF, 90)], ids=str)
+@pytest.mark.parametrize("dim", [100, 200])
+def test_rows_of_a_length_that_16_does_not_divide(
+    dim: int, how: tuple[str, torch.dtype, torch.dtype], architecture: int
+) -> None:
+    """Their alignment is D's, which the kernels know (rows.dense)."""
+    precision, dtype, of_codebook = how
+    z, codebook = meta(ROWS, dim, dtype=dtype), meta(CODEWORDS, dim, dtype=of_codebook)
+    check_fits(launches_of(lambda: triton_kernels.nearest(z, codebook, None, precision), architecture), architecture)
+
+
 @pytest.mark.parametrize(("architecture", "kind", "product", "dim"), configurations())
 def test_every_configuration_compiles_without_spills(architecture: int, kind: str, product: str, dim: int) -> None:
     """With the dither, which asks for the most registers. Composites search in one pass, however many the rows.

@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="needs Triton")
 from triton_aot import recorded  # noqa: E402
 
 from diveq_kernels import codebook, triton_kernels  # noqa: E402
-from diveq_kernels.triton_kernels import launch, replace  # noqa: E402
+from diveq_kernels.triton_kernels import launch, replace, rows  # noqa: E402
 
 ROWS, CODEWORDS, DIM = 300, 70, 24
 FUNCTIONS = ("nearest", "project", "diveq", "sf_diveq", "residual", "residual sf", "product", "product sf")
@@ -174,3 +174,17 @@ def test_configurations_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         for cached in (launch._table, launch.architecture_of, launch._entry):
             cached.cache_clear()
+
+
+def test_rows_without_strides_are_those_at_n_times_d() -> None:
+    def without(x: Tensor) -> bool:
+        found = rows.dense(rows.rows_of(x))
+        assert found._replace(inner_stride=0) == rows.rows_of(x)._replace(inner_stride=0)
+        return found.inner_stride is None
+
+    assert without(meta(7, 100)) and without(meta(3, 5, 6)) and without(meta(2, 1, 9, 2))
+    assert without(meta(3, 7, 100)[1]) and without(meta(7, 2, 100).transpose(0, 1).contiguous())
+    longer, turned = meta(7, 104)[:, :100], meta(3, 9, 100).transpose(0, 1)
+    columns, again = meta(3, 100, 9).transpose(1, 2), meta(7, 100).expand(4, 7, 100)
+    assert not any(map(without, (longer, longer[:1], turned, columns, again, meta(100, 100).T)))
+    assert not any(without(meta(7, dim)) for dim in (1, 5, 25, 16, 64, 4096))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diveq_kernels.triton_kernels.rows import load_points
+from diveq_kernels.triton_kernels.rows import load_points, row_starts
 from diveq_kernels.triton_kernels.settle import hidden_from_compiler
 
 PROGRAMS = 1024  # a few for every SM
@@ -76,7 +76,7 @@ def exhaust_kernel(
     """Index and squared distance of the nearest point for the rows ``taken``."""
     for i in range(tl.program_id(0), tl.load(taken_count), tl.num_programs(0)):
         n = tl.load(taken + i)
-        start = (n // inner) * outer_stride + (n % inner) * inner_stride
+        start = row_starts(n, inner, outer_stride, inner_stride, D)
         index, distance = nearest_of_all(
             z, start, step, codebook, code_stride, code_step, dither, real, D, PADDED_D, BLOCK_K,
         )  # fmt: skip

@@ -38,6 +38,7 @@ from diveq_kernels.triton_kernels.rows import (
     ALL,
     LEFT,
     deliver,
+    dense,
     list_left,
     load_rows,
     load_targets,
@@ -300,7 +301,7 @@ def project_kernel(
     kept = inside
     if mask is not None:
         kept = kept & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
-    starts = row_starts(n, inner, outer_stride, inner_stride)
+    starts = row_starts(n, inner, outer_stride, inner_stride, D)
     j, found, crowded = _nearest_segment(
         z, starts, step, kept, codebook, code_stride, code_step, centre, segments, table, count, slack,
         PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS, taken is not None,
@@ -316,7 +317,7 @@ def project_kernel(
     if left is not None:
         list_left(left, left_count, indices, n, inside, BLOCK_N)
     tl.store(position + n, tl.where(kept, t, 0.0), mask=inside)
-    p_starts = row_starts(n, p_inner, p_outer_stride, p_inner_stride)
+    p_starts = row_starts(n, p_inner, p_outer_stride, p_inner_stride, D)
     for first in range(0, D, _STEP):
         s = load_targets(codebook, code_stride, code_step, None, j, first, D, _STEP)
         e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, _STEP)
@@ -350,9 +351,9 @@ def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
         for taken, left in ((ALL, crowded), (crowded, ALL))[: 1 + exact]:
             launch(
                 project_kernel, (triton.cdiv(rows, tiles["BLOCK_N"]),), z.device,
-                *rows_of(z), rows, mask, codebook, *codebook.stride(),
+                *dense(rows_of(z)), rows, mask, codebook, *codebook.stride(),
                 curve.centre, curve.segments, curve.table, curve.table.shape[1], kappa,
-                *taken, *left, *written, indices, position,
+                *taken, *left, *dense(written), indices, position,
                 PRODUCT=product, EXACT=exact, UPCAST=INTERPRETED, D=dim,
                 PADDED_D=curve.segments.shape[-1], **{"IN_REGISTERS": 0, **tiles},
             )  # fmt: skip

@@ -204,7 +204,7 @@ def scan_kernel(
     live = inside
     if mask is not None:
         live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
-    starts = row_starts(n, inner, outer_stride, inner_stride)
+    starts = row_starts(n, inner, outer_stride, inner_stride, D)
     split = tl.program_id(1)
     begin = 0
     end = count

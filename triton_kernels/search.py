@@ -26,7 +26,7 @@ from diveq_kernels.triton_kernels.exhaust import PROGRAMS, exhaust_kernel
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
 from diveq_kernels.triton_kernels.pack import Packed, pack
 from diveq_kernels.triton_kernels.product import error_bound, product_for
-from diveq_kernels.triton_kernels.rows import ALL, Listed, none_yet, rows_of
+from diveq_kernels.triton_kernels.rows import ALL, Listed, dense, none_yet, rows_of
 from diveq_kernels.triton_kernels.scan import scan_kernel
 from diveq_kernels.triton_kernels.settle import settle_kernel
 
@@ -134,13 +134,13 @@ class _Problem(NamedTuple):
         hidden, squares = (torch.empty(n, dtype=torch.float32, device=device) for n in (rows * splits, rows))
         launch(
             scan_kernel, (*search.grid(rows), splits), device,
-            *rows_of(z), rows, self.mask, points, bias, centre, typical, count,
+            *dense(rows_of(z)), rows, self.mask, points, bias, centre, typical, count,
             *taken, scores, tiles, hidden, squares, SPLITS=splits, **{"IN_REGISTERS": 0, **options},
         )  # fmt: skip
         tile = configuration("settle", options["D"], device)
         launch(
             settle_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), device,
-            scores, tiles, hidden, squares, *rows_of(z), rows, self.mask,
+            scores, tiles, hidden, squares, *dense(rows_of(z)), rows, self.mask,
             self.codebook, *self.codebook.stride(), self.dither, bias, typical, self.points, *taken, *left, too_wide,
             self.indices, self.sqdist,
             MOST=most, GROUPS=groups, PLACES=places, **{name: options[name] for name in _OF_SETTLE}, **tile,
@@ -150,7 +150,7 @@ class _Problem(NamedTuple):
         """Measure every codeword for the rows ``taken``."""
         launch(
             exhaust_kernel, (torch.sym_min(self.rows, PROGRAMS),), self.z.device,
-            *rows_of(self.z), self.codebook, *self.codebook.stride(), self.dither, self.points,
+            *dense(rows_of(self.z)), self.codebook, *self.codebook.stride(), self.dither, self.points,
             *taken, self.indices, self.sqdist,
             D=search.options["D"], PADDED_D=search.options["PADDED_D"],
             **configuration("exhaust", search.options["D"], self.z.device),

@@ -187,7 +187,7 @@ def settle_kernel(
     best = tl.load(scores + group, mask=inside[:, None], other=float("inf"))
     where = tl.load(tiles + group, mask=inside[:, None], other=0)
     of_x = tl.load(squares + at, mask=inside, other=float("inf"))
-    starts = row_starts(n, inner, outer_stride, inner_stride)
+    starts = row_starts(n, inner, outer_stride, inner_stride, D)
     index, distance, limit, undecided = settle(
         best, where, of_x, live, z, starts, step,
         codebook, code_stride, code_step, dither, bias, typical, real,
