@@ -62,8 +62,8 @@ def test_forward_compiles_without_spills(architecture: int, product: str, dim: i
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_of_a_length_that_16_does_not_divide(architecture: int) -> None:
     """Their alignment is D's, which the kernel knows (rows.dense)."""
-    for product in ("bf16x3", "bf16"):
-        check_fits(forward(100, *HOW[product], architecture), architecture)
+    for precision, dtype in HOW.values():
+        check_fits(forward(100, precision, dtype, architecture), architecture)
 
 
 def test_rows_shorter_than_a_step_compile_without_spills() -> None:
