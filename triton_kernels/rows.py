@@ -66,7 +66,8 @@ def rows_of(x: Tensor) -> Rows:
     """x [..., D] for a kernel; copied only where two row strides cannot describe it (channels-first can be)."""
     x = x if fits(x) else x.contiguous()
     dims = _collapse(x)
-    (_, outer_stride), (inner, inner_stride) = [(1, 0)] * (2 - len(dims)) + dims
+    # One dimension is the outer one: n // 1 is no division.
+    (_, outer_stride), (inner, inner_stride) = dims + [(1, 0)] * (2 - len(dims))
     return Rows(x, inner, outer_stride, inner_stride, x.stride(-1))
 
 
@@ -78,7 +79,7 @@ def dense(rows: Rows) -> Rows:
     compiler is told by Triton itself.
     """
     dim = rows.tensor.shape[-1]
-    if dim % 2 == 0 and dim % 16 != 0 and rows.inner_stride == dim and rows.inner * dim == rows.tensor.numel():
+    if dim % 2 == 0 and dim % 16 != 0 and rows.inner == 1 and rows.outer_stride == dim:
         return rows._replace(inner_stride=None)
     return rows
 
