@@ -19,7 +19,7 @@ import torch
 from diveq_kernels import triton_kernels
 from diveq_kernels.benchmark.cases import Case, Inputs
 from diveq_kernels.triton_kernels.launch import forced
-from diveq_kernels.triton_kernels.search import ROWS_FOR_TWO_PASSES
+from diveq_kernels.triton_kernels.search import MANY_ROWS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -64,6 +64,7 @@ class Family(NamedTuple):
 
 _OTHERS = {
     "pack": Family(("search", "residual"), ("pack_kernel",)),
+    "look": Family(("search", "train", "sf_train"), ("look_kernel",), passes=2),
     "settle": Family(("search", "train", "sf_train"), ("settle_kernel",)),
     "exhaust": Family(("search", "sf_train"), ("exhaust_kernel",)),
     "step": Family(
@@ -199,9 +200,9 @@ def case_of(about: Family, operation: str, dim: int) -> Case:
     width = dim * STAGES if operation == "product" else dim
     rows = min(_ROWS, _ELEMENTS // width)
     if about.passes == 2:
-        rows = max(rows, ROWS_FOR_TWO_PASSES + 48)
+        rows = max(rows, MANY_ROWS + 48)
     elif about.passes == 1:
-        rows = min(rows, ROWS_FOR_TWO_PASSES)
+        rows = min(rows, MANY_ROWS)
     rows -= 48  # a multiple of 16, as the compiler likes to see, and of no tile
     codewords, parts = (_STAGE_CODEWORDS, STAGES) if stacked else (_CODEWORDS, 1)
     return Case("project" if operation == "project_train" else operation, rows, codewords, width, about.dtype, parts)

@@ -65,7 +65,7 @@ def _seed_torch(rng_seed: int) -> None:
 def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton search leaves rows to a second pass, whatever their number."""
     search = pytest.importorskip("diveq_kernels.triton_kernels.search", reason="needs Triton")
-    monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 0)
+    monkeypatch.setattr(search, "MANY_ROWS", 0)
 
 
 @pytest.fixture

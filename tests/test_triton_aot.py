@@ -18,9 +18,9 @@ from triton_sass import instructions_per_pair, loops  # noqa: E402
 
 from diveq_kernels import triton_kernels  # noqa: E402
 from diveq_kernels.triton_kernels.launch import forced  # noqa: E402
-from diveq_kernels.triton_kernels.search import ROWS_FOR_TWO_PASSES  # noqa: E402
+from diveq_kernels.triton_kernels.search import MANY_ROWS  # noqa: E402
 
-ROWS, FEW_ROWS, CODEWORDS = ROWS_FOR_TWO_PASSES, 4096, 8192
+ROWS, FEW_ROWS, CODEWORDS = MANY_ROWS, 4096, 8192
 ARCHITECTURES = (80, 90, 100)
 # (precision, dtype of z, dtype of the codebook)
 EXACT, FAST = ("exact", torch.float32, torch.float32), ("fast", torch.float32, torch.float32)
@@ -162,8 +162,9 @@ def test_settling_compiles(product: str, architecture: int, dim: int) -> None:
             triton_kernels.nearest(z, codebook, None, precision)
             if of_codebook == torch.float32:
                 triton_kernels.sf_diveq(z, codebook, dither, None, seed, 1e-3, precision)
-        launches = [x for x in launches if x.kernel.__name__ == "settle_kernel" and x.options["PRODUCT"] == product]
-        assert launches, (product, rows)
+        kernels = {"settle_kernel", "look_kernel"} if rows >= MANY_ROWS and product != "bf16x3" else {"settle_kernel"}
+        launches = [x for x in launches if x.kernel.__name__ in kernels and x.options["PRODUCT"] == product]
+        assert {x.kernel.__name__ for x in launches} == kernels, (product, rows)
         check_fits(launches, architecture)
 
 
@@ -202,12 +203,13 @@ def test_replacement_compiles_without_spills(architecture: int, dtype: torch.dty
 
 
 def test_instructions_per_distance() -> None:
-    """The epilogue bounds small D, not the product: 4 instructions a distance on sm_90 at most."""
+    """The epilogue bounds small D, not the product: 4 instructions a distance on sm_90 at most, 3.5 if exact."""
     for rows, (precision, dtype, of_codebook) in (*HOW["bf16"], *HOW["fp16"]):
         z, codebook = meta(rows, 64, dtype=dtype), meta(CODEWORDS, 64, dtype=of_codebook)
         launches = launches_of(lambda z=z, c=codebook, p=precision: triton_kernels.nearest(z, c, None, p), 90)
         counts = [instructions_per_pair(x, 90) for x in launches if x.kernel.__name__ == "scan_kernel"]
-        assert counts and counts[0] is not None and counts[0].per_pair <= 4.0, counts
+        most = 3.5 if precision == "exact" else 4.0
+        assert counts and counts[0] is not None and counts[0].per_pair <= most, counts
 
 
 @pytest.mark.parametrize("product", ["bf16", "bf16x2", "fp16"])

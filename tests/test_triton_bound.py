@@ -145,15 +145,15 @@ def moved_products(z: Tensor, codebook: Tensor) -> Any:
     centre, typical = (x[0].double() for x in middle(codebook[None], codebook.shape[1]))
     dim = codebook.shape[1]
 
-    def multiply(high: Any, low: Any, points: Any, part: Any, j: Any, first: Any, along: Any, *shape: Any) -> Any:
+    def multiply(high: Any, low: Any, points: Any, part: Any, row: Any, first: Any, along: Any, *shape: Any) -> Any:
         product, _, width = map(getattr, shape, 3 * ["value"]) if hasattr(shape[0], "value") else shape
-        exact = original(high, low, points, part, j, first, along, *shape)
+        exact = original(high, low, points, part, row, first, along, *shape)
         parts = [torch.from_numpy(np.array(x.handle.data)).double() for x in (high, low)]
         x, scale = sum(parts), 1.0
         if product == "fp16":  # rows at scales of their own; all of them are in the one tile
             assert len(x := torch.nn.functional.pad(z.double() - centre, (0, x.shape[1] - dim, 0, len(x) - len(z))))
             scale = fp16_scale(x.norm(dim=1).clamp_min(1e-30))[:, None] * fp16_scale(typical)
-        wanted = torch.from_numpy(np.array(j.handle.data)).long()
+        wanted = int(row) + torch.arange(int(along.shape[1]))
         centred = codebook.double() - centre
         there = wanted < len(centred)
         c = torch.where(there[:, None], centred[wanted.clamp(max=len(centred) - 1)], 0.0)
@@ -184,7 +184,7 @@ def test_products_in_error_cost_no_index(
     shape: tuple[int, int, int], passes: int, apart: float, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     z, codebook = crowded(*shape, apart)
-    monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 0 if passes == 2 else 1 << 16)
+    monkeypatch.setattr(search, "MANY_ROWS", 0 if passes == 2 else 1 << 16)
     monkeypatch.setattr(scan, "multiply", moved_products(z, codebook))
     found = nearest(z, codebook, None, "exact")[1]
     assert float(excess(z, codebook, found).max()) <= 4.0

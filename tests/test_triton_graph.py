@@ -16,7 +16,7 @@ from triton.runtime.autotuner import Autotuner  # noqa: E402
 import diveq_kernels.functional as F  # noqa: E402, F401  (registers the operations)
 from diveq_kernels import triton_kernels  # noqa: E402
 from diveq_kernels.triton_kernels import INTERPRETED, search  # noqa: E402
-from diveq_kernels.triton_kernels.search import ROWS_FOR_TWO_PASSES  # noqa: E402
+from diveq_kernels.triton_kernels.search import MANY_ROWS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="Triton interprets: nothing is compiled")
 
@@ -30,7 +30,7 @@ KERNELS = {
     "residual": ([*PACK, "composite_kernel"], ["composite_backward_kernel"]),
     "product": ([*PACK, "composite_kernel"], ["composite_backward_kernel"]),
 }
-SECOND_PASS = ["pack_kernel", *SEARCH]
+LOOK, SECOND_PASS = ["scan_kernel", "look_kernel", "settle_kernel"], ["pack_kernel", *SEARCH]
 WRITTEN = {"z_q", "points", "sqdist", "indices", "counts", "position", "bias", "segments", "table"}
 WRITTEN |= {"centre", "typical", "scores", "tiles", "hidden", "squares", "left", "left_count", "too_wide"}
 WRITTEN |= {"residuals", "grad_z", "grad_codebook", "grad_codebooks", "weights"}
@@ -131,7 +131,7 @@ def test_kernels_are_in_the_graph(name: str, dtype: torch.dtype, backend: str) -
             for found, fake in zip(results, function(*tensors), strict=True):
                 assert (found.dtype, found.device, found.stride()) == (fake.dtype, fake.device, fake.stride())
         # One graph for all N that are searched in as many passes: the symbol is no number, nor is more asked of it.
-        passes = {str(ROWS_FOR_TWO_PASSES)}
+        passes = {str(MANY_ROWS)}
         assert not mode.shape_env.replacements
         assert all(passes & set(str(guard.expr).split()) for guard in mode.shape_env.guards), mode.shape_env.guards
 
@@ -162,13 +162,13 @@ def test_every_size_is_a_symbol(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_passes_are_in_the_graph(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for rows enough for two passes; which they are is decided once for a graph."""
-    monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 0)
-    first = len(PACK + SEARCH)
+    monkeypatch.setattr(search, "MANY_ROWS", 0)
+    rest = KERNELS[name][0][len(PACK + SEARCH) :]
     with fake_cuda() as mode:
         function, tensors = calls(name, mode, dtype, "")[0]
         graph, results = traced(function, *tensors)
         names, written = launched(graph)
-        assert names == [*KERNELS[name][0][:first], *SECOND_PASS, *KERNELS[name][0][first:]] and not opaque(graph)
+        assert names == [*PACK, *LOOK, *SECOND_PASS, *rest] and not opaque(graph)
         assert {"left", "left_count", "indices"} <= written <= WRITTEN, written - WRITTEN
         for found, fake in zip(results, function(*tensors), strict=True):
             assert (found.dtype, found.device, found.stride()) == (fake.dtype, fake.device, fake.stride())

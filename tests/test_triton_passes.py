@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from diveq_kernels.triton_kernels import INTERPRETED, exhaust, search  # noqa: E402
+from diveq_kernels.triton_kernels import INTERPRETED, exhaust, pack, search  # noqa: E402
 from diveq_kernels.triton_kernels.launch import forced  # noqa: E402
 from diveq_kernels.triton_kernels.middle import middle  # noqa: E402
 
@@ -24,7 +24,13 @@ TILE = {"BLOCK_N": 16, "BLOCK_K": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages
 
 
 @pytest.fixture
-def left(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+def looked() -> list[set[int]]:
+    """The rows that each search's first look does not decide."""
+    return []
+
+
+@pytest.fixture
+def left(looked: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """The rows that each search leaves to its second pass. Everything is in two passes, and memory begins as junk."""
     found: list[set[int]] = []
     launch, empty = search.launch, torch.empty
@@ -36,14 +42,17 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
         launch(kernel, grid, device, *arguments, **options)
         named = dict(zip(kernel.arg_names, arguments, strict=False))
         if kernel is search.scan_kernel and named["taken"] is not None:  # no more than those left are scanned
-            assert named["squares"][int(named["taken_count"][0]) :].isnan().all()
-        if kernel is search.settle_kernel and named["taken"] is None:
+            taken = named["taken"][: int(named["taken_count"][0])]
+            others = torch.ones(named["rows"], dtype=torch.bool).index_fill(0, taken, False)
+            assert named["squares"][others].isnan().all()
+        first = kernel is search.settle_kernel and (named["taken"] is None or options["MOST"] > 0)
+        if kernel is search.look_kernel or first:
             number = int(named["left_count"][0])
             rows = named["left"][:number].tolist()
             assert len(set(rows)) == number and all(0 <= row < named["rows"] for row in rows)
-            found.append(set(rows))
+            (found if first else looked).append(set(rows))
 
-    monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 0)
+    monkeypatch.setattr(search, "MANY_ROWS", 0)
     monkeypatch.setattr(search, "launch", watched)
     monkeypatch.setattr(search.torch, "empty", junk)
     return found
@@ -73,9 +82,47 @@ def clusters(rows: int, dim: int = 12) -> tuple[Tensor, Tensor]:
     return codebook[torch.randint(96, (rows,), generator=gen)] + 0.01 * torch.randn(rows, dim, generator=gen), codebook
 
 
-def test_no_row_is_left_where_none_is_open(left: list[set[int]], target: str) -> None:
+def test_no_row_is_left_where_none_is_open(looked: list[set[int]], left: list[set[int]], target: str) -> None:
     find(*clusters(150))
-    assert left == [set()]
+    assert left == looked == [set()]
+
+
+def test_a_first_look_decides_rows_with_one_group(looked: list[set[int]], left: list[set[int]], target: str) -> None:
+    """Another group with a copy, in the same tile or behind it in the same place, and rows where there is none."""
+    gen, rows = generator(), torch.arange(150)
+    codebook = 16 * torch.randn(300, 12, generator=gen)
+    z = codebook[torch.randint(20, 60, (150,), generator=gen)] + 0.01 * torch.randn(150, 12, generator=gen)
+    codebook[8] = codebook[0]  # the same group: no reason to look again
+    codebook[5] = codebook[3]
+    codebook[256 + 6] = codebook[6]
+    for of, each in ((0, 0), (3, 1), (6, 2)):
+        z[rows % 13 == each] = codebook[of] + 0.01
+    mask = rows % 5 != 0
+    found = find(z, codebook, mask)
+    again = {row for row in rows.tolist() if row % 13 in (1, 2) and mask[row]}
+    assert looked[0] >= again and len(looked[0]) < len(again) + 10
+    assert not looked[0] & set(rows[(rows % 13 == 0) | ~mask].tolist())
+    assert (found[(rows % 13 == 0) & mask] == 0).all() and (found[(rows % 13 == 1) & mask] == 3).all()
+
+
+@pytest.mark.parametrize("times", [1e-4, 1e-2, 0.25, 1e2, 1e4])
+def test_any_middle_and_middling_length_are_right(
+    times: float, left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They decide how many rows are looked at again, and how much of the codebook a score can tell apart."""
+    gen = generator()
+    z, codebook = torch.randn(90, 12, generator=gen), torch.randn(300, 12, generator=gen)
+
+    def moved(*arguments: Any) -> tuple[Tensor, Tensor]:
+        centre, typical = middle(*arguments)
+        beside = torch.randn(12, generator=gen)
+        return centre + torch.nn.functional.pad(beside, (0, centre.shape[1] - 12)), typical * times
+
+    monkeypatch.setattr(pack, "middle", moved)
+    find(z, codebook)
+    assert len(left[0]) == 90 if times < 0.1 else True
+    monkeypatch.setattr(search, "MANY_ROWS", 1 << 16)
+    find(z, codebook)
 
 
 @pytest.mark.parametrize("groups", [3, 4, 5])
@@ -102,28 +149,39 @@ def test_rows_whose_nearest_may_be_hidden_are_left(left: list[set[int]], target:
     assert (found[::20] == 6).all()
 
 
-def test_no_row_is_left_where_there_is_nothing_to_choose(
-    left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows that found nothing have no limit: what is not there is within it, but hides nothing."""
-    monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 1 << 16)
-    z, codebook = clusters(40)
-    found = search.find(z, torch.full_like(codebook, float("nan")), None, None, "exact")
-    assert left == [set()] and (found == 0).all()
-
-
-def test_rows_that_are_not_finite_are_compared_with_nothing(
-    left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One with Inf in it is as long as those that are compared with the whole codebook, but there is none near it."""
-    looks: list[int] = []
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One for every tile of codewords that a row is compared with as the last resort."""
+    found: list[int] = []
     load_points = exhaust.load_points
 
     def watched(*arguments: Any) -> Any:
-        looks.append(1)
+        found.append(1)
         return load_points(*arguments)
 
     monkeypatch.setattr(exhaust, "load_points", watched)
+    return found
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_where_there_is_nothing_to_choose_rows_are_compared_with_nothing(
+    passes: int, left: list[set[int]], looks: list[int], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "MANY_ROWS", 0 if passes == 2 else 1 << 16)
+    z, codebook = clusters(40)
+    codebook = torch.full_like(codebook, float("nan"))
+    distances = torch.zeros(40)
+    found = search.find(z, codebook, None, None, "exact", distances)
+    assert not looks and (found == 0).all() and distances.isinf().all()
+    codebook[90] = 1.0  # in the last tile
+    found = search.find(torch.full_like(z, -30.0), codebook, None, None, "exact", distances)
+    assert (found == 90).all() and distances.isfinite().all()
+
+
+def test_rows_that_are_not_finite_are_compared_with_nothing(
+    left: list[set[int]], looks: list[int], target: str
+) -> None:
+    """One with Inf in it is as long as those that are compared with the whole codebook, but there is none near it."""
     z, codebook = clusters(40)
     z[::4, 5] = float("inf")
     distances = torch.zeros(40)
@@ -191,7 +249,7 @@ def test_parts_of_the_codebook_side_by_side(
 ) -> None:
     """Few rows are scanned by a program for each part of the codebook, of which the last can be empty."""
     if passes == 1:
-        monkeypatch.setattr(search, "ROWS_FOR_TWO_PASSES", 1 << 16)
+        monkeypatch.setattr(search, "MANY_ROWS", 1 << 16)
     parts: list[int] = []
     launch = search.launch
 

@@ -22,7 +22,7 @@ from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, laun
 from diveq_kernels.triton_kernels.middle import middle
 from diveq_kernels.triton_kernels.product import scale_of, split
 from diveq_kernels.triton_kernels.rows import load_targets
-from diveq_kernels.triton_kernels.scan import BEYOND
+from diveq_kernels.triton_kernels.scan import BEYOND, reach
 
 
 def dtype_of(product: str) -> torch.dtype:
@@ -35,7 +35,7 @@ class Packed(NamedTuple):
     """Searched points of S codebooks, with K' and D' padded to whole tiles."""
 
     points: Tensor  # −2c, [S, parts, K', D']
-    bias: Tensor  # ‖c‖², or what stands for it, [S, K']; +Inf where there is nothing to choose, see also BEYOND
+    bias: Tensor  # ‖c‖² (less ``reach`` if exact), [S, K']; +Inf where there is nothing to choose, see also BEYOND
     centre: Tensor  # [S, D']
     typical: Tensor  # a middling ‖c‖, [S]
 
@@ -83,13 +83,13 @@ def pack_kernel(
             squares += 2.0 * tl.sum(c * tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :], axis=1)
     usable = live & (squares < float("inf"))  # false for NaN as well
     scale = 1.0
+    middling = tl.load(typical + stage)
     if PRODUCT == "fp16":
-        middling = tl.load(typical + stage)
         scale = scale_of(middling)
         fits = (middling > 2.0**-40) & (middling < 2.0**40)
     of_c = tl.where(usable, squares, float("inf"))
     if EXACT:
-        of_c = tl.where((squares == float("inf")) & (spoilt == 0.0) & live, BEYOND, of_c)
+        of_c = tl.where((squares == float("inf")) & (spoilt == 0.0) & live, BEYOND, of_c) - reach(middling)
     tl.store(bias + stage * padded_count + j, of_c)
     for first in range(0, PADDED_D, BLOCK_D):
         c = _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D, BLOCK_D)

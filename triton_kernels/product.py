@@ -148,11 +148,16 @@ def held_rows(
 
 
 @triton.jit
-def multiply(high, low, points, part, j, first, along, PRODUCT: tl.constexpr, PADDED_D: tl.constexpr,
+def multiply(high, low, points, part, row, first, along, PRODUCT: tl.constexpr, PADDED_D: tl.constexpr,
              BLOCK_D: tl.constexpr):  # fmt: skip
-    """along − 2 z·c_j over one chunk of D: [BN, BK]. ``points`` holds −2c, its low part ``part`` elements on."""
+    """along − 2 z·c_j [BN, BK] over one chunk of D, for codewords j from ``row`` on.
+
+    ``points`` holds −2c, its low part ``part`` elements on.
+    """
+    BLOCK_K: tl.constexpr = along.shape[1]
     k = first + tl.arange(0, BLOCK_D)
-    at = points + j.to(tl.int64)[:, None] * PADDED_D + k[None, :]
+    # Where the tile begins is one number: what differs from thread to thread is computed once, before the loop.
+    at = points + tl.cast(row, tl.int64) * PADDED_D + (tl.arange(0, BLOCK_K)[:, None] * PADDED_D + k[None, :])
     c = tl.trans(tl.load(at))
     if PRODUCT == "bf16x3":
         along = tl.dot(low, c, along)

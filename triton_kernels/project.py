@@ -72,22 +72,21 @@ def _scores(
 ):  # fmt: skip
     """Lower bounds on ‖z − p_j‖² − ‖z‖² (``fast``: the values) for BLOCK_K segments: [BLOCK_N, BLOCK_K]."""
     PARTS: tl.constexpr = 2 if PRODUCT == "bf16x3" else 1
-    row = tl.arange(0, 2 * BLOCK_K)  # near ends, then directions
-    part = 2 * BLOCK_K * PADDED_D
+    part = 2 * BLOCK_K * PADDED_D  # near ends, then directions
     tile = segments + tl.full((), first, tl.int64) * (2 * PARTS * PADDED_D)
     both = tl.zeros((BLOCK_N, 2 * BLOCK_K), tl.float32)
     if PADDED_D == BLOCK_D:
-        both = multiply(high, low, tile, part, row, 0, both, PRODUCT, PADDED_D, BLOCK_D)
+        both = multiply(high, low, tile, part, 0, 0, both, PRODUCT, PADDED_D, BLOCK_D)
     else:
         for begin in range(0, PADDED_D, BLOCK_D):
             x = _centred_rows(z, starts, step, live, centre, begin, D, BLOCK_D)
             high, low = split(x, PRODUCT, UPCAST)
             if EXACT:
                 chunk = tl.zeros((BLOCK_N, 2 * BLOCK_K), tl.float32)
-                chunk = multiply(high, low, tile, part, row, begin, chunk, PRODUCT, PADDED_D, BLOCK_D)
+                chunk = multiply(high, low, tile, part, 0, begin, chunk, PRODUCT, PADDED_D, BLOCK_D)
                 both = tl.fma(chunk, 1.0, both)  # a plain sum would be folded into the product's accumulation
             else:
-                both = multiply(high, low, tile, part, row, begin, both, PRODUCT, PADDED_D, BLOCK_D)
+                both = multiply(high, low, tile, part, 0, begin, both, PRODUCT, PADDED_D, BLOCK_D)
     to_near, along = tl.split(tl.permute(tl.reshape(both, (BLOCK_N, 2, BLOCK_K)), (0, 2, 1)))
     column = tl.arange(0, BLOCK_K)
     numbers = table + first

@@ -1,21 +1,28 @@
 """Scores of all codewords in tiles of the codebook, the N×K scores never stored: what is left for settle.py to decide.
 
-1. **Scores.** T_j = ρ‖c_j‖² + (−2 z·c_j), the product from tensor cores (product.py), one multiply-add on top.
+1. **Scores.** T_j = ρ(‖c_j‖² − R) + (−2 z·c_j), the product from tensor cores (product.py), one multiply-add on top.
 2. **Groups.** The tensor cores leave 8 columns of a tile's every 32 with one thread: those that differ in bits 0, 3
    and 4. Only the minimum of such a group is kept, and of the groups in the same place of different tiles only the
    best, with its tile: BLOCK_K / 8 pairs per row, no index arithmetic per distance. (A thread of sm_100 holds a whole
    row: the groups are as good there.) Of all others, the lowest score is remembered.
 
+**Compared as integers.** For ``exact``, R is four middling ‖c‖, squared, so that the scores that matter are below 0.
+The lower a negative number is, the greater its bits are as an unsigned integer, and greater than those of any number
+above 0. Of integers Hopper compares three in one instruction, of fp32 only two. Scores of 0 and more lose to all
+others: every row counts as one with a hidden group of score 0. Where that may hold the nearest codeword (rows over
+seven times as far from the centre as codewords are, with all of these on the other side), the row is left open.
+For ``fast``, which leaves no row open, R is 0 and scores are compared as what they are.
+
 **Why** ``exact`` **is exact.** Let x be the centred row, κ the product's bound, u = 2⁻²⁴. For any s > 0
 
-    |T_j − (‖c_j‖² − 2 x·c_j)| ≤ κ₁ 2‖x‖‖c_j‖ + κ₂‖c_j‖² ≤ κ₁‖x‖²/s + (κ₁s + κ₂)‖c_j‖²      (at ρ = 1)
+    |T_j − (‖c_j‖² − R − 2 x·c_j)| ≤ κ₁ 2‖x‖‖c_j‖ + κ₂‖c_j‖² + 4uR ≤ κ₁‖x‖²/s + (κ₁s + κ₂)‖c_j‖² + 4uR  (at ρ = 1)
 
-with κ₁ = κ + 4u and κ₂ = (D + √D + 8)u: ‖c‖² in fp32, the multiply-add, what is subnormal in fp16, and the rounding of
-the centring, which moves x and c by a unit and so the distance by 2u(‖x‖ + ‖c‖)²; its part 2u‖x‖² joins the row's. So
-with ρ = 1 − (κ₁s + κ₂) no T_j exceeds the true score by more than E = κ₁‖x‖²/s + 2u‖x‖², and the best group's codeword
-has a true score of at most T + E + 2(κ₁s + κ₂)‖c‖². What lies more than 2E + 2(κ₁s + κ₂)‖c‖² above the best T cannot be
-the nearest. s = ‖x‖ over a typical ‖c‖ makes the bound nearly 2κ‖x‖‖c‖ at no cost per distance, and codewords far
-from all others do not widen it for the rest.
+with κ₁ = κ + 4u and κ₂ = (D + √D + 9)u: ‖c‖² in fp32, less R, the multiply-add, what is subnormal in fp16, and the
+rounding of the centring, which moves x and c by a unit and so the distance by 2u(‖x‖ + ‖c‖)²; its part 2u‖x‖² joins the
+row's. So with ρ = 1 − (κ₁s + κ₂) no T_j + ρR exceeds the true score by more than E = κ₁‖x‖²/s + 2u‖x‖² + 4uR, and the
+best group's codeword has a true score of at most T + ρR + E + 2(κ₁s + κ₂)‖c‖². What lies more than
+2E + 2(κ₁s + κ₂)‖c‖² above the best T cannot be the nearest. s = ‖x‖ over a typical ‖c‖ makes the bound nearly
+2κ‖x‖‖c‖ at no cost per distance, and codewords far from all others do not widen it for the rest.
 
 **The end of the range.** Codewords with ‖c‖² beyond fp32 (‖c‖ > 1.84·10¹⁹) have the score of one with
 ‖c‖² = ``BEYOND``, orthogonal to all rows. That is less than their own, and rules none of them out. Rows that are nearly
@@ -48,16 +55,30 @@ LONG = tl.constexpr(8e37)
 BEYOND = tl.constexpr(8e36)
 
 
+# The bits of −0: of all numbers below 0 these are the least, as unsigned integers.
+NONE = tl.constexpr(0x80000000)
+
+
+@triton.jit
+def reach(middling):
+    """R: only what has ‖c‖² − 2 x·c below it counts in an ``exact`` search. Far below ``BEYOND``."""
+    return tl.minimum(tl.maximum(16.0 * middling * middling, 1e-36), 1e36)
+
+
 @triton.jit
 def bounds(squares, middling, PRODUCT: tl.constexpr, KAPPA: tl.constexpr, D: tl.constexpr):
-    """(error of a score relative to ‖c‖², error of a row's scores) for rows with ‖x‖² = ``squares``."""
+    """(error of a score relative to ‖c‖², the rest of a row's) for rows with ‖x‖² = ``squares``.
+
+    What is relative to ‖c‖² is to be taken of a bias, ‖c‖² − R: the rest has R's part.
+    """
     ROOT_D: tl.constexpr = D**0.5
     MOST: tl.constexpr = 2.0**8 if PRODUCT == "fp16" else 2.0**12  # so that ρ stays well above 0
     KAPPA_1: tl.constexpr = KAPPA + 4 * 2.0**-24
-    KAPPA_2: tl.constexpr = (D + ROOT_D + 8) * 2.0**-24
+    KAPPA_2: tl.constexpr = (D + ROOT_D + 9) * 2.0**-24
     s = tl.minimum(tl.maximum(tl.sqrt(squares) / middling, 1.0 / MOST), MOST)
     of_c = (KAPPA_1 * s + KAPPA_2) * 1.001  # for the rounding of this line and the next
     of_x = (KAPPA_1 / s + 2.0**-23) * 1.001 * squares + D * 2.0**-122  # the last: products that underflow
+    of_x += (of_c + 2.0**-22) * 1.001 * reach(middling)
     if PRODUCT == "fp16":
         of_x += ROOT_D * 2.0**-22 * middling * scaled_length(squares, middling)
     return of_c, of_x
@@ -75,25 +96,26 @@ def _group_minima(
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Least ρ‖c‖² − 2 z·c of each group of codewords from ``first`` on: [BN, BK / 32, 4]."""
-    j = first + tl.arange(0, BLOCK_K)
+    """Least score of each group of codewords from ``first`` on: [BN, BK / 32, 4], for ``exact`` its bits."""
     along = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if PADDED_D == BLOCK_D:
-        along = multiply(high, low, points, part, j, 0, along, PRODUCT, PADDED_D, BLOCK_D)
+        along = multiply(high, low, points, part, first, 0, along, PRODUCT, PADDED_D, BLOCK_D)
     else:
         for begin in range(0, PADDED_D, BLOCK_D):
             x = centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, BLOCK_D)
             high, low = operands(x, scale, PRODUCT, UPCAST)
             if EXACT:
                 chunk = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-                chunk = multiply(high, low, points, part, j, begin, chunk, PRODUCT, PADDED_D, BLOCK_D)
+                chunk = multiply(high, low, points, part, first, begin, chunk, PRODUCT, PADDED_D, BLOCK_D)
                 along = tl.fma(chunk, 1.0, along)  # a plain sum would be folded into the product's accumulation
             else:
-                along = multiply(high, low, points, part, j, begin, along, PRODUCT, PADDED_D, BLOCK_D)
+                along = multiply(high, low, points, part, first, begin, along, PRODUCT, PADDED_D, BLOCK_D)
     # Not as the sum that the product begins with: the tensor cores would wait for this load.
-    score = tl.fma(tl.load(bias + j)[None, :], weight[:, None] if EXACT else 1.0, along)
-    groups = tl.reshape(score, (BLOCK_N, BLOCK_K // 32, 4, 4, 2))
-    return tl.min(tl.min(groups, axis=4), axis=2)
+    score = tl.fma(tl.load(bias + first + tl.arange(0, BLOCK_K))[None, :], weight[:, None] if EXACT else 1.0, along)
+    # The 8 of a group along one axis, so that they are compared in one chain.
+    groups = tl.permute(tl.reshape(score, (BLOCK_N, BLOCK_K // 32, 4, 4, 2)), (0, 1, 3, 2, 4))
+    groups = tl.reshape(groups, (BLOCK_N, BLOCK_K // 32, 4, 8))
+    return tl.max(groups.to(tl.uint32, bitcast=True), axis=3) if EXACT else tl.min(groups, axis=3)
 
 
 @triton.jit
@@ -103,18 +125,28 @@ def _scan_tiles(
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The least score in each place, the first codeword of its tile, and the least of the others."""
-    best = tl.full((BLOCK_N, BLOCK_K // 32, 4), float("inf"), tl.float32)
     where = tl.zeros((BLOCK_N, BLOCK_K // 32, 4), tl.int32)
-    hidden = tl.full((BLOCK_N, 4), float("inf"), tl.float32)
+    if EXACT:
+        best = tl.full((BLOCK_N, BLOCK_K // 32, 4), NONE, tl.uint32)
+        hidden = tl.full((BLOCK_N, 4), NONE, tl.uint32)
+    else:
+        best = tl.full((BLOCK_N, BLOCK_K // 32, 4), float("inf"), tl.float32)
+        hidden = tl.full((BLOCK_N, 4), float("inf"), tl.float32)
     for first in tl.range(begin, end, BLOCK_K):
         minima = _group_minima(
             high, low, weight, scale, z, starts, step, live, centre, points, part, bias, first,
             PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         if EXACT:
-            hidden = tl.minimum(hidden, tl.min(tl.maximum(best, minima), axis=1))
-        where = tl.where(minima < best, first, where)
-        best = tl.minimum(best, minima)
+            hidden = tl.maximum(hidden, tl.max(tl.minimum(best, minima), axis=1))
+            where = tl.where(minima > best, first, where)
+            best = tl.maximum(best, minima)
+        else:
+            where = tl.where(minima < best, first, where)
+            best = tl.minimum(best, minima)
+    if EXACT:
+        best = tl.where(best > NONE, best.to(tl.float32, bitcast=True), float("inf"))
+        hidden = hidden.to(tl.float32, bitcast=True)
     return best, where, hidden
 
 
@@ -127,8 +159,9 @@ def scan(
 ):  # fmt: skip
     """For rows at ``starts``: the least score in each place, the first codeword of its tile, the least hidden, ‖x‖².
 
-    Of the codewords from ``begin`` to ``end``. The first two are [BN, BLOCK_K / 32, 4]. ‖x‖² is +Inf or NaN in rows
-    that are not finite, and +Inf in those that are too long for fp32.
+    Of the codewords from ``begin`` to ``end``. The first two are [BN, BLOCK_K / 32, 4]; a score is +Inf where there is
+    none, for ``exact`` also where it is not below 0. ‖x‖² is +Inf or NaN in rows that are not finite, and +Inf in those
+    that are too long for fp32.
     """
     part = tl.cast(count, tl.int64) * PADDED_D  # a number in what torch.compile looks at
     CHUNK: tl.constexpr = min(BLOCK_D, 64)  # more columns of fp32 at a time would cost registers
@@ -216,9 +249,9 @@ def scan_kernel(
         PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
     )  # fmt: skip
     place = tl.arange(0, BLOCK_K // 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    to = ((at * SPLITS + split) * (BLOCK_K // 8))[:, None, None] + place
+    to = ((n * SPLITS + split) * (BLOCK_K // 8))[:, None, None] + place
     tl.store(scores + to, best, mask=inside[:, None, None])
     tl.store(tiles + to, where, mask=inside[:, None, None])
-    tl.store(squares + at, of_x, mask=inside & (split == 0))
+    tl.store(squares + n, of_x, mask=inside & (split == 0))
     if EXACT:
-        tl.store(hidden + at * SPLITS + split, least_hidden, mask=inside)
+        tl.store(hidden + n * SPLITS + split, least_hidden, mask=inside)

@@ -2,8 +2,9 @@
 
 1. pack.py: the codebook as the scan reads it.
 2. scan.py: the best few groups of codewords of every row, by tensor cores.
-3. settle.py: the codewords of these groups measured in fp32, all that may be the nearest.
-4. exhaust.py: all codewords measured for the rows that this cannot decide.
+3. look.py, where rows are many: the best of these groups measured in fp32, which decides most rows.
+4. settle.py: for the others, all groups measured that may hold the nearest codeword.
+5. exhaust.py: all codewords measured for the rows that this cannot decide.
 
 **Two passes.** An exact search must know the products to fp32's precision, or know which rows that matters for. Three
 bf16 products tell nearly all rows' codewords apart; one product in fp16, a third of the work, most of them.
@@ -22,15 +23,17 @@ from torch import Tensor
 
 from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.triton_kernels.exhaust import PROGRAMS, exhaust_kernel
+from diveq_kernels.triton_kernels import exhaust, settle
+from diveq_kernels.triton_kernels.exhaust import exhaust_kernel
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
+from diveq_kernels.triton_kernels.look import look_kernel
 from diveq_kernels.triton_kernels.pack import Packed, pack
 from diveq_kernels.triton_kernels.product import error_bound, product_for
 from diveq_kernels.triton_kernels.rows import ALL, Listed, dense, none_yet, rows_of
 from diveq_kernels.triton_kernels.scan import scan_kernel
 from diveq_kernels.triton_kernels.settle import settle_kernel
 
-ROWS_FOR_TWO_PASSES = 1 << 16  # the second has few rows, but takes as long as one tile does
+MANY_ROWS = 1 << 16  # from so many on, what takes launches of its own pays: a first look, a second pass
 _LOOKS = 3  # groups that a first pass measures for a row; one with more is left to the second
 _MOST_SPLITS = 8
 _OF_SETTLE = ("PRODUCT", "EXACT", "KAPPA", "D", "PADDED_D")
@@ -124,7 +127,7 @@ class _Problem(NamedTuple):
     def decide(
         self, search: Search, taken: Listed, left: Listed, most: int = 0, too_wide: Tensor | None = None
     ) -> None:
-        """Scan the rows ``taken`` and settle them; those that this cannot decide are listed in ``left``."""
+        """Scan the rows ``taken``, look and settle; rows that this cannot decide are listed in ``left``."""
         z, rows, device = self.z, self.rows, self.z.device
         places, options = search.tiles["BLOCK_K"] // 8, search.options
         points, bias, centre, typical, count = search.arguments
@@ -137,21 +140,30 @@ class _Problem(NamedTuple):
             *dense(rows_of(z)), rows, self.mask, points, bias, centre, typical, count,
             *taken, scores, tiles, hidden, squares, SPLITS=splits, **{"IN_REGISTERS": 0, **options},
         )  # fmt: skip
+        arguments = (
+            scores, tiles, hidden, squares, *dense(rows_of(z)), rows, self.mask,
+            self.codebook, *self.codebook.stride(), self.dither, bias, typical, self.points,
+        )  # fmt: skip
+        options = {"GROUPS": groups, "PLACES": places, **{name: options[name] for name in _OF_SETTLE}}
+        if taken is ALL and rows >= MANY_ROWS:
+            taken = self.no_rows_yet()
+            tile = configuration("look", options["D"], device)
+            launch(
+                look_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), device,
+                *arguments, *taken, too_wide, self.indices, self.sqdist, **options, **tile,
+            )  # fmt: skip
         tile = configuration("settle", options["D"], device)
         launch(
-            settle_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), device,
-            scores, tiles, hidden, squares, *dense(rows_of(z)), rows, self.mask,
-            self.codebook, *self.codebook.stride(), self.dither, bias, typical, self.points, *taken, *left, too_wide,
-            self.indices, self.sqdist,
-            MOST=most, GROUPS=groups, PLACES=places, **{name: options[name] for name in _OF_SETTLE}, **tile,
+            settle_kernel, (torch.sym_min(triton.cdiv(rows, tile["BLOCK_N"]), settle.PROGRAMS),), device,
+            *arguments, *taken, *left, too_wide, self.indices, self.sqdist, MOST=most, **options, **tile,
         )  # fmt: skip
 
     def exhaust(self, search: Search, taken: Listed) -> None:
         """Measure every codeword for the rows ``taken``."""
         launch(
-            exhaust_kernel, (torch.sym_min(self.rows, PROGRAMS),), self.z.device,
-            *dense(rows_of(self.z)), self.codebook, *self.codebook.stride(), self.dither, self.points,
-            *taken, self.indices, self.sqdist,
+            exhaust_kernel, (torch.sym_min(self.rows, exhaust.PROGRAMS),), self.z.device,
+            *dense(rows_of(self.z)), self.codebook, *self.codebook.stride(), self.dither,
+            search.packed.bias, self.points, *taken, self.indices, self.sqdist,
             D=search.options["D"], PADDED_D=search.options["PADDED_D"],
             **configuration("exhaust", search.options["D"], self.z.device),
         )  # fmt: skip
@@ -182,7 +194,7 @@ def find(
         return indices
 
     product = product_for(z.dtype, precision, torch.float32 if dither is not None else codebook.dtype)
-    in_two_passes = product not in ("bf16", "ieee") and problem.rows >= ROWS_FOR_TWO_PASSES
+    in_two_passes = product not in ("bf16", "ieee") and problem.rows >= MANY_ROWS
     if precision == "fast" and not in_two_passes:
         problem.decide(problem.packed(product, precision), ALL, ALL)
         return indices

@@ -1,10 +1,11 @@
 """Deciding what a scan leaves open: the codewords of groups that may hold the nearest are measured, Σ(z − c)² in fp32.
 
-The values are taken as they were given. The best group's 8 codewords are measured for every row; so are those of every
-other group that may hold the nearest: for ``fast`` groups with the same score, for ``exact`` all that the error bound
-(scan.py) does not rule out. A group's codewords lie at j + 8b + d, b < 4 and d < 2, from its first one on. Groups are
-taken in order of their score, until no row has one within its limit; each group measured can lower the limit. Loads of
-rows that are done are masked: they cost instructions, no traffic.
+For the rows that a first look (look.py) does not decide, or for all. The values are taken as they were given. The best
+group's 8 codewords are measured for every row; so are those of every other group that may hold the nearest: for
+``fast`` groups with the same score, for ``exact`` all that the error bound (scan.py) does not rule out. A group's
+codewords lie at j + 8b + d, b < 4 and d < 2, from its first one on. Groups are taken in order of their score, until no
+row has one within its limit; each group measured can lower the limit. Loads of rows that are done are masked: they cost
+instructions, no traffic.
 
 A group can hide another in the same place of another tile. The lowest score hidden is kept, and a row for which it is
 within the bound is left to a second pass, and what that leaves to exhaust.py. Data far from 0, clusters far apart and
@@ -22,6 +23,8 @@ import triton.language as tl
 
 from diveq_kernels.triton_kernels.rows import LEFT, list_left, row_starts
 from diveq_kernels.triton_kernels.scan import BEYOND, LONG, bounds
+
+PROGRAMS = 2048  # no more than a GPU runs at once, or nearly; each takes rows until none is left
 
 
 @triton.jit
@@ -51,7 +54,7 @@ def _measure_group(
     begin, active, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(nearest codeword, its squared distance, largest ‖c‖²) of the groups that begin at ``begin`` [BN].
+    """(nearest codeword, its squared distance, largest bias) of the groups that begin at ``begin`` [BN].
 
     Codewords from ``real`` on are padding, and are not there.
     """
@@ -73,7 +76,17 @@ def _measure_group(
     total = tl.where(there, total, float("inf"))
     least, of_group = tl.min(total, axis=1, return_indices=True)
     nearest = begin + of_group // 2 * 8 + of_group % 2
-    return nearest, least, tl.max(tl.where(there, of_j, 0.0), axis=1)
+    return nearest, least, tl.max(tl.where(there, of_j, float("-inf")), axis=1)
+
+
+@triton.jit
+def limit_after(score, heaviest, of_c, of_x):
+    """What the score of the nearest codeword's group cannot exceed once a group with this score has been measured.
+
+    ``heaviest`` is the largest bias in that group, ``of_c`` and ``of_x`` are the errors that ``bounds`` gives. +Inf
+    where the score may be that of a codeword beyond the range.
+    """
+    return tl.where(heaviest < 0.8 * BEYOND, score + 2.0 * (of_x + of_c * heaviest), float("inf"))
 
 
 @triton.jit
@@ -88,7 +101,7 @@ def look_again(
     ``scores`` [BN, GROUPS] are the least of each group, +Inf where there is none, PLACES of them of one tile; ``where``
     the first codeword of the tile that the group is from; ``index`` and ``distance`` [BN] the nearest so far. Above
     ``limit`` [BN] a group cannot hold the nearest; it is -Inf in rows to leave alone. ``of_c`` and ``of_x`` are, for
-    ``exact``, the score's error relative to ‖c‖², and that of the row itself. Rows that have more than ``MOST`` such
+    ``exact``, the score's error relative to a bias, and that of the row itself. Rows that have more than ``MOST`` such
     groups (0: any number) stay ``active``.
     """
     place = tl.arange(0, GROUPS)[None, :]
@@ -112,11 +125,8 @@ def look_again(
         closer = closer & (d < float("inf"))
         distance = tl.where(closer, d, distance)
         index = tl.where(closer, j, index)
-        if EXACT:
-            lowers = active & (heaviest < BEYOND)  # else the score may be that of a codeword beyond the range
-            limit = tl.where(lowers, tl.minimum(limit, score + 2.0 * (of_x + of_c * heaviest)), limit)
-        else:
-            limit = tl.where(active, score, limit)
+        lowered = limit_after(score, heaviest, of_c, of_x) if EXACT else score
+        limit = tl.where(active, tl.minimum(limit, lowered), limit)
         score, column = tl.min(rest, axis=1, return_indices=True)
         active = (score <= limit) & (score < float("inf"))
         more = tl.max(active.to(tl.int32), axis=0)
@@ -170,51 +180,49 @@ def settle_kernel(
     Rows that stay open, or that have more than ``MOST`` groups to measure, are added to ``left``, and their number to
     ``left_count``. Where ``too_wide`` is 1, the points do not fit into the product's range: then all rows stay open.
     """
-    block = tl.program_id(0)
     if taken is not None:
         rows = tl.load(taken_count)
-        if block * BLOCK_N >= rows:
-            return
-    at = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = at < rows
-    n = at
-    if taken is not None:
-        n = tl.load(taken + at, mask=inside, other=0)
-    live = inside
-    if mask is not None:
-        live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
-    group = (at * GROUPS)[:, None] + tl.arange(0, GROUPS)[None, :]
-    best = tl.load(scores + group, mask=inside[:, None], other=float("inf"))
-    where = tl.load(tiles + group, mask=inside[:, None], other=0)
-    of_x = tl.load(squares + at, mask=inside, other=float("inf"))
-    starts = row_starts(n, inner, outer_stride, inner_stride, D)
-    index, distance, limit, undecided = settle(
-        best, where, of_x, live, z, starts, step,
-        codebook, code_stride, code_step, dither, bias, typical, real,
-        PRODUCT, EXACT, KAPPA, MOST, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
-    )  # fmt: skip
-    # Again, not kept. Not by one function for both times: torch.compile would take what it reads for written.
-    at = hidden_from_compiler(block, real).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = at < rows
-    n = at
-    if taken is not None:
-        n = tl.load(taken + at, mask=inside, other=0)
-    live = inside
-    if mask is not None:
-        live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
-    if EXACT:
-        SPLITS: tl.constexpr = GROUPS // PLACES
-        of_splits = (at * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
-        least_hidden = tl.min(tl.load(hidden + of_splits, mask=inside[:, None], other=float("inf")), axis=1)
-        of_x = tl.load(squares + at, mask=inside, other=0.0)
-        undecided = is_open(undecided, limit, least_hidden, of_x, live)
-    found = tl.where(live, index, -1)
-    if left is not None:
-        if too_wide is not None:
-            undecided = (undecided | (tl.load(too_wide) != 0)) & live
-        found = tl.where(undecided, LEFT, found)
-    tl.store(indices + n, found, mask=inside)
-    if left is not None:
-        inside = inside & (list_left(left, left_count, indices, n, inside, BLOCK_N) == 0)
-    if sqdist is not None:
-        tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.num_programs(0)):
+        at = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = at < rows
+        n = at
+        if taken is not None:
+            n = tl.load(taken + at, mask=inside, other=0)
+        live = inside
+        if mask is not None:
+            live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
+        group = (n * GROUPS)[:, None] + tl.arange(0, GROUPS)[None, :]
+        best = tl.load(scores + group, mask=inside[:, None], other=float("inf"))
+        where = tl.load(tiles + group, mask=inside[:, None], other=0)
+        of_x = tl.load(squares + n, mask=inside, other=float("inf"))
+        starts = row_starts(n, inner, outer_stride, inner_stride, D)
+        index, distance, limit, undecided = settle(
+            best, where, of_x, live, z, starts, step,
+            codebook, code_stride, code_step, dither, bias, typical, real,
+            PRODUCT, EXACT, KAPPA, MOST, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
+        )  # fmt: skip
+        # Again, not kept. Not by one function for both times: torch.compile would take what it reads for written.
+        at = tl.cast(hidden_from_compiler(block, real), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = at < rows
+        n = at
+        if taken is not None:
+            n = tl.load(taken + at, mask=inside, other=0)
+        live = inside
+        if mask is not None:
+            live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
+        if EXACT:
+            SPLITS: tl.constexpr = GROUPS // PLACES
+            of_splits = (n * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
+            least_hidden = tl.min(tl.load(hidden + of_splits, mask=inside[:, None], other=float("inf")), axis=1)
+            of_x = tl.load(squares + n, mask=inside, other=0.0)
+            undecided = is_open(undecided, limit, least_hidden, of_x, live)
+        found = tl.where(live, index, -1)
+        if left is not None:
+            if too_wide is not None:
+                undecided = (undecided | (tl.load(too_wide) != 0)) & live
+            found = tl.where(undecided, LEFT, found)
+        tl.store(indices + n, found, mask=inside)
+        if left is not None:
+            inside = inside & (list_left(left, left_count, indices, n, inside, BLOCK_N) == 0)
+        if sqdist is not None:
+            tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)

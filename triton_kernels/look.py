@@ -1,0 +1,129 @@
+"""A first look at what a scan leaves open: the best group's 8 codewords measured for every row, Σ(z − c)² in fp32.
+
+A row is decided if no other group may hold its nearest codeword: for ``exact`` by the bound (scan.py), for ``fast`` if
+none has the same score. The others are listed for settle.py, which begins anew with them.
+
+Most rows need no more, and for one group of each there is a leaner way than settling: many rows at a time, and of each
+row one codeword after another. Neighbouring threads read whole lines of memory together, for which the L2 cache need be
+asked once, and no sum waits for other warps. What there is to know of codewords beside their columns is loaded before
+the loop over them: a load inside would have a layout of its own, and every turn would pass through shared memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from diveq_kernels.triton_kernels.rows import LEFT, list_left, row_starts
+from diveq_kernels.triton_kernels.scan import LONG, bounds
+from diveq_kernels.triton_kernels.settle import hidden_from_compiler, is_open, limit_after
+
+
+@triton.jit
+def _columns(pointer, starts, step, first, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns from ``first`` on of rows [BN, CHUNK], in fp32; 0 past D."""
+    k = first + tl.arange(0, CHUNK)
+    at = pointer + (starts[:, None] + k.to(tl.int64)[None, :] * step)
+    if D % CHUNK == 0:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(k < D)[None, :], other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _difference(
+    z, starts, step, codebook, at, code_stride, code_step, weight, first, D: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Columns of c − z for codewords that begin ``at`` [BN], or dithered points with ``weight`` [BN, 1]."""
+    c = _columns(codebook, at, code_step, first, D, CHUNK)
+    if weight is not None:
+        c = (1.0 - weight) * c + weight * _columns(codebook, at + code_stride, code_step, first, D, CHUNK)
+    return c - _columns(z, starts, step, first, D, CHUNK)
+
+
+@triton.jit
+def _distance(
+    z, starts, step, codebook, code_stride, code_step, dither, j, positive,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """‖z − c_j‖² [BN] for points j [BN], all of which are there."""
+    CHUNK: tl.constexpr = min(PADDED_D & -PADDED_D, BLOCK_D)
+    at = j.to(tl.int64) * code_stride
+    weight = None
+    if dither is not None:
+        weight = tl.load(dither + j).to(tl.float32)[:, None]
+    d = _difference(z, starts, step, codebook, at, code_stride, code_step, weight, 0, D, CHUNK)
+    if PADDED_D == CHUNK:
+        return tl.sum(d * d, axis=1)
+    total = d * d
+    for first in range(CHUNK, hidden_from_compiler(PADDED_D, positive), CHUNK):
+        d = _difference(z, starts, step, codebook, at, code_stride, code_step, weight, first, D, CHUNK)
+        total += d * d
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def look_kernel(
+    scores, tiles, hidden, squares, z, inner, outer_stride, inner_stride, step, rows, mask,
+    codebook, code_stride, code_step, dither, bias, typical, real,
+    left, left_count, too_wide, indices, sqdist,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Index and squared distance of the nearest codeword of the best group of BLOCK_N rows.
+
+    Rows for which it may be another's are added to ``left``, and their number to ``left_count``. Where ``too_wide`` is
+    1, the points do not fit into the product's range: these are all rows then.
+    """
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < rows
+    live = inside
+    if mask is not None:
+        live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
+    place = tl.arange(0, GROUPS)[None, :]
+    of_groups = n[:, None] * GROUPS + place
+    rest = tl.load(scores + of_groups, mask=inside[:, None], other=float("inf"))
+    begins = tl.load(tiles + of_groups, mask=inside[:, None], other=0) + place % PLACES // 4 * 32 + place % 4 * 2
+    score, column = tl.min(rest, axis=1, return_indices=True)
+    chosen = place == column[:, None]
+    begin = tl.sum(tl.where(chosen, begins, 0), axis=1)
+    second = tl.min(tl.where(chosen, float("inf"), rest), axis=1)
+
+    of_x = tl.load(squares + n, mask=inside, other=float("inf"))
+    searched = live & (of_x < (LONG if EXACT else float("inf")))  # as in settle
+    there = searched & (score < float("inf"))
+    member = tl.arange(0, 8)[None, :]
+    of_members = tl.load(bias + begin[:, None] + member // 2 * 8 + member % 2)  # +Inf for padding
+    usable = there[:, None] & (of_members < float("inf"))
+    heaviest = tl.max(tl.where(usable, of_members, float("-inf")), axis=1)
+
+    starts = row_starts(tl.minimum(n, rows - 1), inner, outer_stride, inner_stride, D)
+    distances = tl.full((BLOCK_N, 8), float("inf"), tl.float32)
+    for i in range(8):
+        j = tl.minimum(begin + i // 2 * 8 + i % 2, real - 1)
+        d = _distance(
+            z, starts, step, codebook, code_stride, code_step, dither, j, real, D, PADDED_D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        distances = tl.where(member == i, d[:, None], distances)
+    distances = tl.where(usable, distances, float("inf"))
+    distance, nearest = tl.min(distances, axis=1, return_indices=True)
+    index = tl.where(distance < float("inf"), begin + nearest // 2 * 8 + nearest % 2, 0)
+
+    if EXACT:
+        of_c, of_row = bounds(tl.where(searched, of_x, 0.0), tl.load(typical), PRODUCT, KAPPA, D)
+        limit = tl.where(there, limit_after(score, heaviest, of_c, of_row), float("inf"))
+        limit = tl.where(searched, limit, float("-inf"))
+        SPLITS: tl.constexpr = GROUPS // PLACES
+        of_splits = n[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+        least_hidden = tl.min(tl.load(hidden + of_splits, mask=inside[:, None], other=float("inf")), axis=1)
+        undecided = is_open((second <= limit) & (second < float("inf")), limit, least_hidden, of_x, live)
+        if too_wide is not None:
+            undecided = undecided | ((tl.load(too_wide) != 0) & live)
+    else:
+        undecided = there & (second <= score)
+    tl.store(indices + n, tl.where(undecided, LEFT, tl.where(live, index, -1)), mask=inside)
+    inside = inside & (list_left(left, left_count, indices, n, inside, BLOCK_N) == 0)
+    if sqdist is not None:
+        tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)
