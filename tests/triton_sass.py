@@ -58,3 +58,15 @@ def instructions_per_pair(launch: Launch, architecture: int) -> Count | None:
     chunks = -(-tile["PADDED_D"] // tile["BLOCK_D"])
     name = f"{kernel.name}, {tile['PRODUCT']}"
     return Count(name, len(found[0]), chunks, len(found[0]) / pairs, kernel.registers)
+
+
+def size(launch: Launch, architecture: int) -> str:
+    """Instructions of a whole kernel, and its barriers."""
+    kernel, tile = compile_for(launch, architecture), launch.options
+    lines = map(_LINE.match, run_tool("cuobjdump", kernel.cubin, "-sass").splitlines())
+    opcodes = [line[2] for line in lines if line]
+    barriers = sum(opcode.startswith("BAR.SYNC") for opcode in opcodes)
+    return (
+        f"{kernel.name}, {tile['PRODUCT']}: {tile['BLOCK_N']} rows, {tile['num_warps']} warps, {len(opcodes)}"
+        f" instructions, {barriers} barriers, {kernel.registers} registers"
+    )
