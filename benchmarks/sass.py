@@ -3,8 +3,8 @@
     python benchmarks/sass.py [--architecture 90] [--dim 64] [--precision exact|fast] [--dtype float32|bfloat16]
 
 Rows and codebook are of that dtype. The inner loop is the smallest loop that holds a tensor-core instruction. Per
-distance: its instructions in one warp, times the warps, over BLOCK_N · BLOCK_K distances per turn (one turn per chunk of
-D). Of the kernels that measure codewords: all instructions, executed or not, and those at which the warps of a block
+distance: its instructions in one warp, times the warps, over BLOCK_N · BLOCK_K distances per turn (one turn per chunk
+of D). Of the kernels that measure codewords: all instructions, executed or not, and those at which the warps of a block
 wait for each other.
 """
 

@@ -19,13 +19,12 @@ PROGRAMS = 1024  # a few for every SM
 
 @triton.jit
 def nearest_of_all(
-    z, start, step, codebook, code_stride, code_step, dither, bias, real,
+    z, start, step, codebook, code_stride, code_step, dither, real,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(index of the nearest point, its squared distance) for the row that begins at ``start``.
 
     Of points that are not finite the distance is NaN or Inf, as it is of all where the row is not: then 0 and Inf.
-    Where ``bias`` is there and tells of none that is finite, none is looked at.
     """
     COLUMNS: tl.constexpr = 16  # what is under way at a time
     lane = tl.arange(0, BLOCK_K)
@@ -35,13 +34,7 @@ def nearest_of_all(
     for begin in range(0, hidden_from_compiler(PADDED_D, real), COLUMNS):
         k = begin + tl.arange(0, COLUMNS)
         spoilt += 0.0 * tl.load(z + start + k.to(tl.int64) * step, mask=k < D, other=0.0).to(tl.float32)
-    finite = tl.sum(spoilt, axis=0) == 0.0
-    if bias is not None:
-        usable = tl.full((BLOCK_K,), float("inf"), tl.float32)
-        for first in range(0, real, BLOCK_K):
-            usable = tl.minimum(usable, tl.load(bias + first + lane, mask=first + lane < real, other=float("inf")))
-        finite = finite & (tl.min(usable, axis=0) < float("inf"))
-    end = tl.where(finite, real, 0)
+    end = tl.where(tl.sum(spoilt, axis=0) == 0.0, real, 0)
     for first in range(0, end, BLOCK_K):
         j = first + lane
         total = tl.zeros((BLOCK_K,), tl.float32)
@@ -69,7 +62,7 @@ def exhaust_rows(
         row = number == tl.argmax(left, axis=0)
         start = tl.sum(tl.where(row, starts, 0), axis=0)
         nearest, _ = nearest_of_all(
-            z, start, step, codebook, code_stride, code_step, dither, None, real, D, PADDED_D, 128,
+            z, start, step, codebook, code_stride, code_step, dither, real, D, PADDED_D, 128,
         )  # fmt: skip
         index = tl.where(row, nearest, index)
         left = tl.where(row, 0, left)
@@ -81,12 +74,21 @@ def exhaust_kernel(
     z, inner, outer_stride, inner_stride, step, codebook, code_stride, code_step, dither, bias, real,
     taken, taken_count, indices, sqdist, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Index and squared distance of the nearest point for the rows ``taken``."""
-    for i in range(tl.program_id(0), tl.load(taken_count), tl.num_programs(0)):
+    """Index and squared distance of the nearest point for the rows ``taken``.
+
+    If no point is finite, of which a scan leaves every row open, none is measured.
+    """
+    rows = tl.load(taken_count)
+    lane = tl.arange(0, BLOCK_K)
+    least = tl.full((BLOCK_K,), float("inf"), tl.float32)
+    for first in range(0, tl.where(tl.program_id(0) < rows, real, 0), BLOCK_K):
+        least = tl.minimum(least, tl.load(bias + first + lane, mask=first + lane < real, other=float("inf")))
+    there = tl.where(tl.min(least, axis=0) < float("inf"), real, 0)
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
         n = tl.load(taken + i)
         start = row_starts(n, inner, outer_stride, inner_stride, D)
         index, distance = nearest_of_all(
-            z, start, step, codebook, code_stride, code_step, dither, bias, real, D, PADDED_D, BLOCK_K,
+            z, start, step, codebook, code_stride, code_step, dither, there, D, PADDED_D, BLOCK_K,
         )  # fmt: skip
         tl.store(indices + n, index)
         if sqdist is not None:
