@@ -226,6 +226,17 @@ def test_rows_of_any_length_about_the_centre(left: list[set[int]], target: str) 
     assert len(left[0]) < 60
 
 
+@pytest.mark.parametrize("dim", [192, 200, 64, 70, 3])
+def test_nothing_past_a_row_is_measured(dim: int, looked: list[set[int]], left: list[set[int]], target: str) -> None:
+    """Rows of whole chunks that the search pads to more of them; behind every row lies another."""
+    gen = generator()
+    z, codebook = torch.randn(40, dim, generator=gen), 4 * torch.randn(90, dim, generator=gen)
+    z[:, -1] *= 100.0
+    with forced("search_fp16", TILE | {"BLOCK_D": 1 << (max(dim, 16) - 1).bit_length()}):
+        find(z, codebook)
+    assert len(looked[0]) < 40
+
+
 def test_dithered_codewords_and_strided_rows(left: list[set[int]], target: str) -> None:
     gen = generator()
     z, codebook = torch.randn(20, 150, generator=gen).T, torch.randn(300, 20, generator=gen)

@@ -49,15 +49,16 @@ def _distance(
 ):  # fmt: skip
     """‖z − c_j‖² [BN] for points j [BN], all of which are there."""
     CHUNK: tl.constexpr = min(PADDED_D & -PADDED_D, BLOCK_D)
+    COLUMNS: tl.constexpr = (D + CHUNK - 1) // CHUNK * CHUNK  # the search's own chunks can be wider, and go past a row
     at = j.to(tl.int64) * code_stride
     weight = None
     if dither is not None:
         weight = tl.load(dither + j).to(tl.float32)[:, None]
     d = _difference(z, starts, step, codebook, at, code_stride, code_step, weight, 0, D, CHUNK)
-    if PADDED_D == CHUNK:
+    if COLUMNS == CHUNK:
         return tl.sum(d * d, axis=1)
     total = d * d
-    for first in range(CHUNK, hidden_from_compiler(PADDED_D, positive), CHUNK):
+    for first in range(CHUNK, hidden_from_compiler(COLUMNS, positive), CHUNK):
         d = _difference(z, starts, step, codebook, at, code_stride, code_step, weight, first, D, CHUNK)
         total += d * d
     return tl.sum(total, axis=1)
