@@ -226,6 +226,22 @@ def test_rows_of_any_length_about_the_centre(left: list[set[int]], target: str) 
     assert len(left[0]) < 60
 
 
+def test_few_programs_take_all_rows(
+    looked: list[set[int]], left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that are settled and those that are compared with the whole codebook."""
+    for module in (search.settle, search.exhaust):
+        monkeypatch.setattr(module, "PROGRAMS", 2)
+    gen = generator()
+    codebook = torch.randn(300, 12, generator=gen)
+    codebook[::2] = codebook[0] + 1e-4 * torch.randn(150, 12, generator=gen)
+    z = codebook[torch.randint(0, 300, (150,), generator=gen)] + 1e-4 * torch.randn(150, 12, generator=gen)
+    find(z, codebook)
+    assert len(looked[0]) > 40 and len(left[0]) > 40
+    monkeypatch.setattr(search, "MANY_ROWS", 1 << 16)
+    find(z, codebook)
+
+
 @pytest.mark.parametrize("dim", [192, 200, 64, 70, 3])
 def test_nothing_past_a_row_is_measured(dim: int, looked: list[set[int]], left: list[set[int]], target: str) -> None:
     """Rows of whole chunks that the search pads to more of them; behind every row lies another."""
