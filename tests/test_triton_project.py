@@ -63,5 +63,11 @@ def test_only_rows_with_a_hidden_segment_have_another_pass(target: str, monkeypa
     near_both = [n for n in range(300) if mask[n] and segments[n] in (5, 6, 7, 69, 70, 71)]
     assert near_both and passes == [[None, near_both], [near_both, None]]
     expected = reference.project(z.double(), codebook.double(), mask, "exact")
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(found[::2], expected[::2], strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
+    other = found[1] != expected[1]  # the copies differ by little more than fp32's rounding: ties, if fp64 says so
+    assert not other[~torch.isin(torch.arange(300), torch.tensor(near_both))].any()
+    rows, least = z[other].double(), (z.double() - expected[0]).square().sum(1)[other]
+    near, far = codebook.double()[found[1][other].long()], codebook.double()[found[1][other].long() + 1]
+    t = (((rows - near) * (far - near)).sum(1) / (far - near).square().sum(1)).clamp(0, 1)
+    assert ((rows - torch.lerp(near, far, t[:, None])).square().sum(1) <= least * (1 + 1e-4)).all()
