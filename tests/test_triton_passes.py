@@ -171,14 +171,16 @@ def test_where_there_is_nothing_to_choose_rows_are_compared_with_nothing(
     passes: int, left: list[set[int]], looks: list[int], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "MANY_ROWS", 0 if passes == 2 else 1 << 16)
-    z, codebook = clusters(40)
-    codebook = torch.full_like(codebook, float("nan"))
+    z, _ = clusters(40)
+    codebook = torch.full((300, 12), float("nan"))
     distances = torch.zeros(40)
     found = search.find(z, codebook, None, None, "exact", distances)
     assert not looks and (found == 0).all() and distances.isinf().all()
-    codebook[90] = 1.0  # in the last tile
+    codebook[290] = 1.0  # in the last tile
     found = search.find(torch.full_like(z, -30.0), codebook, None, None, "exact", distances)
-    assert (found == 90).all() and distances.isfinite().all()
+    assert (found == 290).all() and distances.isfinite().all()
+    found = search.find(torch.full_like(z, 5e18), codebook, None, None, "exact")  # long: to the whole codebook
+    assert looks and (found == 290).all()
 
 
 def test_rows_that_are_not_finite_are_compared_with_nothing(
