@@ -45,7 +45,7 @@ def _difference(
 @triton.jit
 def _distance(
     z, starts, step, codebook, code_stride, code_step, dither, j, positive,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """‖z − c_j‖² [BN] for points j [BN], all of which are there."""
     CHUNK: tl.constexpr = min(PADDED_D & -PADDED_D, BLOCK_D)
@@ -105,7 +105,7 @@ def look_kernel(
     for i in range(8):
         j = tl.minimum(begin + i // 2 * 8 + i % 2, real - 1)
         d = _distance(
-            z, starts, step, codebook, code_stride, code_step, dither, j, real, D, PADDED_D, BLOCK_N, BLOCK_D,
+            z, starts, step, codebook, code_stride, code_step, dither, j, real, D, PADDED_D, BLOCK_D,
         )  # fmt: skip
         distances = tl.where(member == i, d[:, None], distances)
     distances = tl.where(usable, distances, float("inf"))
