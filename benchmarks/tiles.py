@@ -39,6 +39,7 @@ _HOW = {
     "bf16": ("fast", "bfloat16"),
 }
 _SEARCHES = ("search", "residual", "product")
+_HALVES = ("search_bf16", "search_fp16")  # half of a row can be in registers; elsewhere all or none
 _AXES = ("BLOCK_N", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages")
 
 
@@ -154,7 +155,9 @@ def _allowed(name: str, max_dim: int, tiles: Tiles, table: Table) -> bool:
     }
     if any(not limits[key][0] <= value <= limits[key][1] for key, value in tiles.items() if key in limits):
         return False
-    if tiles.get("IN_REGISTERS") and tiles["BLOCK_D"] < widest:
+    in_registers = tiles.get("IN_REGISTERS", 0)
+    fewest = max(16, widest // 2) if name in _HALVES else widest
+    if in_registers and (tiles["BLOCK_D"] < widest or in_registers < fewest):
         return False
     # The packers write whole tiles of their own, without masks, into what is padded to whole tiles of the others.
     if name in packers:
@@ -164,7 +167,10 @@ def _allowed(name: str, max_dim: int, tiles: Tiles, table: Table) -> bool:
 
 
 def _moves(present: Tiles) -> Iterator[Tiles]:
-    """One thing twice or half as large (a stage more or less); what trades one thing for another; rows in registers."""
+    """One thing twice or half as large (a stage more or less); what trades one thing for another; rows in registers.
+
+    Rows in registers leave room in shared memory: for a second block, for a stage, for as many rows again.
+    """
     steps = {key: (-1, 1) if key == "num_stages" else (0.5, 2) for key in present if key in _AXES}
     single = [(key, step) for key, both in steps.items() for step in both]
     traded = {("BLOCK_N", "BLOCK_K"), ("BLOCK_N", "num_stages"), ("BLOCK_K", "num_stages")}
@@ -180,7 +186,13 @@ def _moves(present: Tiles) -> Iterator[Tiles]:
             moved[key] = moved[key] + int(step) if key == "num_stages" else int(moved[key] * step)
         yield moved
     if "IN_REGISTERS" in present:
-        yield {**present, "IN_REGISTERS": 1 - present["IN_REGISTERS"]}
+        stages, rows, warps = (present[key] for key in ("num_stages", "BLOCK_N", "num_warps"))
+        for columns in sorted({0, present["BLOCK_D"] // 2, present["BLOCK_D"]} - {present["IN_REGISTERS"]}):
+            moved = {**present, "IN_REGISTERS": columns}
+            yield moved
+            for more in (-1, 1):
+                yield {**moved, "num_stages": stages + more}
+            yield {**moved, "BLOCK_N": 2 * rows, "num_warps": 2 * warps}
 
 
 def candidates(part: Part, table: Table) -> list[Tiles]:

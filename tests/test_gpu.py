@@ -301,17 +301,17 @@ def test_peak_memory(name: str, precision: str) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("dim", [20, 64, 100])
+@pytest.mark.parametrize(("dim", "parts"), [(20, 1), (20, 2), (64, 1), (64, 2), (100, 1), (256, 2), (500, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_in_registers(dtype: torch.dtype, dim: int) -> None:
-    """Tensor cores multiply them as they do rows in shared memory."""
-    from diveq_kernels.triton_kernels.launch import configuration, forced
+def test_rows_in_registers(dtype: torch.dtype, dim: int, parts: int) -> None:
+    """Tensor cores multiply them as they do rows in shared memory; of two parts of a row, one is there."""
+    from diveq_kernels.triton_kernels.launch import forced
 
-    gen, found = generator(), []
+    gen, found, width = generator(), [], 1 << (dim - 1).bit_length()
     z, words = (torch.randn(n, dim, generator=gen).to(dtype).cuda() for n in (1 << 16, 1000))  # for two passes
-    kind = "search_bf16" if dtype == torch.bfloat16 else "search_fp16"
-    for held in (0, 1):
-        with forced(kind, configuration(kind, dim, z.device) | {"IN_REGISTERS": held}):
+    tile = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": width, "num_warps": 4, "num_stages": 1}
+    for held in (0, width // parts):
+        with forced("search_bf16" if dtype == torch.bfloat16 else "search_fp16", tile | {"IN_REGISTERS": held}):
             found.append(F.nearest(z, words, backend="triton"))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 

@@ -212,18 +212,27 @@ def test_instructions_per_distance() -> None:
         assert counts and counts[0] is not None and counts[0].per_pair <= most, counts
 
 
-@pytest.mark.parametrize("product", ["bf16", "bf16x2", "fp16"])
-def test_rows_in_registers(product: str) -> None:
-    """Tensor cores do not read them from shared memory, nor does every turn load them from there."""
+@pytest.mark.parametrize(("product", "parts"), [("bf16", 1), ("bf16x2", 1), ("fp16", 1), ("bf16", 2), ("fp16", 2)])
+def test_rows_in_registers(product: str, parts: int) -> None:
+    """Tensor cores do not read them from shared memory, nor does every turn load them; of two parts, one is there."""
     rows, (precision, dtype, of_codebook) = HOW[product][-1]
     z, codebook = meta(rows, 64, dtype=dtype), meta(CODEWORDS, 64, dtype=of_codebook)
     (tiles,) = (entry for entry in table(90)[f"search_{product}"] if entry["max_dim"] == 64)
-    tiles = {name: value for name, value in tiles.items() if name != "max_dim"} | {"IN_REGISTERS": 1}
+    tiles = {name: value for name, value in tiles.items() if name != "max_dim"} | {"IN_REGISTERS": 64 // parts}
     with forced(f"search_{product}", tiles), recorded(90) as launches:
         triton_kernels.nearest(z, codebook, None, precision)
     launches = [x for x in launches if x.kernel.__name__ == "scan_kernel" and x.options["PRODUCT"] == product]
     (scan,) = check_fits(launches, 90)
     turn = loops(run_tool("cuobjdump", scan.cubin, "-sass"))[0]
     products = [line.split(",") for line in turn if line.startswith("HGMMA")]
-    assert products and not any("gdesc" in operands[1] for operands in products), products
+    from_registers = sum("gdesc" not in operands[1] for operands in products)
+    assert products and from_registers * parts == len(products), products
     assert not any(line.startswith("LDSM") for line in turn)
+
+
+def test_two_blocks_of_long_rows() -> None:
+    """bf16 of D = 256: with half of each row in registers, a multiprocessor has room for two blocks of eight warps."""
+    launches = launches_of(lambda: call_everything(256, "exact", torch.bfloat16, torch.bfloat16), 90)
+    scan = next(x for x in launches if x.kernel.__name__ == "scan_kernel" and x.options["PRODUCT"] == "bf16")
+    compiled = compile_for(scan, 90)
+    assert scan.options["num_warps"] == 8 and compiled.registers <= 128 and 2 * (compiled.shared + 1024) <= 228 * 1024

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (
 
 
 @pytest.mark.parametrize("target", ["triton-cpu"])
-@pytest.mark.parametrize(("dim", "held"), [(5, 0), (5, 1), (64, 1), (70, 0)])
+@pytest.mark.parametrize(("dim", "held"), [(5, 0), (5, 16), (64, 64), (70, 0)])
 def test_rows_near_one_segment_each(dim: int, held: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all columns of a row in one product, held in registers or not, and with several."""
     module = __import__(project.__module__, fromlist=["project"])

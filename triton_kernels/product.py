@@ -122,28 +122,28 @@ def operands(x, scale, PRODUCT: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def held(part, first, before, PADDED_D: tl.constexpr, CHUNK: tl.constexpr):
-    """``before`` [BN, PADDED_D] with ``part`` [BN, CHUNK], bf16 or fp16, added to its columns from ``first`` on.
+def held(part, first, before, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """``before`` [BN, COLUMNS] with ``part`` [BN, CHUNK], bf16 or fp16, added to its columns from ``first`` on.
 
     By a product with the identity, in which nothing is rounded: tensor cores leave it in the registers from which
     Hopper's multiply it, once it is bf16 or fp16 again. From shared memory it would be read for every product with it.
     """
-    identity = first + tl.arange(0, CHUNK)[:, None] == tl.arange(0, PADDED_D)[None, :]
+    identity = first + tl.arange(0, CHUNK)[:, None] == tl.arange(0, COLUMNS)[None, :]
     return tl.dot(part, identity.to(part.dtype), before)
 
 
 @triton.jit
 def held_rows(
     z, starts, step, live, centre, scale,
-    PRODUCT: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRODUCT: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The high part of centred rows [BN, PADDED_D], in the registers from which Hopper's tensor cores multiply."""
-    CHUNK: tl.constexpr = min(PADDED_D, 64)  # what is in shared memory meanwhile
-    rows = tl.zeros((BLOCK_N, PADDED_D), tl.float32)
-    for first in tl.static_range(0, PADDED_D, CHUNK):
+    """The high part of centred rows [BN, COLUMNS], in the registers from which Hopper's tensor cores multiply."""
+    CHUNK: tl.constexpr = min(COLUMNS, 64)  # what is in shared memory meanwhile
+    rows = tl.zeros((BLOCK_N, COLUMNS), tl.float32)
+    for first in tl.static_range(0, COLUMNS, CHUNK):
         x = centred_rows(z, starts, step, live, centre, first, PRODUCT, D, CHUNK)
         high, _ = operands(x, scale, PRODUCT, UPCAST)
-        rows = held(high, first, rows, PADDED_D, CHUNK)
+        rows = held(high, first, rows, COLUMNS, CHUNK)
     return rows.to(high.dtype)
 
 
@@ -155,9 +155,9 @@ def multiply(high, low, points, part, row, first, along, PRODUCT: tl.constexpr, 
     ``points`` holds −2c, its low part ``part`` elements on.
     """
     BLOCK_K: tl.constexpr = along.shape[1]
-    k = first + tl.arange(0, BLOCK_D)
     # Where the tile begins is one number: what differs from thread to thread is computed once, before the loop.
-    at = points + tl.cast(row, tl.int64) * PADDED_D + (tl.arange(0, BLOCK_K)[:, None] * PADDED_D + k[None, :])
+    begin = tl.cast(row, tl.int64) * PADDED_D + first
+    at = points + begin + (tl.arange(0, BLOCK_K)[:, None] * PADDED_D + tl.arange(0, BLOCK_D)[None, :])
     c = tl.trans(tl.load(at))
     if PRODUCT == "bf16x3":
         along = tl.dot(low, c, along)

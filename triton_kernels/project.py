@@ -193,7 +193,8 @@ def _nearest_segment(
 
     The index is 0 in rows that are not finite. With ``AGAIN`` none is hidden, for another pass over the curve.
     """
-    tl.static_assert(not IN_REGISTERS or ((PRODUCT == "bf16" or PRODUCT == "bf16x3") and PADDED_D == BLOCK_D))
+    ALL_HELD: tl.constexpr = IN_REGISTERS == PADDED_D and PADDED_D == BLOCK_D
+    tl.static_assert(IN_REGISTERS == 0 or (ALL_HELD and (PRODUCT == "bf16" or PRODUCT == "bf16x3")))
     slack = tl.cast(slack, tl.float32)  # Inductor passes Python's floats as fp64
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for begin in range(0, PADDED_D, BLOCK_D):
@@ -202,7 +203,7 @@ def _nearest_segment(
     live = live & (squares < float("inf"))  # false for NaN as well
     x = _centred_rows(z, starts, step, live, centre, 0, D, BLOCK_D)
     high, low = split(x, PRODUCT, UPCAST)
-    if IN_REGISTERS:
+    if IN_REGISTERS > 0:
         high = held(high, 0, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), BLOCK_D, BLOCK_D).to(high.dtype)
         low = held(low, 0, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), BLOCK_D, BLOCK_D).to(high.dtype)
     norm = tl.where(live, tl.sqrt(squares), 0.0)

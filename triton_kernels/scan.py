@@ -36,9 +36,11 @@ what L2 can deliver. Two or more blocks per SM let one multiply while another ta
 the codebook are scanned side by side. A long row is taken in chunks (``BLOCK_D`` < D). `benchmarks/sass.py` prints
 instructions per distance.
 
-**Rows in registers** (``IN_REGISTERS``). Hopper's tensor cores read both operands from shared memory, as often as they
-multiply; by calculation tiles of 64 codewords bring that to its limit before the products. They can take the rows from
-registers: half of what is read, for BLOCK_N · D / (64 num_warps) registers of every thread.
+**Rows in registers** (``IN_REGISTERS``: so many columns of each row). Hopper's tensor cores read both operands from
+shared memory, as often as they multiply; by calculation tiles of 64 codewords bring that to its limit before the
+products. They can take rows from registers: half of what is read, for BLOCK_N · columns / (64 num_warps) registers of
+every thread. All columns, or half of them: of long rows, what stays in shared memory then leaves room in it for a
+second block (bf16, D = 256) or for tiles of twice as many rows (D = 512).
 """
 
 from __future__ import annotations
@@ -92,14 +94,19 @@ def scaled_length(squares, middling):
 
 @triton.jit
 def _group_minima(
-    high, low, weight, scale, z, starts, step, live, centre, points, part, bias, first,
+    held, high, low, weight, scale, z, starts, step, live, centre, points, part, bias, first,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Least score of each group of codewords from ``first`` on: [BN, BK / 32, 4], for ``exact`` its bits."""
     along = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if PADDED_D == BLOCK_D:
-        along = multiply(high, low, points, part, first, 0, along, PRODUCT, PADDED_D, BLOCK_D)
+        REST: tl.constexpr = PADDED_D - IN_REGISTERS
+        if IN_REGISTERS > 0:
+            along = multiply(held, held, points, part, first, 0, along, PRODUCT, PADDED_D, IN_REGISTERS)
+        if REST > 0:
+            along = multiply(high, low, points, part, first, IN_REGISTERS, along, PRODUCT, PADDED_D, REST)
     else:
         for begin in range(0, PADDED_D, BLOCK_D):
             x = centred_rows(z, starts, step, live, centre, begin, PRODUCT, D, BLOCK_D)
@@ -120,9 +127,10 @@ def _group_minima(
 
 @triton.jit
 def _scan_tiles(
-    high, low, weight, scale, z, starts, step, live, centre, points, part, bias, begin, end,
+    held, high, low, weight, scale, z, starts, step, live, centre, points, part, bias, begin, end,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """The least score in each place, the first codeword of its tile, and the least of the others."""
     where = tl.zeros((BLOCK_N, BLOCK_K // 32, 4), tl.int32)
@@ -134,8 +142,8 @@ def _scan_tiles(
         hidden = tl.full((BLOCK_N, 4), float("inf"), tl.float32)
     for first in tl.range(begin, end, BLOCK_K):
         minima = _group_minima(
-            high, low, weight, scale, z, starts, step, live, centre, points, part, bias, first,
-            PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+            held, high, low, weight, scale, z, starts, step, live, centre, points, part, bias, first,
+            PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
         )  # fmt: skip
         if EXACT:
             hidden = tl.maximum(hidden, tl.max(tl.minimum(best, minima), axis=1))
@@ -155,7 +163,7 @@ def scan(
     z, starts, step, live, points, bias, centre, typical, count, begin, end,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    IN_REGISTERS: tl.constexpr = False,
+    IN_REGISTERS: tl.constexpr = 0,
 ):  # fmt: skip
     """For rows at ``starts``: the least score in each place, the first codeword of its tile, the least hidden, ‖x‖².
 
@@ -178,18 +186,20 @@ def scan(
     if PRODUCT == "fp16":
         scale = scale_of(scaled_length(usual, middling))
         weight *= scale * scale_of(middling)
-    if IN_REGISTERS:
-        tl.static_assert(PADDED_D == BLOCK_D and (PRODUCT == "bf16" or PRODUCT == "bf16x2" or PRODUCT == "fp16"))
-        high = held_rows(z, starts, step, live, centre, scale, PRODUCT, UPCAST, D, PADDED_D, BLOCK_N)
-        low = high
-    else:
-        x = centred_rows(z, starts, step, live, centre, 0, PRODUCT, D, BLOCK_D)
+    held = scale
+    if IN_REGISTERS > 0:
+        WHOLE: tl.constexpr = PADDED_D == BLOCK_D and (PRODUCT != "bf16x2" or IN_REGISTERS == PADDED_D)
+        tl.static_assert(WHOLE and (PRODUCT == "bf16" or PRODUCT == "bf16x2" or PRODUCT == "fp16"))
+        held = held_rows(z, starts, step, live, centre, scale, PRODUCT, UPCAST, D, IN_REGISTERS, BLOCK_N)
+    high, low = held, held
+    if IN_REGISTERS < PADDED_D:
+        x = centred_rows(z, starts, step, live, centre, IN_REGISTERS, PRODUCT, D, BLOCK_D - IN_REGISTERS)
         high, low = operands(x, scale, PRODUCT, UPCAST)
 
-    if PRODUCT == "bf16" or IN_REGISTERS:
+    if PRODUCT == "bf16" or IN_REGISTERS == PADDED_D:
         best, where, hidden = _scan_tiles(
-            high, low, weight, scale, z, starts, step, live, centre, points, part, bias, begin, end,
-            PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+            held, high, low, weight, scale, z, starts, step, live, centre, points, part, bias, begin, end,
+            PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
         )  # fmt: skip
     else:
         best = tl.full((BLOCK_N, BLOCK_K // 32, 4), float("inf"), tl.float32)
@@ -200,8 +210,8 @@ def scan(
         # would load them into registers.
         for _ in tl.range(0, count, count):
             best, where, hidden = _scan_tiles(
-                high, low, weight, scale, z, starts, step, live, centre, points, part, bias, begin, end,
-                PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
+                held, high, low, weight, scale, z, starts, step, live, centre, points, part, bias, begin, end,
+                PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
             )  # fmt: skip
             high = tl.zeros_like(high)
             low = tl.zeros_like(low)
