@@ -202,11 +202,16 @@ def test_replacement_compiles_without_spills(architecture: int, dtype: torch.dty
     assert {kernel.name for kernel in kernels} == {"replace_kernel"} and len(kernels) == len(launches)
 
 
-def test_instructions_per_distance() -> None:
-    """The epilogue bounds small D, not the product: 4 instructions a distance on sm_90 at most, 3.5 if exact."""
+@pytest.mark.parametrize("fused", [True, False])
+def test_instructions_per_distance(fused: bool) -> None:
+    """The epilogue bounds small D, not the product: 4 instructions a distance on sm_90 at most, 3.5 if exact.
+
+    Also where Triton does not fuse multiplications and additions by itself.
+    """
     for rows, (precision, dtype, of_codebook) in (*HOW["bf16"], *HOW["fp16"]):
         z, codebook = meta(rows, 64, dtype=dtype), meta(CODEWORDS, 64, dtype=of_codebook)
         launches = launches_of(lambda z=z, c=codebook, p=precision: triton_kernels.nearest(z, c, None, p), 90)
+        launches = [x._replace(options=x.options | {"enable_fp_fusion": fused}) for x in launches]
         counts = [instructions_per_pair(x, 90) for x in launches if x.kernel.__name__ == "scan_kernel"]
         most = 3.5 if precision == "exact" else 4.0
         assert counts and counts[0] is not None and counts[0].per_pair <= most, counts

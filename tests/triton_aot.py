@@ -99,7 +99,8 @@ def _signature(launch: Launch, floats: str) -> tuple[dict[str, str], dict[tuple,
 def _source(launch: Launch, floats: str = "fp32") -> tuple[ASTSource, dict[str, Any]]:
     """The kernel with its arguments' types, and the options to compile it with."""
     signature, constants, attributes = _signature(launch, floats)
-    options = {name: launch.options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.options}
+    known = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+    options = {name: launch.options[name] for name in known if name in launch.options}
     return ASTSource(launch.kernel, signature, constants, attributes), options
 
 

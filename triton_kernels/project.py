@@ -93,15 +93,16 @@ def _scores(
     least = tl.load(numbers + LOW * count + column)
     most = tl.load(numbers + HIGH * count + column)
     square = tl.load(numbers + SQUARE * count + column)
-    along = along * tl.load(numbers + SCALE * count + column)[None, :]
-    along += tl.load(numbers + SHIFT * count + column)[None, :]  # E
+    # Fused by name: that compilers fuse by themselves is an option of Triton's, and will not be its default.
+    scale, shift = tl.load(numbers + SCALE * count + column), tl.load(numbers + SHIFT * count + column)
+    along = tl.fma(along, scale[None, :], shift[None, :])  # E
     tau = tl.minimum(tl.maximum(along, least[None, :]), most[None, :])
     if EXACT:
         reach = _reach(tl.load(numbers + NORM * count + column), most - least, longest)
         square -= slack * reach * reach
-    score = (square[None, :] - 2.0 * to_near) + tau * (tau - 2.0 * along)
+    score = tl.fma(tau, tl.fma(along, -2.0, tau), tl.fma(to_near, -2.0, square[None, :]))
     if EXACT:
-        score -= (2.0 * slack * norm)[:, None] * reach[None, :]
+        score = tl.fma((-2.0 * slack * norm)[:, None], reach[None, :], score)
         leave = tl.load(numbers + LEAVE * count + column) + 2.0 * slack * (longest + reach)
         score = tl.where(along > leave[None, :], float("inf"), score)
     return score
