@@ -105,6 +105,19 @@ def test_a_first_look_decides_rows_with_one_group(looked: list[set[int]], left: 
     assert (found[(rows % 13 == 0) & mask] == 0).all() and (found[(rows % 13 == 1) & mask] == 3).all()
 
 
+def test_of_equal_scores_a_first_look_decides_none(looked: list[set[int]], left: list[set[int]], target: str) -> None:
+    """``fast``: the first of two equal codewords may be in a group that is looked at second."""
+    gen, rows = generator(), torch.arange(150)
+    codebook = (16 * torch.randn(192, 12, generator=gen)).bfloat16()
+    codebook[64] = codebook[34]  # the first group of the second tile, and not the first of the first
+    z = codebook[torch.randint(70, 192, (150,), generator=gen)]
+    z[::13] = codebook[34]
+    with forced("search_bf16", TILE):
+        found = search.find(z, codebook, None, None, "fast")
+    assert torch.equal(found.long(), sqdist(z, codebook).argmin(1)) and (found[::13] == 34).all()
+    assert looked == [set(rows[::13].tolist())] and left == []
+
+
 @pytest.mark.parametrize("times", [1e-4, 0.01, 0.25, 1e2, 1e3, 1e4])
 def test_any_middle_and_middling_length_are_right(
     times: float, left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch

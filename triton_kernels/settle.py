@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from diveq_kernels.triton_kernels.rows import LEFT, list_left, row_starts
-from diveq_kernels.triton_kernels.scan import BEYOND, LONG, bounds
+from diveq_kernels.triton_kernels.scan import LONG, bounds
 
 PROGRAMS = 2048  # no more than a GPU runs at once, or nearly; each takes rows until none is left
 
@@ -83,10 +83,10 @@ def _measure_group(
 def limit_after(score, heaviest, of_c, of_x):
     """What the score of the nearest codeword's group cannot exceed once a group with this score has been measured.
 
-    ``heaviest`` is the largest bias in that group, ``of_c`` and ``of_x`` are the errors that ``bounds`` gives. +Inf
-    where the score may be that of a codeword beyond the range.
+    ``heaviest`` is the largest bias in that group, ``of_c`` and ``of_x`` are the errors that ``bounds`` gives. No score
+    is that of a codeword beyond the range, which is above 0.
     """
-    return tl.where(heaviest < 0.8 * BEYOND, score + 2.0 * (of_x + of_c * heaviest), float("inf"))
+    return score + 2.0 * (of_x + of_c * heaviest)
 
 
 @triton.jit
