@@ -18,9 +18,11 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (
 
 
 @pytest.mark.parametrize("target", ["triton-cpu"])
-@pytest.mark.parametrize(("dim", "held"), [(5, 0), (5, 16), (64, 64), (70, 0)])
-def test_rows_near_one_segment_each(dim: int, held: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all columns of a row in one product, held in registers or not, and with several."""
+@pytest.mark.parametrize(("dim", "held", "tile"), [(5, 0, 32), (5, 16, 32), (64, 64, 16), (70, 0, 16)])
+def test_rows_near_one_segment_each(
+    dim: int, held: int, tile: int, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all columns of a row in one product, held in registers or not, and with several; in tiles of two sizes."""
     module = __import__(project.__module__, fromlist=["project"])
     monkeypatch.setattr(module, "_product_for", lambda dtype, precision: "bf16")
     gen = generator()
@@ -30,7 +32,7 @@ def test_rows_near_one_segment_each(dim: int, held: int, target: str, monkeypatc
     share = 0.4 + 0.2 * torch.rand(70, 1, generator=gen)
     z = torch.lerp(codebook[segments], codebook[segments + 1], share) + 0.05 * torch.randn(70, dim, generator=gen)
     z[3, 1] = float("nan")
-    tiles = configuration("project_bf16", dim, z.device) | {"IN_REGISTERS": held}
+    tiles = configuration("project_bf16", dim, z.device) | {"IN_REGISTERS": held, "BLOCK_K": tile}
     with forced("project_bf16", tiles):
         found = project(z, codebook, None, "fast")
     expected = reference.project(z.double(), codebook.double(), None, "exact")
