@@ -186,7 +186,7 @@ def scan(
     if PRODUCT == "fp16":
         scale = scale_of(scaled_length(usual, middling))
         weight *= scale * scale_of(middling)
-    held = scale
+    held = scale  # or anything: there are no columns to multiply it with
     if IN_REGISTERS > 0:
         WHOLE: tl.constexpr = PADDED_D == BLOCK_D and (PRODUCT != "bf16x2" or IN_REGISTERS == PADDED_D)
         tl.static_assert(WHOLE and (PRODUCT == "bf16" or PRODUCT == "bf16x2" or PRODUCT == "fp16"))
