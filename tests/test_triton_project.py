@@ -32,6 +32,7 @@ def test_rows_near_one_segment_each(
     share = 0.4 + 0.2 * torch.rand(70, 1, generator=gen)
     z = torch.lerp(codebook[segments], codebook[segments + 1], share) + 0.05 * torch.randn(70, dim, generator=gen)
     z[3, 1] = float("nan")
+    # In tiles of either size there is room for 96 segments, a whole number of the packer's.
     tiles = configuration("project_bf16", dim, z.device) | {"IN_REGISTERS": held, "BLOCK_K": tile}
     with forced("project_bf16", tiles):
         found = project(z, codebook, None, "fast")
