@@ -140,30 +140,32 @@ def crowded(rows: int, codewords: int, dim: int, apart: float) -> tuple[Tensor, 
 
 
 def moved_products(z: Tensor, codebook: Tensor) -> Any:
-    """``multiply`` with the worst error: κ‖z‖‖c‖ up for each row's nearest codeword, and down for all others."""
+    """``multiply`` with the worst error: κ‖z‖‖c‖ up for each row's nearest codeword, and down for all others.
+
+    Instead of what the product's own rounding costs, which the bound has in it.
+    """
     original = scan.multiply
     centre, typical = (x[0].double() for x in middle(codebook[None], codebook.shape[1]))
-    dim = codebook.shape[1]
+    rows, codewords = z.double() - centre, codebook.double() - centre
 
     def multiply(high: Any, low: Any, points: Any, part: Any, row: Any, first: Any, along: Any, *shape: Any) -> Any:
         product, _, width = map(getattr, shape, 3 * ["value"]) if hasattr(shape[0], "value") else shape
-        exact = original(high, low, points, part, row, first, along, *shape)
+        result = original(high, low, points, part, row, first, along, *shape)
         parts = [torch.from_numpy(np.array(x.handle.data)).double() for x in (high, low)]
-        x, scale = sum(parts), 1.0
         if product == "fp16":  # rows at scales of their own; all of them are in the one tile
-            assert len(x := torch.nn.functional.pad(z.double() - centre, (0, x.shape[1] - dim, 0, len(x) - len(z))))
+            assert len(rows) <= len(parts[0])
+            x = torch.nn.functional.pad(rows, (0, 0, 0, len(parts[0]) - len(rows)))
             scale = fp16_scale(x.norm(dim=1).clamp_min(1e-30))[:, None] * fp16_scale(typical)
+        else:
+            x, scale = rows[torch.cdist(sum(parts)[:, : rows.shape[1]], rows).argmin(1)], 1.0
         wanted = int(row) + torch.arange(int(along.shape[1]))
-        centred = codebook.double() - centre
-        there = wanted < len(centred)
-        c = torch.where(there[:, None], centred[wanted.clamp(max=len(centred) - 1)], 0.0)
-        c = torch.nn.functional.pad(c, (0, x.shape[1] - c.shape[1]))
-        nearest_c = torch.cdist(x, torch.nn.functional.pad(centred, (0, x.shape[1] - centred.shape[1]))).argmin(1)
-        sign = torch.where(wanted[None] == nearest_c[:, None], 1.0, -1.0)
-        kappa = error_bound(product, dim, width)
-        error = 2 * kappa * x.norm(dim=1)[:, None] * c.norm(dim=1)[None] * sign * scale
-        exact.handle.data = exact.handle.data + error.float().numpy()
-        return exact
+        there = wanted < len(codewords)
+        c = torch.where(there[:, None], codewords[wanted.clamp(max=len(codewords) - 1)], 0.0)
+        sign = torch.where(wanted[None] == torch.cdist(x, codewords).argmin(1)[:, None], 1.0, -1.0)
+        kappa = error_bound(product, rows.shape[1], width)
+        error = 2 * kappa * x.norm(dim=1)[:, None] * c.norm(dim=1)[None] * sign
+        result.handle.data = along.handle.data + ((error - 2 * x @ c.T) * scale).float().numpy()
+        return result
 
     return multiply
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from diveq_kernels.triton_kernels import INTERPRETED, exhaust, pack, search  # noqa: E402
+from diveq_kernels.triton_kernels import INTERPRETED, composite, exhaust, pack, search  # noqa: E402
 from diveq_kernels.triton_kernels.launch import forced  # noqa: E402
 from diveq_kernels.triton_kernels.middle import middle  # noqa: E402
 
@@ -260,6 +260,25 @@ def test_few_programs_take_all_rows(
     assert len(looked[0]) > 40 and len(left[0]) > 40
     monkeypatch.setattr(search, "MANY_ROWS", 1 << 16)
     find(z, codebook)
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+def test_few_programs_take_all_tiles_of_composites(groups: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, each in the program's own tile of residuals: to the bit as by a program each."""
+    gen = generator()
+    books = torch.randn(3, 40, 4 if groups else 12, generator=gen)
+    z, seed = torch.randn(300, 12, generator=gen), torch.tensor(5)
+    num_active = torch.randint(0, 4, (300,), generator=gen, dtype=torch.int32)
+
+    def quantize() -> tuple[Tensor, Tensor, Tensor]:
+        if groups:
+            return composite.product(z, books, None, None, seed, 1e-3, "exact")
+        return composite.residual(z, books, None, num_active, None, seed, 1e-3, "exact")
+
+    expected = quantize()
+    monkeypatch.setattr(composite, "_PROGRAMS", 2)
+    for value, by_few in zip(expected, quantize(), strict=True):
+        assert torch.equal(value, by_few)
 
 
 @pytest.mark.parametrize("dim", [192, 200, 64, 70, 3])

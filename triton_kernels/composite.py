@@ -63,16 +63,15 @@ def composite_kernel(
     codebooks, stage_stride, code_stride, code_step, dither, dither_stride,
     points, bias, centre, typical, count, residuals,
     z_q, q_inner, q_outer_stride, q_inner_stride, q_step, indices, counts, codewords, seed, noise_std,
-    STAGES: tl.constexpr, GROUP: tl.constexpr, WHOLE_D: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, WHOLE_D: tl.constexpr,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """All searches of a row, then z_q, for the row tiles of one program."""
     PARTS: tl.constexpr = 2 if PRODUCT == "bf16x3" or PRODUCT == "bf16x2" else 1
-    tile = tl.program_id(0).to(tl.int64)
-    own = (tile * BLOCK_N + tl.arange(0, BLOCK_N)) * WHOLE_D  # this program's rows of ``residuals``
-    while tile * BLOCK_N < rows:
-        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    own = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)) * WHOLE_D  # this program's rows of ``residuals``
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), PROGRAMS, disable_licm=GROUP == 0):
+        n = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < rows
         kept = inside
         if mask is not None:
@@ -153,7 +152,6 @@ def composite_kernel(
                 value = x + scale[:, None] * moved(d, seed, noise_std, n, 0, first, WHOLE_D, COLUMNS)
             value = tl.where((m < float("inf"))[:, None], value, float("nan"))
             store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), WHOLE_D, COLUMNS)
-        tile += tl.num_programs(0)
 
 
 def _forward(
@@ -189,7 +187,7 @@ def _forward(
             None if num_active is None else num_active.contiguous(),
             codebooks, *codebooks.stride(), dither, 0 if dither is None else dither.stride(0),
             *search.arguments, residuals, *written, indices, counts, codewords, seed, noise_std,
-            STAGES=stages, GROUP=group, WHOLE_D=z.shape[-1], **search.options,
+            PROGRAMS=_PROGRAMS, STAGES=stages, GROUP=group, WHOLE_D=z.shape[-1], **search.options,
         )  # fmt: skip
     return deliver(z_q, written), indices, counts
 

@@ -72,7 +72,8 @@ def exhaust_rows(
 @triton.jit
 def exhaust_kernel(
     z, inner, outer_stride, inner_stride, step, codebook, code_stride, code_step, dither, bias, real,
-    taken, taken_count, indices, sqdist, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    taken, taken_count, indices, sqdist,
+    PROGRAMS: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Index and squared distance of the nearest point for the rows ``taken``.
 
@@ -84,7 +85,7 @@ def exhaust_kernel(
     for first in range(0, tl.where(tl.program_id(0) < rows, real, 0), BLOCK_K):
         least = tl.minimum(least, tl.load(bias + first + lane, mask=first + lane < real, other=float("inf")))
     there = tl.where(tl.min(least, axis=0) < float("inf"), real, 0)
-    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for i in tl.range(tl.program_id(0), rows, PROGRAMS, disable_licm=True):
         n = tl.load(taken + i)
         start = row_starts(n, inner, outer_stride, inner_stride, D)
         index, distance = nearest_of_all(

@@ -155,7 +155,7 @@ class _Problem(NamedTuple):
         tile = configuration("settle", options["D"], device)
         launch(
             settle_kernel, (torch.sym_min(triton.cdiv(rows, tile["BLOCK_N"]), settle.PROGRAMS),), device,
-            *arguments, *taken, *left, too_wide, self.indices, self.sqdist, MOST=most, **options, **tile,
+            *arguments, *taken, *left, too_wide, self.indices, self.sqdist, PROGRAMS=settle.PROGRAMS, MOST=most, **options, **tile,
         )  # fmt: skip
 
     def exhaust(self, search: Search, taken: Listed) -> None:
@@ -164,7 +164,7 @@ class _Problem(NamedTuple):
             exhaust_kernel, (torch.sym_min(self.rows, exhaust.PROGRAMS),), self.z.device,
             *dense(rows_of(self.z)), self.codebook, *self.codebook.stride(), self.dither,
             search.packed.bias, self.points, *taken, self.indices, self.sqdist,
-            D=search.options["D"], PADDED_D=search.options["PADDED_D"],
+            PROGRAMS=exhaust.PROGRAMS, D=search.options["D"], PADDED_D=search.options["PADDED_D"],
             **configuration("exhaust", search.options["D"], self.z.device),
         )  # fmt: skip
 

@@ -172,7 +172,7 @@ def settle_kernel(
     scores, tiles, hidden, squares, z, inner, outer_stride, inner_stride, step, rows, mask,
     codebook, code_stride, code_step, dither, bias, typical, real,
     taken, taken_count, left, left_count, too_wide, indices, sqdist,
-    MOST: tl.constexpr, PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr,
+    PROGRAMS: tl.constexpr, MOST: tl.constexpr, PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """Index and squared distance of the nearest point for BLOCK_N scanned rows, those ``taken`` if it is there.
@@ -182,7 +182,7 @@ def settle_kernel(
     """
     if taken is not None:
         rows = tl.load(taken_count)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), PROGRAMS, disable_licm=True):
         at = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = at < rows
         n = at
