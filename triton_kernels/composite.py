@@ -69,8 +69,12 @@ def composite_kernel(
 ):  # fmt: skip
     """All searches of a row, then z_q, for the row tiles of one program."""
     PARTS: tl.constexpr = 2 if PRODUCT == "bf16x3" or PRODUCT == "bf16x2" else 1
-    own = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)) * WHOLE_D  # this program's rows of ``residuals``
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), PROGRAMS, disable_licm=GROUP == 0):
+    # This program's rows of ``residuals``.
+    own = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)) * WHOLE_D
+    # What is the same for all tiles is computed where it is used: kept over the loop, ptxas would spill it. Lean
+    # products have registers for it; without, ptxas aims at more blocks, and spills for these.
+    LEAN: tl.constexpr = GROUP > 0 and PRODUCT != "bf16x3"
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), PROGRAMS, disable_licm=not LEAN):
         n = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < rows
         kept = inside

@@ -85,7 +85,7 @@ def exhaust_kernel(
     for first in range(0, tl.where(tl.program_id(0) < rows, real, 0), BLOCK_K):
         least = tl.minimum(least, tl.load(bias + first + lane, mask=first + lane < real, other=float("inf")))
     there = tl.where(tl.min(least, axis=0) < float("inf"), real, 0)
-    for i in tl.range(tl.program_id(0), rows, PROGRAMS, disable_licm=True):
+    for i in tl.range(tl.program_id(0), rows, PROGRAMS, disable_licm=True):  # as in settle.py
         n = tl.load(taken + i)
         start = row_starts(n, inner, outer_stride, inner_stride, D)
         index, distance = nearest_of_all(

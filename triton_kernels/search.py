@@ -155,7 +155,8 @@ class _Problem(NamedTuple):
         tile = configuration("settle", options["D"], device)
         launch(
             settle_kernel, (torch.sym_min(triton.cdiv(rows, tile["BLOCK_N"]), settle.PROGRAMS),), device,
-            *arguments, *taken, *left, too_wide, self.indices, self.sqdist, PROGRAMS=settle.PROGRAMS, MOST=most, **options, **tile,
+            *arguments, *taken, *left, too_wide, self.indices, self.sqdist,
+            PROGRAMS=settle.PROGRAMS, MOST=most, **options, **tile,
         )  # fmt: skip
 
     def exhaust(self, search: Search, taken: Listed) -> None:

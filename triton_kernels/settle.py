@@ -182,6 +182,7 @@ def settle_kernel(
     """
     if taken is not None:
         rows = tl.load(taken_count)
+    # What is the same for all blocks is computed where it is used: kept over the loop, ptxas would spill it.
     for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), PROGRAMS, disable_licm=True):
         at = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = at < rows
