@@ -42,7 +42,8 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
     """Within it, tensors made on "cuda" are fake, and launches are traced for sm_90."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(launch, "architecture_of", lambda device: "sm_90"))
-        stack.enter_context(mock.patch.object(search, "_multiprocessors", lambda device: 132))
+        for module in (launch, search):
+            stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: 132))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver()))
         if torch.version.cuda is None:
             stack.enter_context(mock.patch.object(Tensor, "__getitem__", _getitem))

@@ -176,6 +176,29 @@ def test_configurations_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> N
             cached.cache_clear()
 
 
+@pytest.mark.parametrize("kind", ["residual", "product"])
+def test_few_rows_have_smaller_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of composites, lest half of the GPU be idle; but for tiles that are being measured."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    books, dim = torch.empty(4, 70, 128, device="meta"), 512 if kind == "product" else 128
+    tiles = {"BLOCK_N": 256, "BLOCK_K": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
+    names = ("BLOCK_N", "num_warps")
+
+    def of(rows: int) -> tuple[int, tuple[int, ...]]:
+        z, precision = torch.empty(rows, dim, device="meta"), "exact"
+        active = (None,) if kind == "residual" else ()
+        with recorded(90) as launches:
+            getattr(triton_kernels, kind)(z, books, None, *active, None, None, 1e-3, precision)
+        (found,) = (each for each in launches if each.kernel.__name__ == "composite_kernel")
+        return found.grid[0], tuple(found.options[name] for name in names)
+
+    assert of(66 * 128 + 1) == (67, (128, 8))
+    assert of(66 * 128) == (132, (64, 8))
+    assert of(100) == (2, (64, 8))
+    with launch.forced(f"{kind}_bf16x3", tiles):
+        assert of(100) == (1, (256, 8))
+
+
 def test_rows_without_strides_are_those_at_n_times_d() -> None:
     def without(x: Tensor) -> bool:
         found = rows.dense(rows.rows_of(x))

@@ -177,11 +177,8 @@ def _forward(
     if rows:
         dither = None if dither is None else dither.contiguous()
         # The residual is fp32 whatever z is.
-        search = (
-            Search(product_for(z.dtype, precision), codebooks, dither, precision, "product")
-            if group
-            else Search(product_for(torch.float32, precision), codebooks, dither, precision, "residual")
-        )
+        kind, dtype = ("product", z.dtype) if group else ("residual", torch.float32)
+        search = Search(product_for(dtype, precision), codebooks, dither, precision, kind, rows=rows)
         programs = torch.sym_min(search.grid(rows)[0], _PROGRAMS)  # min would make a graph for few rows, one for many
         tile = programs * search.tiles["BLOCK_N"] * z.shape[-1]
         residuals = torch.empty(tile, dtype=torch.float32, device=z.device) if not group else None

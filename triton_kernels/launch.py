@@ -41,15 +41,26 @@ def _entry(architecture: str, kind: str, dim: int) -> dict[str, int]:
     raise AssertionError(f"the last entry of {kind!r} must hold every dim")
 
 
-def configuration(kind: str, dim: int, device: torch.device) -> dict[str, int]:
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many of a GPU; as many as most have where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+
+
+def configuration(kind: str, dim: int, device: torch.device, rows: int | None = None) -> dict[str, int]:
     """Tile sizes and launch options for rows of ``dim``: the first entry of the table whose ``max_dim`` holds it.
 
-    A graph of any N is one for this ``dim``, should it be a symbol.
+    With ``rows``, tiles of more than 64 rows are halved while there are too few for half of the multiprocessors. A
+    graph of any N does without, and is one for this ``dim``, should it be a symbol.
     """
     instead = _forced.get()
     if instead is not None and instead[0] == kind:
         return dict(instead[1])
-    return dict(_entry(architecture_of(device), kind, int(dim)))
+    tiles = dict(_entry(architecture_of(device), kind, int(dim)))
+    if rows is not None and not isinstance(rows, torch.SymInt):
+        while tiles["BLOCK_N"] > 64 and 2 * -(-rows // tiles["BLOCK_N"]) <= multiprocessors(device):
+            tiles["BLOCK_N"] //= 2
+    return tiles
 
 
 @contextlib.contextmanager

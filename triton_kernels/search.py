@@ -14,7 +14,6 @@ is the three bf16 products again; how many there are only the GPU knows. It cost
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels import exhaust, settle
 from diveq_kernels.triton_kernels.exhaust import exhaust_kernel
-from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
+from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch, multiprocessors
 from diveq_kernels.triton_kernels.look import look_kernel
 from diveq_kernels.triton_kernels.pack import Packed, pack
 from diveq_kernels.triton_kernels.product import error_bound, product_for
@@ -51,10 +50,11 @@ class Search:
         kind: str = "search",
         around: tuple[Tensor, Tensor] | None = None,
         too_wide: Tensor | None = None,
+        rows: int | None = None,
     ) -> None:
         dim = int(codebooks.shape[-1])
         exact = precision == "exact"
-        self.tiles = configuration(f"{kind}_{product}", dim, codebooks.device)
+        self.tiles = configuration(f"{kind}_{product}", dim, codebooks.device, rows)
         self.packed: Packed = pack(codebooks, dither, product, exact, self.tiles, around, too_wide)
         self.options = {
             "PRODUCT": product,
@@ -84,15 +84,10 @@ class Search:
         splits = 1
         if not isinstance(rows, torch.SymInt):
             programs, tiles = self.grid(rows)[0], self.packed.bias.shape[1] // self.tiles["BLOCK_K"]
-            wanted = 2 * _multiprocessors(self.packed.bias.device)
+            wanted = 2 * multiprocessors(self.packed.bias.device)
             while splits < _MOST_SPLITS and programs * splits * 2 <= wanted and tiles >= 8 * splits:
                 splits *= 2
         return splits
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
 
 
 class _Problem(NamedTuple):
