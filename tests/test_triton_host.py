@@ -180,7 +180,7 @@ def test_configurations_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> N
 def test_few_rows_have_smaller_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of composites, lest half of the GPU be idle; but for tiles that are being measured."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    books, dim = torch.empty(4, 70, 128, device="meta"), 512 if kind == "product" else 128
+    books, dim = torch.empty(4, 70, 256, device="meta"), 1024 if kind == "product" else 256
     tiles = {"BLOCK_N": 256, "BLOCK_K": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2}
     names = ("BLOCK_N", "num_warps")
 
