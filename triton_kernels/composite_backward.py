@@ -2,7 +2,7 @@
 
 With d = ẑ − z and a = (g·u)/m: ∂L/∂z = g − a·d, and every codeword chosen receives a·d, or its group's slice of it.
 
-Tiles of its own, of fewer columns a thread than other steps': what waits while a loop goes over the stages would spill.
+Tiles of its own, of fewer numbers a thread than other steps': what waits while a loop goes over the stages would spill.
 """
 
 from __future__ import annotations
