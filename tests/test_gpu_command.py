@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import gpu
@@ -156,7 +158,17 @@ def test_backends_side_by_side(
     assert gpu.main() == (0 if memory == 80 else 1)
 
 
-def test_an_interrupt_stops_what_runs(fake_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As at a terminal: what a shell puts in the background ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_stops_what_runs(
+    fake_gpu: None, interruptible: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     mark = tmp_path / "process"
     late = (
         "import os, pathlib, time\n"

@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter: the tests of every backend, in a process of their own.
 
 Triton decides on import whether it interprets, so this process cannot. bf16 is left to tests on a GPU: the interpreter
-truncates where hardware rounds.
+truncates where hardware rounds. Each access to memory is watched (triton_watch.py).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SELECTION = {
     "test_triton_bound.py": "no_index",
     "test_triton_project.py": "triton",
     "test_triton_replace.py": "triton",
+    "test_triton_watch.py": "triton",
 }
 # The same again where every search leaves rows to a second pass, however few there are.
 IN_TWO_PASSES = {
@@ -57,7 +58,8 @@ PROJECTION = (
 
 
 def run_interpreted(file: str, names: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-W", "ignore", file, "-k", names]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "triton_watch", "-W", "ignore"]
+    command += [file, "-k", names]
     environment = {**os.environ, "TRITON_INTERPRET": "1", **environment}
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]

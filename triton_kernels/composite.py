@@ -156,6 +156,8 @@ def composite_kernel(
                 value = x + scale[:, None] * moved(d, seed, noise_std, n, 0, first, WHOLE_D, COLUMNS)
             value = tl.where((m < float("inf"))[:, None], value, float("nan"))
             store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), WHOLE_D, COLUMNS)
+        if GROUP == 0:
+            tl.debug_barrier()  # all have read the residual before the next tile's takes its place
 
 
 def _forward(
