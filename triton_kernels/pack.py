@@ -72,16 +72,16 @@ def pack_kernel(
     spoilt = tl.zeros((BLOCK_K,), tl.float32)
     for first in range(0, PADDED_D, BLOCK_D):
         c = _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D, BLOCK_D)
+        # NaN where a value is not finite; before rounding, by which a GPU's NaN, all ones, would become −0 in TF32.
+        spoilt += tl.sum(c * 0.0, axis=1)
         if not EXACT:
             # Rounded before ‖c‖² is taken: the result is then the exact search for slightly moved points, which is
             # what ``fast`` promises, rather than an error that grows with ‖z‖‖c‖.
             c = split(c, PRODUCT, UPCAST)[0].to(tl.float32)
         squares += tl.sum(c * c, axis=1)
-        if EXACT:
-            spoilt += tl.sum(c * 0.0, axis=1)  # NaN where a value is not finite
         if PRODUCT == "bf16":
             squares += 2.0 * tl.sum(c * tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :], axis=1)
-    usable = live & (squares < float("inf"))  # false for NaN as well
+    usable = live & (squares < float("inf")) & (spoilt == 0.0)
     scale = 1.0
     middling = tl.load(typical + stage)
     if PRODUCT == "fp16":
