@@ -241,6 +241,27 @@ def test_crowds_of_equally_near_segments(target: Target) -> None:
 
 
 @on_every_target
+def test_whose_joints_are_does_not_depend_on_other_rows(target: Target) -> None:
+    """Rows beyond a sharp corner: the end of one segment and the start of the next are as near, to the bit."""
+    gen = generator()
+    codebook = torch.randn(64, 4, generator=gen)
+    steps = torch.nn.functional.normalize(codebook.diff(dim=0))
+    corners = steps[:-1] - steps[1:]
+    sharp = corners.norm(dim=1) > 1.2
+    corners = torch.nn.functional.normalize(corners[sharp])
+    beside = torch.cat([codebook[1:-1][sharp] + length * corners for length in (0.003, 0.01, 0.03)])
+    found = []
+    for last in (500.0, 1.0, float("nan")):
+        z = torch.cat([beside, torch.full((1, 4), last)])
+        points, indices, t = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+        found.append([x[:-1] for x in (points, indices, t)])
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+    ends = (found[0][2] == 0) | (found[0][2] == 1)
+    assert ends.sum() > len(beside) // 2
+
+
+@on_every_target
 @pytest.mark.parametrize("dim", [3, 16, 70])
 @pytest.mark.parametrize("others", [0, 40])
 def test_segments_from_and_to_codewords_very_far_away(target: Target, others: int, dim: int) -> None:

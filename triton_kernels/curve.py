@@ -20,7 +20,8 @@ from diveq_kernels.triton_kernels.product import round_for_product, split
 from diveq_kernels.triton_kernels.rows import load_targets
 
 # Rows of ``Curve.table``, by segment: 1/‖v‖ of the stored direction v; −a·v/‖v‖; the range of a + τ·v/‖v‖ that is the
-# segment, [0, ‖d‖] or [−‖d‖, 0]; ‖a‖², +Inf where there is no segment; ‖a‖; the τ beyond which the next one is nearer.
+# segment, [0, ‖d‖] or [−‖d‖, 0]; ‖a‖², +Inf where there is no segment; ‖a‖; the E beyond which the next segment is as
+# near, with room for the error of a row at the centre.
 SCALE = tl.constexpr(0)
 SHIFT = tl.constexpr(1)
 LOW = tl.constexpr(2)
@@ -60,7 +61,7 @@ def _is_segment(square_s, square_e, square_d):
 
 @triton.jit
 def curve_kernel(
-    codebook, code_stride, code_step, centre, segments, table, count, padded_count,
+    codebook, code_stride, code_step, centre, segments, table, count, padded_count, slack,
     TILE: tl.constexpr, PRODUCT: tl.constexpr, UPCAST: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -114,16 +115,19 @@ def curve_kernel(
     tl.store(table + HIGH * padded_count + j, low + length)
     tl.store(table + SQUARE * padded_count + j, tl.where(usable, of_a, float("inf")))
     tl.store(table + NORM * padded_count + j, tl.where(usable, tl.sqrt(of_a), 0.0))
-    tl.store(table + LEAVE * padded_count + j, tl.where(goes_on, low + length, float("inf")))
+    slack = tl.cast(slack, tl.float32)  # Inductor passes Python's floats as fp64
+    leave = low + length + 2.0 * slack * (tl.sqrt(of_a) + length)
+    tl.store(table + LEAVE * padded_count + j, tl.where(goes_on, leave, float("inf")))
 
 
-def pack_curve(codebook: Tensor, product: str, tiles: dict[str, int]) -> Curve:
+def pack_curve(codebook: Tensor, product: str, tiles: dict[str, int], kappa: float) -> Curve:
     """Segments of a codebook [K, D] (any strides), ready to be projected on.
 
     Args:
         codebook: The codewords, K >= 2.
         product: What the projection will multiply in, see ``project.py``.
         tiles: The projection's configuration.
+        kappa: The κ of its bound.
     """
     dim, count = codebook.shape[1], codebook.shape[0] - 1
     padded_dim = triton.cdiv(dim, tiles["BLOCK_D"]) * tiles["BLOCK_D"]
@@ -141,7 +145,7 @@ def pack_curve(codebook: Tensor, product: str, tiles: dict[str, int]) -> Curve:
     tile = configuration("curve", dim, device)
     launch(
         curve_kernel, (triton.cdiv(padded_count, tile["BLOCK_K"]),), device,
-        codebook, *codebook.stride(), curve.centre, curve.segments, curve.table, count, padded_count,
+        codebook, *codebook.stride(), curve.centre, curve.segments, curve.table, count, padded_count, kappa,
         TILE=tiles["BLOCK_K"], PRODUCT=product, UPCAST=INTERPRETED, PARTS=parts,
         D=dim, PADDED_D=padded_dim, BLOCK_D=tiles["BLOCK_D"], **tile,
     )  # fmt: skip

@@ -103,8 +103,9 @@ def _scores(
     score = tl.fma(tau, tl.fma(along, -2.0, tau), tl.fma(to_near, -2.0, square[None, :]))
     if EXACT:
         score = tl.fma((-2.0 * slack * norm)[:, None], reach[None, :], score)
-        leave = tl.load(numbers + LEAVE * count + column) + 2.0 * slack * (longest + reach)
-        score = tl.where(along > leave[None, :], float("inf"), score)
+        # By the row's own length, not the longest one's: whose a joint is must not depend on the other rows of a tile.
+        leave = tl.load(numbers + LEAVE * count + column)
+        score = tl.where(along + (-2.0 * slack * norm)[:, None] > leave[None, :], float("inf"), score)
     return score
 
 
@@ -345,8 +346,8 @@ def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
     if rows:
         product, exact = _product_for(z.dtype, precision), precision == "exact"
         tiles = configuration(f"project_{product}", dim, z.device)
-        curve = pack_curve(codebook, product, tiles)
         kappa = error_bound(product, dim, tiles["BLOCK_D"]) + (dim + 64) * 2.0**-24
+        curve = pack_curve(codebook, product, tiles, kappa)
         mask = None if mask is None else mask.contiguous()
         crowded = none_yet(rows, z.device) if exact else ALL
         for taken, left in ((ALL, crowded), (crowded, ALL))[: 1 + exact]:
