@@ -74,7 +74,7 @@ def composite_kernel(
     # What is the same for all tiles is computed where it is used: kept over the loop, ptxas would spill it. Lean
     # products have registers for it; without, ptxas aims at more blocks, and spills for these.
     LEAN: tl.constexpr = GROUP > 0 and PRODUCT != "bf16x3"
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), PROGRAMS, disable_licm=not LEAN):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(tl.cast(rows, tl.int64), BLOCK_N), PROGRAMS, disable_licm=not LEAN):
         n = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < rows
         kept = inside
@@ -138,8 +138,8 @@ def composite_kernel(
             of_d += tl.sum(d * d, axis=1)
             d = moved(d, seed, noise_std, n, 0, first, WHOLE_D, COLUMNS)
             of_sum += tl.sum(d * d, axis=1)
-        m = tl.sqrt(of_d)
-        scale = m / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum))
+        m = tl.sqrt_rn(of_d)
+        scale = m / tl.sqrt_rn(tl.where(of_sum == 0.0, 1.0, of_sum))
         q_starts = row_starts(n, q_inner, q_outer_stride, q_inner_stride)
         for first in range(0, WHOLE_D, COLUMNS):
             x = load_rows(z, starts, step, inside, first, WHOLE_D, COLUMNS)

@@ -48,9 +48,9 @@ def composite_backward_kernel(
         d = moved(d, seed, noise_std, n, 0, first, D, BLOCK_D)
         of_sum += tl.sum(d * d, axis=1)
         along += tl.sum(load_rows(grad, g_starts, g_step, kept, first, D, BLOCK_D) * d, axis=1)
-    m = tl.sqrt(of_d)
+    m = tl.sqrt_rn(of_d)
     usable = kept & (m > 0.0) & (m < float("inf"))
-    a = along / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum)) / tl.where(usable, m, 1.0)
+    a = along / tl.sqrt_rn(tl.where(of_sum == 0.0, 1.0, of_sum)) / tl.where(usable, m, 1.0)
     a = tl.where(usable, a, 0.0)
     d_starts = row_starts(n, d_inner, d_outer_stride, d_inner_stride)
     for first in range(0, D, BLOCK_D):

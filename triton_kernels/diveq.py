@@ -45,8 +45,8 @@ def end_of_step(
         of_d += tl.sum(d * d, axis=1)
         d = moved(d, seed, noise_std, n, offset, first, D, BLOCK_D)
         of_sum += tl.sum(d * d, axis=1)
-    m = tl.sqrt(of_d)
-    return m, m / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum)), d
+    m = tl.sqrt_rn(of_d)
+    return m, m / tl.sqrt_rn(tl.where(of_sum == 0.0, 1.0, of_sum)), d
 
 
 @triton.jit

@@ -32,9 +32,9 @@ def end_of_row(
         d = moved(d, seed, noise_std, n, offset, first, D, BLOCK_D)
         of_sum += tl.sum(d * d, axis=1)
         along += tl.sum(load_rows(grad, g_starts, g_step, kept, first, D, BLOCK_D) * d, axis=1)
-    m = tl.sqrt(of_d)
+    m = tl.sqrt_rn(of_d)
     usable = kept & (m > 0.0) & (m < float("inf"))
-    a = along / tl.sqrt(tl.where(of_sum == 0.0, 1.0, of_sum)) / tl.where(usable, m, 1.0)
+    a = along / tl.sqrt_rn(tl.where(of_sum == 0.0, 1.0, of_sum)) / tl.where(usable, m, 1.0)
     return tl.where(usable, a, 0.0), m
 
 
