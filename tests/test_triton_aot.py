@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,16 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from triton_aot import SHARED_LIMIT, Compiled, Launch, compile_for, launches_of, recorded, run_tool  # noqa: E402
+from triton_aot import (  # noqa: E402
+    SHARED_LIMIT,
+    Compiled,
+    Launch,
+    compile_for,
+    launches_of,
+    recorded,
+    run_tool,
+    table,
+)
 from triton_sass import instructions_per_pair, loops  # noqa: E402
 
 from diveq_kernels import triton_kernels  # noqa: E402
@@ -22,6 +29,8 @@ from diveq_kernels.triton_kernels.search import MANY_ROWS  # noqa: E402
 
 ROWS, FEW_ROWS, CODEWORDS = MANY_ROWS, 4096, 8192
 ARCHITECTURES = (80, 90, 100)
+CONSUMER = 89  # has the default table, as sm_86 and sm_120 have, whose limits are the same
+ALL = (*ARCHITECTURES, CONSUMER)
 # (precision, dtype of z, dtype of the codebook)
 EXACT, FAST = ("exact", torch.float32, torch.float32), ("fast", torch.float32, torch.float32)
 HALF, EXACT_HALF = ("fast", torch.bfloat16, torch.float32), ("exact", torch.bfloat16, torch.bfloat16)
@@ -45,17 +54,12 @@ HOW = {
 }
 
 
-def table(architecture: int) -> dict[str, list[dict[str, int]]]:
-    path = Path(triton_kernels.__file__).parent / "configs" / f"sm_{architecture}.json"
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def configurations() -> Iterator[tuple[int, str, str, int]]:
     """(architecture, kind, product, D) for each entry of the tables with a search, D the largest it is for."""
-    for architecture in ARCHITECTURES:
-        for name, entries in table(architecture).items():
+    for architecture in ALL:
+        for name, entries in table(f"sm_{architecture}").items():
             kind, _, product = name.partition("_")
-            if kind in ("search", "residual", "product"):
+            if kind in ("search", "residual", "product") and product in HOW:
                 for entry in entries:
                     yield architecture, kind, product, min(entry["max_dim"], 512)
 
@@ -152,7 +156,7 @@ def test_every_configuration_compiles_without_spills(architecture: int, kind: st
 
 @pytest.mark.parametrize("product", HOW)
 @pytest.mark.parametrize(
-    ("architecture", "dim"), [*((architecture, 64) for architecture in ARCHITECTURES), (90, 256), (90, 600)]
+    ("architecture", "dim"), [*((architecture, 64) for architecture in ALL), (90, 256), (90, 600)]
 )
 def test_settling_compiles(product: str, architecture: int, dim: int) -> None:
     """Rows that are a multiple of 16 long and others, for which loads are narrow; a dither reads two codewords."""
@@ -169,13 +173,13 @@ def test_settling_compiles(product: str, architecture: int, dim: int) -> None:
         check_fits(launches, architecture)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_steps_compile_without_spills(architecture: int, dtype: torch.dtype) -> None:
     """What follows a search, and the gradients, in every tile of theirs."""
     tiled = {"diveq_kernel", "sf_diveq_kernel", "nearest_backward_kernel"}
     tiled |= {"diveq_backward_kernel", "sf_diveq_backward_kernel", "composite_backward_kernel"}
-    for entry in table(architecture)["step"]:
+    for entry in table(f"sm_{architecture}")["step"]:
         dim = min(entry["max_dim"], 512)
         z, books, seed = meta(FEW_ROWS, dim, dtype=dtype), meta(4, CODEWORDS, dim), meta(dtype=torch.int64)
         weights, codes = meta(4, CODEWORDS - 1), meta(4, FEW_ROWS, dtype=torch.int32)
@@ -189,12 +193,12 @@ def test_steps_compile_without_spills(architecture: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype"), [*((each, torch.float32) for each in ARCHITECTURES), (90, torch.float16)], ids=str
+    ("architecture", "dtype"), [*((each, torch.float32) for each in ALL), (90, torch.float16)], ids=str
 )
 def test_replacement_compiles_without_spills(architecture: int, dtype: torch.dtype) -> None:
     """In every tile of its, with noise and without."""
     with recorded(architecture) as launches:
-        for entry in table(architecture)["step"]:
+        for entry in table(f"sm_{architecture}")["step"]:
             books = meta(4, CODEWORDS, min(entry["max_dim"], 512), dtype=dtype)
             replaced, uses = meta(4, CODEWORDS, dtype=torch.bool), meta(4, CODEWORDS, dtype=torch.int64)
             for perturb_eps in (0.0, 1e-6):
@@ -223,7 +227,7 @@ def test_rows_in_registers(product: str, parts: int) -> None:
     """Tensor cores do not read them from shared memory, nor does every turn load them; of two parts, one is there."""
     rows, (precision, dtype, of_codebook) = HOW[product][-1]
     z, codebook = meta(rows, 64, dtype=dtype), meta(CODEWORDS, 64, dtype=of_codebook)
-    (tiles,) = (entry for entry in table(90)[f"search_{product}"] if entry["max_dim"] == 64)
+    (tiles,) = (entry for entry in table("sm_90")[f"search_{product}"] if entry["max_dim"] == 64)
     tiles = {name: value for name, value in tiles.items() if name != "max_dim"} | {"IN_REGISTERS": 64 // parts}
     with forced(f"search_{product}", tiles), recorded(90) as launches:
         triton_kernels.nearest(z, codebook, None, precision)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +10,14 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from triton_aot import SHARED_LIMIT, Launch, compile_for, launches_of  # noqa: E402
+from triton_aot import SHARED_LIMIT, Launch, compile_for, launches_of, table  # noqa: E402
 from triton_sass import instructions_per_pair  # noqa: E402
 
 from diveq_kernels import triton_kernels  # noqa: E402
 
 ROWS, CODEWORDS = 65536, 8193
 ARCHITECTURES = (80, 90, 100)
+CONSUMER = 89  # has the default table, as sm_86 and sm_120 have, whose limits are the same
 HOW = {"bf16x3": ("exact", torch.float32), "tf32": ("fast", torch.float32), "bf16": ("fast", torch.bfloat16)}
 
 
@@ -28,9 +27,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def configurations() -> Iterator[tuple[int, str, int]]:
     """(architecture, product, D) for each entry of the tables, D the largest it is for, within reason."""
-    for architecture in ARCHITECTURES:
-        path = Path(triton_kernels.__file__).parent / "configs" / f"sm_{architecture}.json"
-        for kind, entries in json.loads(path.read_text(encoding="utf-8")).items():
+    for architecture in (*ARCHITECTURES, CONSUMER):
+        for kind, entries in table(f"sm_{architecture}").items():
             if kind.removeprefix("project_") in HOW:
                 for entry in entries:
                     yield architecture, kind.removeprefix("project_"), min(entry["max_dim"], 200)

@@ -176,6 +176,16 @@ def test_configurations_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> N
             cached.cache_clear()
 
 
+def test_which_tables_architectures_have() -> None:
+    """One of their own, that of one like them, or the default, which fits into the least shared memory."""
+    own = {name: launch._table(name) for name in ("sm_80", "sm_90", "sm_100", "default")}
+    assert launch._table("sm_103") is not own["default"] and launch._table("sm_103") == own["sm_100"]
+    assert launch._table("sm_87") == own["sm_80"]
+    for name in ("sm_86", "sm_89", "sm_120", "sm_121", "sm_999"):
+        assert launch._table(name) == own["default"]
+    assert all(table != own["default"] for name, table in own.items() if name != "default")
+
+
 @pytest.mark.parametrize("kind", ["residual", "product"])
 def test_few_rows_have_smaller_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of composites, lest half of the GPU be idle; but for tiles that are being measured."""

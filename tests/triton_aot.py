@@ -19,7 +19,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -45,6 +45,13 @@ class Compiled(NamedTuple):
     registers: int
     spilled: int
     shared: int
+
+
+def table(architecture: str) -> dict[str, list[dict[str, int]]]:
+    """The configurations that a GPU gets."""
+    from diveq_kernels.triton_kernels import launch
+
+    return launch._table(architecture)
 
 
 @contextmanager

@@ -15,14 +15,17 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 _CONFIGS = Path(__file__).parent / "configs"
+# Architectures without a table of their own, and the one that they share memory and instructions with. All others,
+# sm_86, sm_89 and sm_120 among them, have the default table, whose tiles fit into 99 KiB of shared memory.
+_LIKE = {"sm_87": "sm_80", "sm_103": "sm_100"}
 _in_graph = ContextVar("in_graph", default=False)
 _forced: ContextVar[tuple[str, dict[str, int]] | None] = ContextVar("forced", default=None)
 
 
 @functools.cache
 def _table(architecture: str) -> dict[str, list[dict[str, int]]]:
-    path = _CONFIGS / f"{architecture}.json"
-    return json.loads((path if path.is_file() else _CONFIGS / "default.json").read_text(encoding="utf-8"))
+    paths = [_CONFIGS / f"{name}.json" for name in (architecture, _LIKE.get(architecture, "default"), "default")]
+    return json.loads(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
 
 
 @functools.cache
