@@ -20,6 +20,7 @@ class ReplacingQuantizer(Quantizer):
     A codeword is used in a step when at least one row chose it. Replacement happens at the start of the forward that
     follows R steps, functionally: the quantizer and its pending backwards see a tensor of their own, the parameter is
     overwritten with it. Any order of forwards and backwards is therefore safe. The start by k-means works alike.
+    A forward that activation checkpointing repeats may count as a step of its own: leave quantizers out of it.
 
     Attributes:
         codebook_usage: int32, the codebook's shape without D: steps since the last replacement that used each codeword.
