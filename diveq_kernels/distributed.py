@@ -5,8 +5,8 @@ and build their curves from all ranks' latents, whenever a default process group
 must then take the same training steps. ``layer.sync_ranks = False`` makes a layer keep to itself.
 
 Under FSDP a codebook must stay whole, since the layers write to it:
-``fully_shard(model, ignored_params=replicate(model))``. Sharded, it loses what they write (replaced codewords, the start
-by k-means, SF-DiVeQ's first curve), and nothing says so.
+``fully_shard(model, ignored_params=replicate(model))``. Sharded, it loses what they write (replaced codewords, the
+start by k-means, SF-DiVeQ's first curve), and nothing says so.
 
 A codebook that is split over ranks (`ShardedNearest`) is neither averaged nor sharded again: ``keep_shards(model)``.
 """
