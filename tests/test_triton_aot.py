@@ -28,9 +28,7 @@ from diveq_kernels.triton_kernels.launch import forced  # noqa: E402
 from diveq_kernels.triton_kernels.search import MANY_ROWS  # noqa: E402
 
 ROWS, FEW_ROWS, CODEWORDS = MANY_ROWS, 4096, 8192
-ARCHITECTURES = (80, 90, 100)
-CONSUMER = 89  # has the default table, as sm_86 and sm_120 have, whose limits are the same
-ALL = (*ARCHITECTURES, CONSUMER)
+ARCHITECTURES = tuple(SHARED_LIMIT)
 # (precision, dtype of z, dtype of the codebook)
 EXACT, FAST = ("exact", torch.float32, torch.float32), ("fast", torch.float32, torch.float32)
 HALF, EXACT_HALF = ("fast", torch.bfloat16, torch.float32), ("exact", torch.bfloat16, torch.bfloat16)
@@ -56,7 +54,7 @@ HOW = {
 
 def configurations() -> Iterator[tuple[int, str, str, int]]:
     """(architecture, kind, product, D) for each entry of the tables with a search, D the largest it is for."""
-    for architecture in ALL:
+    for architecture in ARCHITECTURES:
         for name, entries in table(f"sm_{architecture}").items():
             kind, _, product = name.partition("_")
             if kind in ("search", "residual", "product") and product in HOW:
@@ -156,7 +154,7 @@ def test_every_configuration_compiles_without_spills(architecture: int, kind: st
 
 @pytest.mark.parametrize("product", HOW)
 @pytest.mark.parametrize(
-    ("architecture", "dim"), [*((architecture, 64) for architecture in ALL), (90, 256), (90, 600)]
+    ("architecture", "dim"), [*((architecture, 64) for architecture in ARCHITECTURES), (90, 256), (90, 600)]
 )
 def test_settling_compiles(product: str, architecture: int, dim: int) -> None:
     """Rows that are a multiple of 16 long and others, for which loads are narrow; a dither reads two codewords."""
@@ -173,7 +171,7 @@ def test_settling_compiles(product: str, architecture: int, dim: int) -> None:
         check_fits(launches, architecture)
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_steps_compile_without_spills(architecture: int, dtype: torch.dtype) -> None:
     """What follows a search, and the gradients, in every tile of theirs."""
@@ -193,7 +191,7 @@ def test_steps_compile_without_spills(architecture: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype"), [*((each, torch.float32) for each in ALL), (90, torch.float16)], ids=str
+    ("architecture", "dtype"), [*((each, torch.float32) for each in ARCHITECTURES), (90, torch.float16)], ids=str
 )
 def test_replacement_compiles_without_spills(architecture: int, dtype: torch.dtype) -> None:
     """In every tile of its, with noise and without."""

@@ -16,8 +16,7 @@ from triton_sass import instructions_per_pair  # noqa: E402
 from diveq_kernels import triton_kernels  # noqa: E402
 
 ROWS, CODEWORDS = 65536, 8193
-ARCHITECTURES = (80, 90, 100)
-CONSUMER = 89  # has the default table, as sm_86 and sm_120 have, whose limits are the same
+ARCHITECTURES = tuple(SHARED_LIMIT)
 HOW = {"bf16x3": ("exact", torch.float32), "tf32": ("fast", torch.float32), "bf16": ("fast", torch.bfloat16)}
 
 
@@ -27,7 +26,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def configurations() -> Iterator[tuple[int, str, int]]:
     """(architecture, product, D) for each entry of the tables, D the largest it is for, within reason."""
-    for architecture in (*ARCHITECTURES, CONSUMER):
+    for architecture in ARCHITECTURES:
         for kind, entries in table(f"sm_{architecture}").items():
             if kind.removeprefix("project_") in HOW:
                 for entry in entries:
