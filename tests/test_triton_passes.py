@@ -221,10 +221,10 @@ def test_codewords_that_are_not_finite_behind_the_nearest_of_all(left: list[set[
     assert len(left[0]) == 20 and (found == 5).all() and (distances == 0).all()
 
 
-@pytest.mark.parametrize("outlier", [3e4, 1e8, 1e15])
+@pytest.mark.parametrize("outlier", [6e4, 1e8, 1e15])
 def test_all_rows_are_left_where_a_codeword_does_not_fit(outlier: float, left: list[set[int]], target: str) -> None:
     z, codebook = clusters(40)
-    codebook[17] = outlier * codebook[17].norm()
+    codebook[17] = outlier * codebook.norm(dim=1).median()  # not its own length: a short one would fit
     mask = torch.arange(40) % 3 != 0
     z[~mask] = float("nan")
     z[mask & (z - codebook[17]).norm(dim=1).lt(1)] = 0.0
