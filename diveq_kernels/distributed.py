@@ -4,9 +4,9 @@ Under DistributedDataParallel nothing needs to be done: in training the layers s
 and build their curves from all ranks' latents, whenever a default process group of more than one rank exists. All ranks
 must then take the same training steps. ``layer.sync_ranks = False`` makes a layer keep to itself.
 
-Under FSDP a codebook must stay whole, since the layers write to it:
-``fully_shard(model, ignored_params=replicate(model))``. Sharded, it loses what they write (replaced codewords, the
-start by k-means, SF-DiVeQ's first curve), and nothing says so.
+Under FSDP a codebook must stay whole, since the layers write to it (replaced codewords, the start by k-means,
+SF-DiVeQ's first curve): ``fully_shard(model, ignored_params=replicate(model))``. A layer whose codebook is sharded
+raises when it is about to write; compiled, it does not see that, and what it writes is lost.
 
 A codebook that is split over ranks (`ShardedNearest`) is neither averaged nor sharded again: ``keep_shards(model)``.
 """
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
 
 
 def is_active() -> bool:
@@ -71,6 +72,7 @@ def replicate(module: nn.Module) -> set[nn.Parameter]:
     codebooks = {layer.codebook for layer in module.modules() if isinstance(layer, Quantizer)}
     for codebook in codebooks:
         codebook.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
+        codebook._diveq_replicated = True  # type: ignore[attr-defined]
     return codebooks
 
 
@@ -78,6 +80,22 @@ def _average_gradient(codebook: Tensor) -> None:
     if codebook.grad is not None and is_active():
         dist.all_reduce(codebook.grad)
         codebook.grad /= dist.get_world_size()
+
+
+def check_written_is_kept(layer: nn.Module) -> None:
+    """Raise if a layer's codebook is not its own tensor, so that what is about to be written to it would be lost."""
+    # FSDP marks the modules that it manages, and gives them another tensor for the time of their forward.
+    sharded = getattr(layer, "_is_fsdp_managed_module", False)
+    if sharded and not getattr(layer.codebook, "_diveq_replicated", False):
+        raise RuntimeError(
+            "codebook must stay whole under FSDP, which would lose what the layer writes to it: "
+            "fully_shard(model, ignored_params=diveq_kernels.distributed.replicate(model))"
+        )
+    if is_parametrized(layer, "codebook"):
+        raise RuntimeError(
+            "codebook must be no parametrization (torch.nn.utils.parametrize), which would lose what the layer writes "
+            "to it: with codebook_reset=False and init='random', or skip_iters=0, a layer writes nothing"
+        )
 
 
 # ---- groups by name, which operations can take; "" is a process by itself --------------------------------------------

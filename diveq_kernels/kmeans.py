@@ -72,14 +72,14 @@ def kmeans_start(
         codebook: [K, D] or [Q, K, D'].
         z: [..., D].
         mask: bool [...]; False leaves a row out.
-        iter_counter: int32 [1], steps so far; the codebook is replaced at 0 only.
+        iter_counter: int32 [1]; the codebook is replaced where it is below 0.
         sync: Whether z is this rank's part of the rows, those of all ranks following one another.
         backend: Of the search.
 
     Returns:
         codebook_now: a new tensor like codebook, the same on every rank.
     """
-    due = (iter_counter == 0).squeeze()
+    due = (iter_counter < 0).squeeze()
     if due.device.type == "cpu" and not due:
         return codebook.clone(memory_format=torch.contiguous_format)
     books = codebook if codebook.dim() == 3 else codebook[None]

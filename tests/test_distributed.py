@@ -140,6 +140,39 @@ def test_fsdp(world, tmp_path):
         torch.testing.assert_close(first[step], one, rtol=1e-4, atol=1e-5)
 
 
+def run_sharded(rank, world, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    start(rank, world, folder)
+    said = {}
+    for kind in KINDS:
+        model = Model(kind)
+        whole = replicate(model) if kind == "ResidualDIVEQ" else None  # its codebook is sharded all the same
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        assert whole is None or len(whole) == 1
+        model.eval()(batch(0))  # nothing is written
+        try:
+            model.train()(batch(0))
+        except RuntimeError as error:
+            said[kind] = str(error)
+    still = Model("DIVEQ", codebook_reset=False)
+    fully_shard(still, mesh=init_device_mesh("cpu", (world,)))
+    still(batch(0)).sum().backward()
+    torch.save(said, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_sharded_codebook_is_refused_where_it_is_written(tmp_path):
+    """What a layer writes to it would be gone after its forward."""
+    assert spawn(run_sharded, 2, tmp_path) == [0, 0]
+    for rank in range(2):
+        said = torch.load(tmp_path / f"{rank}.pt")
+        assert set(said) == set(KINDS)
+        for message in said.values():
+            assert message.startswith("codebook must stay whole under FSDP") and "replicate(model)" in message
+
+
 # ---- a process dies --------------------------------------------------------------------------------------------------
 
 

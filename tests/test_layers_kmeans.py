@@ -140,6 +140,20 @@ def test_only_in_the_first_step_of_training(kind):
     assert torch.equal(begin(layer, latents(50)), found) and layer.iter_counter == 2
 
 
+@pytest.mark.parametrize("kind", [ResidualSFDIVEQ, ProductSFDIVEQ], ids=lambda kind: kind.__name__)
+def test_a_first_step_on_curves(kind):
+    """It is step 1 for their schedule, although it is counted from below."""
+    schedule = {"skip_iters": 1, "avg_iters": 0, "replacement_iters": 1, "noise_std": 0.0}
+    layer, known = make(kind, **schedule), make(kind, init="random", **schedule)
+    z = latents(30)
+    known.load_state_dict(known.state_dict() | {"codebook": kmeans_start(*arguments(known, z))})
+    torch.manual_seed(2)
+    expected = known(z)
+    torch.manual_seed(2)
+    for one, two in zip(layer(z), expected, strict=True):
+        assert torch.equal(one, two)
+
+
 @every
 def test_a_checkpoint_is_not_begun_again(kind):
     layer = make(kind)
@@ -214,7 +228,7 @@ def test_gradients_and_optimizers_see_the_new_codebook(kind):
 
 
 def arguments(layer, z, mask=None):
-    return layer.codebook.detach(), z, mask, layer.iter_counter, False, ""
+    return layer.codebook.detach(), z, mask, torch.full_like(layer.iter_counter, -1), False, ""
 
 
 @every
@@ -234,7 +248,7 @@ def test_it_compiles_whole(kind):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("counter", [0, 3])
+@pytest.mark.parametrize("counter", [-1, 0, 3])
 @pytest.mark.parametrize("shape", [(5, 6), (3, 5, 6), (3, 5, 2)])
 def test_opcheck(counter, shape):
     codebook = torch.randn(shape, requires_grad=True)

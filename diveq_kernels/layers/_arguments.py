@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import warnings
 from typing import Any
@@ -12,12 +13,23 @@ from diveq_kernels._checks import check_noise_std
 _DEFAULT_NOISE_STD = 1e-3
 
 
-def check_count(value: Any, name: str, least: int) -> None:
-    """Raise unless the value is an int of at least ``least``."""
+def check_count(value: Any, name: str, least: int, most: float = math.inf) -> None:
+    """Raise unless the value is an int from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be an int <= {most}, got {value}")
+
+
+def check_number(value: Any, name: str, least: float = 0.0, most: float = math.inf) -> None:
+    """Raise unless the value is a finite number from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (least <= value <= most and math.isfinite(value)):
+        wanted = f"in [{least:g}, {most:g}]" if most < math.inf else f"a finite number >= {least:g}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def choose_noise_std(noise_std: float | None, noise_var: float | None) -> float:
@@ -30,12 +42,12 @@ def choose_noise_std(noise_std: float | None, noise_var: float | None) -> float:
     return float(value)
 
 
-def check_replacement(replacement_iters: Any, discard_threshold: Any) -> None:
-    """Raise unless the interval and the threshold of codebook replacement make sense."""
+def check_replacement(replacement_iters: Any, discard_threshold: Any, perturb_eps: Any) -> None:
+    """Raise unless the interval, threshold and perturbation of codebook replacement make sense."""
     if type(replacement_iters) is not int or replacement_iters <= 0:
         raise ValueError(f"replacement_iters must be a positive int, got {replacement_iters!r}")
-    if not 0 <= discard_threshold <= 1:
-        raise ValueError(f"discard_threshold must be in [0, 1], got {discard_threshold!r}")
+    check_number(discard_threshold, "discard_threshold", most=1)
+    check_number(perturb_eps, "perturb_eps")
 
 
 def check_init(init: Any) -> None:

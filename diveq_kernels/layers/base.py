@@ -21,9 +21,8 @@ def perplexity(counts: Tensor) -> Tensor:
 def histogram(indices: Tensor, bins: int) -> Tensor:
     """How often each of 0..bins−1 occurs in an index tensor of any shape (−1 is not counted) -> int32 [bins]."""
     flat = indices.reshape(-1).long() + 1
-    return torch.zeros(bins + 1, dtype=torch.int32, device=flat.device).scatter_add_(
-        0, flat, torch.ones_like(flat, dtype=torch.int32)
-    )[1:]
+    empty = torch.zeros(bins + 1, dtype=torch.int32, device=flat.device)
+    return empty.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int32))[1:]  # not in place, for torch.vmap
 
 
 def select(table: Tensor, indices: Tensor) -> Tensor:
@@ -36,6 +35,10 @@ class Quantizer(nn.Module):
 
     A subclass says how rows z [..., D] are quantized in training (``_train``) and outside of it (``_quantize``), and
     what its codes are (``_encode``, ``decode``). The codebook is [K, D], or [Q, K, D]: one per stage or group.
+
+    A codebook with ``requires_grad_(False)`` is frozen: in training, too, the layer writes nothing to it. A forward
+    that activation checkpointing repeats in the backward changes nothing either. Not under ``torch.compile``: leave
+    quantizers out of what is checkpointed there, or the repeated forward may be that of another step.
     """
 
     codebook: nn.Parameter
@@ -59,8 +62,8 @@ class Quantizer(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_count(num_embeddings, "num_embeddings", fewest_codewords)
-        check_count(embedding_dim, "embedding_dim", 1)
+        check_count(num_embeddings, "num_embeddings", fewest_codewords, _checks.MAX_CODEWORDS)
+        check_count(embedding_dim, "embedding_dim", 1, _checks.MAX_DIM)
         _checks.check_precision(precision)
         backends.check_name(backend)
         self.num_embeddings = num_embeddings
@@ -71,8 +74,9 @@ class Quantizer(nn.Module):
         self.channel_first = channel_first
         self.precision = precision
         self.backend = backend
-        self.codebook = nn.Parameter(torch.empty(codebook_shape, device=device, dtype=dtype))
-        _checks.check_float_tensor(self.codebook, "codebook (argument dtype)")
+        codebook = torch.empty(codebook_shape, device=device, dtype=dtype)
+        _checks.check_float_tensor(codebook, "codebook (argument dtype)")
+        self.codebook = nn.Parameter(codebook)
         # Steps of training; shape and dtype are those of the `diveq` package's checkpoints.
         self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32, device=device))
         self.reset_parameters()
@@ -99,6 +103,7 @@ class Quantizer(nn.Module):
         Raises:
             TypeError: If z or mask is no tensor or has a dtype that is not supported.
             ValueError: If z's shape or device does not fit the layer, or the mask's does not fit z.
+            RuntimeError: If what the layer writes to its codebook would be lost, see ``diveq_kernels.distributed``.
         """
         rows = self._rows(z, mask)
         z_q, indices, counts = self._train(rows, mask) if self.training else self._quantize(rows, mask)
@@ -154,6 +159,17 @@ class Quantizer(nn.Module):
     def _as_input(self, rows: Tensor) -> Tensor:
         """Rows [..., D] in the layout of the input."""
         return rows.movedim(-1, 1) if self.channel_first else rows
+
+    def _writes(self) -> bool:
+        """Whether this step may change the codebook and count: not where checkpointing repeats a forward."""
+        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+    def _write(self, codebook: Tensor) -> None:
+        """Overwrite the parameter."""
+        if not torch.compiler.is_compiling():
+            distributed.check_written_is_kept(self)
+        with torch.no_grad():
+            self.codebook.copy_(codebook)
 
     def _synchronises(self) -> bool:
         return self.sync_ranks and distributed.is_active()

@@ -266,10 +266,10 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         return torch.where(self.iter_counter < last, self.iter_counter, 0)
 
     def _train_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        step = self.iter_counter + 1
-        if self._builds_curve:
-            with torch.no_grad():
-                self.codebook.copy_(torch.where(step == self.skip_iters, self.curve, self.codebook))
+        writes = self._writes()
+        step = self.iter_counter.clamp_min(0) + int(writes)  # where a forward is repeated it has been counted
+        if self._builds_curve and writes and self.codebook.requires_grad:
+            self._write(torch.where(step == self.skip_iters, self.curve, self.codebook.detach()))
         codebook = self._begin_step(z, mask)
         started = (step >= self.skip_iters).squeeze()
         dither = self._dither(self.num_codebooks, self.num_embeddings - 1)
@@ -279,7 +279,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         ends = torch.cat((codebook, codebook[:, -2:-1]), dim=1)
         weights = torch.where(started, torch.cat((dither, 1 - dither[:, -1:]), dim=1), 0)
         z_q, indices, counts = self._step(z, ends, weights, mask, active, seed, self.noise_std)
-        if self._builds_curve:
+        if self._builds_curve and writes:
             with torch.no_grad():
                 self.curve.copy_(
                     composite_sf_initialise(
@@ -355,6 +355,8 @@ class CompositeSFDIVEQ(CompositeQuantizer):
 @torch.no_grad()
 def _begin_curve(layer: Any, *_: Any) -> None:
     """Codewords of which no step is left to build them keep their place."""
+    if layer.curve.is_meta:
+        layer.curve = torch.empty_like(layer.codebook, requires_grad=False)
     layer.curve.copy_(layer.codebook)
 
 

@@ -20,11 +20,10 @@ class ReplacingQuantizer(Quantizer):
     A codeword is used in a step when at least one row chose it. Replacement happens at the start of the forward that
     follows R steps, functionally: the quantizer and its pending backwards see a tensor of their own, the parameter is
     overwritten with it. Any order of forwards and backwards is therefore safe. The start by k-means works alike.
-    A forward that activation checkpointing repeats may count as a step of its own: leave quantizers out of it.
 
     Attributes:
         codebook_usage: int32, the codebook's shape without D: steps since the last replacement that used each codeword.
-        iter_counter: int32 [1], steps of training.
+        iter_counter: int32 [1], steps of training; −1 in a layer that is yet to start by k-means.
         num_replaced: int64 [], codewords replaced since construction (or loading); not in the state_dict.
     """
 
@@ -45,7 +44,7 @@ class ReplacingQuantizer(Quantizer):
         """Check and keep the constructor's arguments, and make the buffers."""
         check_init(init)
         if codebook_reset:
-            check_replacement(replacement_iters, discard_threshold)
+            check_replacement(replacement_iters, discard_threshold, perturb_eps)
             if self.allow_warning:
                 warn_unusual_replacement(replacement_iters, discard_threshold, perturb_eps, usual_most)
         self.replacement_iters = replacement_iters
@@ -57,17 +56,22 @@ class ReplacingQuantizer(Quantizer):
         shape, device = self.codebook.shape[:-1], self.codebook.device
         self.register_buffer("codebook_usage", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("num_replaced", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
-        self._expect_first_step()
+        self._expect_start()
+        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     def reset_parameters(self) -> None:
         """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0."""
         super().reset_parameters()
-        self._expect_first_step()
+        if hasattr(self, "init"):
+            self._expect_start()
 
-    def _expect_first_step(self) -> None:
-        # What decides is iter_counter, on its device; this spares all later steps the work and the collectives.
-        self._may_be_first_step = True
+    @torch.no_grad()
+    def _expect_start(self) -> None:
+        # The counter decides, on its device; the flag spares all later steps the work and the collectives.
+        self._may_start = self.init == "kmeans"
+        if self._may_start:
+            self.iter_counter.fill_(-1)
 
     def _replacement_clock(self) -> Tensor:
         """Steps so far, int32 [1]; 0 where no replacement shall follow."""
@@ -76,13 +80,14 @@ class ReplacingQuantizer(Quantizer):
     def _begin_step(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """The codebook to quantize with: after the start by k-means or the replacement, if one is due."""
         codebook: Tensor = self.codebook
-        if self.init == "kmeans" and self._may_be_first_step:
+        if not (self._writes() and codebook.requires_grad):
+            return codebook
+        if self._may_start:
             codebook = kmeans_start(
                 self.codebook, z.detach(), mask, self.iter_counter, self._synchronises(), self._backend()
             )
-            with torch.no_grad():
-                self.codebook.copy_(codebook)
-            self._may_be_first_step = False
+            self._write(codebook)
+            self._may_start = False
         if not self.codebook_reset:
             return codebook
         # Nothing is drawn from torch's generator: its stream would depend on this, and ranks would have to agree on it.
@@ -97,27 +102,38 @@ class ReplacingQuantizer(Quantizer):
             self.perturb_eps,
             self.verbose,
         )
+        self._write(codebook)
         with torch.no_grad():
-            self.codebook.copy_(codebook)
             self.num_replaced.add_(num_replaced)
         return codebook
 
     @torch.no_grad()
     def _end_step(self, counts: Tensor) -> None:
         """Count the step, and the codewords that it used; counts has ``codebook_usage``'s shape."""
+        if not self._writes():
+            return
         if self.codebook_reset:
             if self._synchronises():
                 counts = distributed.sum_over_ranks(counts)
             due = replacement_due(self._replacement_clock(), self.replacement_iters)
             self.codebook_usage.copy_(torch.where(due, 0, self.codebook_usage) + (counts > 0))
         if self.codebook_reset or self.init == "kmeans":
-            self.iter_counter.add_(1)
+            self.iter_counter.clamp_(min=0).add_(1)
 
     def _repr_fields(self) -> list[str]:
         names = ["replacement_iters", "discard_threshold", "perturb_eps", "verbose", "codebook_reset", "init"]
         return super()._repr_fields() + names
 
 
+@torch.no_grad()
+def _before_loading(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A codebook that comes without a counter is not one to replace by k-means."""
+    if prefix + "codebook" in state and not layer.iter_counter.is_meta:
+        layer.iter_counter.clamp_(min=0)
+
+
 def _after_loading(layer: Any, *_: Any) -> None:
-    """A checkpoint may be one from before the first step."""
-    layer._expect_first_step()
+    """A checkpoint may be one from before the first step; with ``assign`` it may be what takes a layer from "meta"."""
+    layer._may_start = layer.init == "kmeans"
+    if layer.num_replaced.is_meta:
+        layer.num_replaced = torch.zeros_like(layer.num_replaced, device=layer.codebook.device)

@@ -104,19 +104,20 @@ class SFDIVEQ(Quantizer):
 
     def _initialised_codebook(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """The codebook with this step's latents in it, if it is one of those that build it."""
-        if self.skip_iters <= 1 or self.avg_iters == 0:
+        if self.skip_iters <= 1 or self.avg_iters == 0 or not self.codebook.requires_grad:
             return self.codebook
         codebook: Tensor = sf_initialise(
             self.codebook, z, mask, self.iter_counter, self.skip_iters, self.avg_iters, self._synchronises()
         )
-        with torch.no_grad():
-            self.codebook.copy_(codebook)
+        self._write(codebook)
         return codebook
 
     def _train(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            self.iter_counter.add_(1)
-        codebook = self._initialised_codebook(z, mask)
+        codebook: Tensor = self.codebook
+        if self._writes():
+            with torch.no_grad():
+                self.iter_counter.add_(1)
+            codebook = self._initialised_codebook(z, mask)
         # Leaving all rows out is how the steps before S pass z through: a graph cannot branch on the counter.
         started = (self.iter_counter >= self.skip_iters).squeeze().expand(z.shape[:-1])
         kept = started if mask is None else started & mask

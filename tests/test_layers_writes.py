@@ -1,0 +1,148 @@
+"""When layers write to their codebooks: not if frozen, not in a repeated forward, and not where it would be lost."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from layer_cases import alike
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from diveq_kernels import layers
+
+# Much happens in few steps: replacements after steps 2 and 4 (of the SF forms after 2), curves from step 5 on.
+CURVE = {"skip_iters": 5, "avg_iters": 3}
+REPLACED = {"replacement_iters": 2, "discard_threshold": 0.6, "verbose": False}
+KINDS: dict[str, dict[str, Any]] = {
+    "DIVEQ": REPLACED,
+    "DIVEQDetach": REPLACED,
+    "SFDIVEQ": CURVE,
+    "SFDIVEQDetach": CURVE,
+    "ResidualDIVEQ": {"num_codebooks": 2} | REPLACED,
+    "ResidualSFDIVEQ": {"num_codebooks": 2} | REPLACED | CURVE,
+    "ProductDIVEQ": {"num_codebooks": 2} | REPLACED,
+    "ProductSFDIVEQ": {"num_codebooks": 2} | REPLACED | CURVE,
+}
+STARTS = [(name, init) for name in KINDS for init in ("random", "kmeans") if init == "random" or "SFDIVEQ" != name[:7]]
+every = pytest.mark.parametrize(("name", "init"), STARTS)
+
+
+def make(name: str, init: str, **keywords: Any) -> Any:
+    arguments = KINDS[name] | ({"init": init} if init == "kmeans" else {}) | keywords
+    return getattr(layers, name)(25, 6, **arguments, allow_warning=False)
+
+
+# ---- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+def train(layer: Any, steps: torch.Tensor, run: Any) -> list[torch.Tensor]:
+    """Everything that steps of training give and leave behind."""
+    seen = []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    torch.manual_seed(3)
+    for data in steps:
+        z = data.clone().requires_grad_()
+        z_q, *others = run(layer, z)
+        optimizer.zero_grad()
+        (z_q**2).mean().backward()
+        optimizer.step()
+        # By value: a step's results must not change with the next one.
+        seen += [x.detach().clone() for x in (z_q, *others, z.grad, *layer.state_dict().values(), *layer.buffers())]
+    return seen
+
+
+@every
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_a_repeated_forward_is_the_same_step(name: str, init: str, reentrant: bool) -> None:
+    layer = make(name, init, noise_std=0.01) if "Detach" not in name else make(name, init)
+    other, steps = copy.deepcopy(layer), torch.randn(8, 40, 6)
+    expected = train(layer, steps, lambda layer, z: layer(z))
+    got = train(other, steps, lambda layer, z: checkpoint(layer, z, use_reentrant=reentrant))
+    assert len(got) == len(expected)
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    moved = getattr(layer, "num_replaced", torch.tensor(1))
+    assert moved > 0 and layer.iter_counter == 8
+
+
+# ---- frozen ----------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_a_frozen_codebook_is_left_alone(name: str, init: str) -> None:
+    layer = make(name, init).requires_grad_(False)
+    before = layer.codebook.clone()
+    for z in torch.randn(8, 40, 6):
+        z_q, indices, _ = layer(z.requires_grad_())
+        z_q.sum().backward()
+        assert z.grad is not None
+    assert torch.equal(layer.codebook, before) and layer.iter_counter == 8
+    assert (indices.unique() >= 0).all() and getattr(layer, "num_replaced", 0) == 0
+    # It may learn again: k-means does not start it then, replacement does as before.
+    layer.requires_grad_(True)
+    layer(torch.randn(40, 6))
+    changed = not torch.equal(layer.codebook, before)
+    assert changed == ("SF" not in name)
+
+
+# ---- loaded ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DIVEQ", "ResidualDIVEQ"])
+def test_k_means_overwrites_no_codebook_that_was_loaded(name: str) -> None:
+    trained = make(name, "random", codebook_reset=False)
+    trained(torch.randn(40, 6))
+    assert trained.iter_counter == 0  # it rests, as in the `diveq` package
+    for state in (trained.state_dict(), {"codebook": trained.codebook.detach()}):
+        layer = make(name, "kmeans", codebook_reset=False)
+        layer.load_state_dict(state, strict=len(state) > 1)
+        layer(torch.randn(40, 6))
+        assert torch.equal(layer.codebook, trained.codebook)
+
+
+@every
+def test_weights_assigned_to_a_layer_without_memory(name: str, init: str) -> None:
+    """``load_state_dict(assign=True)`` brings only what is in the state."""
+    layer = make(name, init)
+    for z in torch.randn(3, 40, 6):
+        layer(z)
+    other = make(name, init, device="meta")
+    other.load_state_dict({key: value.clone() for key, value in layer.state_dict().items()}, assign=True)
+    assert not any(x.is_meta for x in (*other.parameters(), *other.buffers()))
+    layer.load_state_dict(layer.state_dict())  # a curve that was begun is not in the state either
+    for z in torch.randn(4, 40, 6):
+        torch.manual_seed(1)
+        expected = layer(z)
+        torch.manual_seed(1)
+        for one, two in zip(other(z), expected, strict=True):
+            assert torch.equal(one, two)
+    assert alike(type(layer), layer.codebook, other.codebook)
+
+
+# ---- lost ------------------------------------------------------------------------------------------------------------
+
+
+class Halved(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x
+
+
+@every
+def test_a_parametrized_codebook_is_refused_where_it_is_written(name: str, init: str) -> None:
+    layer = make(name, init)
+    parametrize.register_parametrization(layer, "codebook", Halved())
+    with pytest.raises(RuntimeError, match="codebook must be no parametrization .*codebook_reset=False"):
+        layer(torch.randn(40, 6))
+    layer.eval()(torch.randn(40, 6))
+
+
+def test_a_parametrized_codebook_without_writes() -> None:
+    layer, curve = make("DIVEQ", "random", codebook_reset=False), make("SFDIVEQ", "random", skip_iters=0, avg_iters=0)
+    for each in (layer, curve):
+        parametrize.register_parametrization(each, "codebook", Halved())
+        each(torch.randn(40, 6))[0].sum().backward()
+        assert each.parametrizations.codebook.original.grad.abs().sum() > 0
