@@ -155,6 +155,22 @@ def test_no_good_codeword_at_all(target: Target) -> None:
 
 
 @on_every_target
+@bad_values
+def test_no_good_segment_at_all(target: Target, bad: float) -> None:
+    """Good codewords beside bad ones: rows are NaN, and leave nothing in the codebook's gradient."""
+    gen = generator()
+    z = torch.randn(6, 5, generator=gen).to(target.device).requires_grad_()
+    codebook = torch.randn(5, 5, generator=gen).to(target.device)
+    codebook[1::2, 2] = bad
+    codebook.requires_grad_()
+    for operation in (F.project, F.sf_diveq):
+        found = operation(z, codebook, backend=target.backend)
+        dz, dc = torch.autograd.grad(found[0], (z, codebook), torch.ones_like(z))
+        assert found[0].isnan().all() and dz.isnan().all()
+        assert ((found.indices >= 0) & (found.indices < 4)).all() and (dc == 0).all()
+
+
+@on_every_target
 @for_every_quantizer
 def test_bad_rows_that_are_masked(target: Target, quantizer: Quantizer) -> None:
     """A masked row is not looked at: it comes back as it was, and its gradient is g."""

@@ -83,7 +83,7 @@ def project_backward(
         d, from_start = end - start, rows.to(dtype) - start
         squared_length = d.square().sum(dim=-1, keepdim=True)
         t = _position((from_start * d).sum(dim=-1, keepdim=True), squared_length)
-        finite = from_start.isfinite().all(dim=-1, keepdim=True)
+        finite = (from_start.isfinite() & d.isfinite()).all(dim=-1, keepdim=True)
         inside = (t > 0) & (t < 1)
         total = grad_t[index].reshape(-1, 1).to(dtype) + (g * d).sum(dim=-1, keepdim=True)  # ∂L/∂t
         through_t = torch.where(inside, total / torch.where(inside, squared_length, 1.0), 0.0)
