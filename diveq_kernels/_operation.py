@@ -12,8 +12,12 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from diveq_kernels import backends
 
 _DOUBLE_BACKWARD = (
-    "{} cannot be differentiated: double backward is not supported, because the direction u is held constant "
-    "in the gradient of DiVeQ. Take the first gradient without create_graph=True"
+    "{} cannot be differentiated: double backward is not supported, as the gradients are formulas in which the chosen "
+    "codeword and DiVeQ's direction u are constant. Take the first gradient without create_graph=True"
+)
+_FORWARD_MODE = (
+    "diveq::{} has no derivative in forward mode (torch.func.jvp, jacfwd, forward_ad): use backward(), "
+    "torch.autograd.grad or torch.func.vjp"
 )
 
 
@@ -44,6 +48,10 @@ def _seen(arguments: tuple) -> bool:
     )
 
 
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and torch.autograd.forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
+
+
 class Operation:
     """Called with the arguments of its schema, of which the last names the backend.
 
@@ -58,6 +66,7 @@ class Operation:
     def __init__(self, schema: str, fake: Callable) -> None:
         self._name = name = schema[: schema.index("(")]
         self._function: Any = None
+        self._transformed: Any = None
         self._definition = torch.library.custom_op(
             f"diveq::{name}", self._run, mutates_args=(), schema=schema[len(name) :]
         )
@@ -66,10 +75,21 @@ class Operation:
 
     def __call__(self, *arguments: Any) -> Any:
         if _seen(arguments):
-            return self._definition(*arguments)
+            return self._call_seen(arguments)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return self._run(*arguments)
         return (self._function.apply if self._function else self._definition)(*arguments)
+
+    def _call_seen(self, arguments: tuple) -> Any:
+        if torch.compiler.is_compiling():
+            return self._definition(*arguments)
+        # An operation written in Python would get tangents of 0 there, without a word.
+        if torch.autograd.forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+            raise NotImplementedError(_FORWARD_MODE.format(self._name))
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
+            return self._transformed.apply(*arguments)
+        return self._definition(*arguments)
 
     def differentiate(self, backward: Callable, save: Callable, by: Operation) -> None:
         """Set the gradient.
@@ -88,6 +108,26 @@ class Operation:
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self._name, (torch.autograd.Function,), methods)
+        self._transform(backward, save)
+        by._transform(by._refuse, lambda *_: None)
+
+    def _transform(self, backward: Callable, save: Callable) -> None:
+        """Set what torch.func.grad and its kin need; for eager calls it would be slow."""
+
+        def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple, tuple]:
+            each = [
+                self(*(x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True)))
+                for i in range(info.batch_size)
+            ]
+            stacked = tuple(torch.stack(results) for results in zip(*each, strict=True))
+            return stacked, (0,) * len(stacked)
+
+        of: dict[str, Any] = {"setup_context": save, "backward": backward, "vmap": vmap, "forward": self._definition}
+        methods = {name: staticmethod(method) for name, method in of.items()}
+        self._transformed = type(self._name, (torch.autograd.Function,), methods)
+
+    def _refuse(self, ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(_DOUBLE_BACKWARD.format(f"diveq::{self._name}"))
 
     def _run(self, *arguments: Any) -> Any:
         *inputs, backend = arguments

@@ -155,19 +155,33 @@ def test_no_good_codeword_at_all(target: Target) -> None:
 
 
 @on_every_target
+@for_every_quantizer
 @bad_values
-def test_no_good_segment_at_all(target: Target, bad: float) -> None:
-    """Good codewords beside bad ones: rows are NaN, and leave nothing in the codebook's gradient."""
+def test_rows_without_anything_good(target: Target, quantizer: Quantizer, bad: float) -> None:
+    """Of a curve good codewords beside bad ones: rows are NaN, and leave nothing in the codebook's gradient."""
+    gen = generator()
+    z = torch.randn(6, 8, generator=gen).to(target.device).requires_grad_()
+    books = torch.randn(quantizer.books_shape(5, 8), generator=gen).to(target.device)
+    books[..., int(quantizer.space_filling) :: 1 + int(quantizer.space_filling), 2] = bad
+    books.requires_grad_()
+    found = quantizer(z, books, noise_std=0.1, seed=6, backend=target.backend, **quantizer.dither(books, gen))
+    dz, dc = torch.autograd.grad(found.z_q, (z, books), torch.ones_like(z))
+    assert found.z_q.isnan().all() and dz.isnan().all()
+    assert ((found.indices >= 0) & (found.indices < 5)).all() and (dc == 0).all()
+
+
+@on_every_target
+@bad_values
+def test_no_good_segment_of_a_projection(target: Target, bad: float) -> None:
     gen = generator()
     z = torch.randn(6, 5, generator=gen).to(target.device).requires_grad_()
     codebook = torch.randn(5, 5, generator=gen).to(target.device)
     codebook[1::2, 2] = bad
     codebook.requires_grad_()
-    for operation in (F.project, F.sf_diveq):
-        found = operation(z, codebook, backend=target.backend)
-        dz, dc = torch.autograd.grad(found[0], (z, codebook), torch.ones_like(z))
-        assert found[0].isnan().all() and dz.isnan().all()
-        assert ((found.indices >= 0) & (found.indices < 4)).all() and (dc == 0).all()
+    found = F.project(z, codebook, backend=target.backend)
+    dz, dc = torch.autograd.grad(found.points, (z, codebook), torch.ones_like(z))
+    assert found.points.isnan().all() and found.t.isnan().all() and dz.isnan().all()
+    assert ((found.indices >= 0) & (found.indices < 4)).all() and (dc == 0).all()
 
 
 @on_every_target

@@ -131,3 +131,55 @@ def test_traces_keep_the_operation() -> None:
     z, codebook, *others = (x.detach() if isinstance(x, Tensor) else x for x in arguments("diveq"))
     traced = torch.jit.trace(lambda rows: ops.diveq(rows, codebook, *others)[0], z, check_trace=False)
     assert "diveq::diveq" in str(traced.graph)
+
+
+# ---- torch.func ------------------------------------------------------------------------------------------------------
+
+
+def loss(name: str, rest: tuple, z: Tensor, books: Tensor) -> Tensor:
+    outputs = getattr(ops, name)(z, books, *rest)
+    return sum((output * output).sum() for output in outputs if output.is_floating_point())
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("name", NAMES)
+def test_transforms_give_the_gradients_of_autograd(name: str, backend: str | None) -> None:
+    z, books, *rest = (x.detach() if isinstance(x, Tensor) else x for x in arguments(name, backend or ""))
+    several_z, several_books = z * torch.linspace(0.5, 2, 3)[:, None, None], torch.stack((books, 2 * books, -books))
+
+    def alone(z: Tensor, books: Tensor) -> tuple[Tensor, ...]:
+        inputs = z.clone().requires_grad_(), books.clone().requires_grad_()
+        return torch.autograd.grad(loss(name, rest, *inputs), inputs)
+
+    def of(z: Tensor, books: Tensor) -> Tensor:
+        return loss(name, rest, z, books)
+
+    gradient = torch.func.grad(of, argnums=(0, 1))
+    _, pull = torch.func.vjp(of, z, books)
+    for mine, also, expected in zip(gradient(z, books), pull(torch.ones(())), alone(z, books), strict=True):
+        assert torch.equal(mine, expected) and torch.equal(also, expected) and expected.abs().sum() > 0
+    several = [alone(*inputs) for inputs in zip(several_z, several_books, strict=True)]
+    for mine, *expected in zip(torch.vmap(gradient)(several_z, several_books), *several, strict=True):
+        assert torch.equal(mine, torch.stack(expected))
+    shared = [alone(one, books) for one in several_z]
+    for mine, *expected in zip(torch.vmap(gradient, (0, None))(several_z, books), *shared, strict=True):
+        assert torch.equal(mine, torch.stack(expected))
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.func.grad(lambda x: torch.func.grad(of)(x, books).sum())(z)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_is_refused(name: str) -> None:
+    """Where a tangent arrives; it would be 0 behind the operation."""
+    z, books, *rest = (x.detach() if isinstance(x, Tensor) else x for x in arguments(name))
+    message = f"diveq::{name} has no derivative in forward mode"
+    for moved in (0, 1):
+        with pytest.raises(NotImplementedError, match=message):
+            torch.func.jacfwd(lambda *inputs: loss(name, tuple(rest), *inputs), argnums=moved)(z, books)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, torch.ones_like(z))
+        with pytest.raises(NotImplementedError, match=message):
+            getattr(ops, name)(dual, books, *rest)
+        assert torch.equal(loss(name, tuple(rest), z, books), loss(name, tuple(rest), z.clone(), books))
+    scale, rate = torch.func.jvp(lambda a: a * loss(name, tuple(rest), z, books), (torch.ones(()),), (torch.ones(()),))
+    assert torch.equal(scale, rate) and rate != 0
