@@ -23,6 +23,7 @@ struct Packed {
   int32_t* order;  // [panels][panel] their codewords' numbers, `count` where there is none
   float* reaches;  // [panels] the greatest length of a codeword
   float* losses;  // [panels] the greatest length of what `coarse` lacks of one, and what rounding does like it
+  float reach;  // the greatest length of all
 };
 
 // A codebook as the projection reads it (project.inl): panels as above, in another order, and of the segment that ends at

@@ -104,6 +104,14 @@ class PackedBook : Kept {
     pack_panels(k, panels, panel, dim, [&](int64_t begin, int64_t end, float* scratch) {
       k.pack(codes, packed, begin, end, scratch);
     });
+    if (screened) {
+      packed.reach = *std::max_element(packed.reaches, packed.reaches + panels);
+    } else {
+      float greatest = 0;
+      for (int64_t i = 0; i < panels * panel; ++i)
+        if (std::isfinite(packed.halves[i])) greatest = std::max(greatest, packed.halves[i]);
+      packed.reach = std::sqrt(2 * greatest);
+    }
   }
 
   Packed packed{};

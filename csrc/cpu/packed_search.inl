@@ -4,7 +4,7 @@
 void pack_folded(const Codes& c, const Packed& packed, int64_t panel, float* scratch) {
   const int64_t dim = c.dim, ld = dim + W;
   float *rows = scratch + 2 * dim, *halves = packed.halves + panel * kPanel, losses[kPanel] = {};
-  centred_panel(c, packed, panel, rows, ld, scratch);
+  packed.reaches[panel] = length_of(centred_panel(c, packed, panel, rows, ld, scratch));
   for (int lane = 0; lane < kPanel; ++lane) {
     if (!(halves[lane] < kNone)) continue;
     const float reach = length_of(2 * halves[lane]);

@@ -62,20 +62,20 @@ inline void transpose_rows(const float* const* row, const float* centre, int64_t
 // The row's nearest codeword, from the minima of its lanes.
 //
 // A computed score differs from the true one by at most `error` for every codeword that can be the nearest: one at
-// distance δ' ≤ δ of the row has ‖c‖ ≤ R = ‖z‖ + δ (both less the centre), and the sum of dim + 1 terms and the
-// rounding of the inputs cost (1.25 dim + 12)·u·(R²/2 + ‖z‖R), ‖c‖² being a sum in W parts. Codewords within twice that
-// of the least are compared in fp64.
-int32_t resolve(const Codes& c, bool exact, const float* z, float squares, const State& s, float* scratch) {
+// distance δ' ≤ δ of the row has ‖c‖ ≤ R = ‖z‖ + δ (both less the centre), unless the longest of all is shorter still, and
+// the sum of dim + 1 terms and the rounding of the inputs cost (1.25 dim + 12)·u·(R²/2 + ‖z‖R), ‖c‖² being a sum in W
+// parts. Codewords within twice that of the least are compared in fp64.
+int32_t resolve(const Codes& c, float reach, bool exact, const float* z, float squares, const State& s, float* scratch) {
   float least = s.best[0];
   for (int l = 1; l < W; ++l) least = s.best[l] < least ? s.best[l] : least;
   const float length = sqrtf(squares), apart = 2 * least + squares;
-  const float R = 1.05f * (length + sqrtf(apart > 0 ? apart : 0.0f));
+  const float near = 1.05f * (length + sqrtf(apart > 0 ? apart : 0.0f)), R = near < 1.05f * reach ? near : 1.05f * reach;
   const float steps = 1.25f * c.dim + 12.0f;
   const float error = 1.05f * steps * (0x1p-24f * R * (0.5f * R + length) + FLT_MIN);
   const float limit = least + 2 * error;
   Choice choice{INFINITY, INT32_MAX};
   // Beyond the range of fp32, where a finite codeword may be missing (`centred`); or no codeword, or not a finite row.
-  if (!(fabsf(limit) < FLT_MAX && R < 1.8e19f)) {
+  if (!(fabsf(limit) < FLT_MAX && near < 1.8e19f)) {
     if (!finite(z, c.dim)) return 0;
     for (int64_t j = 0; j < c.count; ++j) consider(choice, c, z, j, scratch);
     return choice.distance < INFINITY ? choice.index : 0;
@@ -143,6 +143,6 @@ void search_fp32(const Codes& c, const Packed& packed, bool exact, const float* 
   }
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t at = list ? list[n] : n;
-    indices[at] = resolve(c, exact, z + at * ld, squares[n], states[n], codewords);
+    indices[at] = resolve(c, packed.reach, exact, z + at * ld, squares[n], states[n], codewords);
   }
 }
