@@ -30,14 +30,15 @@ def _devices() -> Iterator[str]:
 
 
 def _backend_lines(device_type: str) -> Iterator[str]:
-    usable = backends.available(device_type)
+    chosen_name = backends._default or backends.available(device_type)[0]
     for name in backends.BACKENDS:
         reason = backends.why_unavailable(name, device_type)
         if reason is None:
-            chosen = "  <- chosen when no backend is named" if name == usable[0] else ""
+            chosen = "  <- chosen when no backend is named" if name == chosen_name else ""
             yield f"  {name:<10} available{chosen}"
         else:
-            yield f"  {name:<10} missing: {reason}"
+            chosen = ", and chosen by DIVEQ_BACKEND: operations raise" if name == chosen_name else ""
+            yield f"  {name:<10} missing{chosen}: {reason}"
             if backends.cure(name, device_type):
                 yield f"  {'':<10} to get it: {backends.cure(name, device_type)}"
 
@@ -51,6 +52,8 @@ def describe() -> str:
         *(f"device: {device}" for device in _devices()),
         *(f"kernels of {name}: {of_backend}" for name, of_backend in kernels.items() if of_backend),
     ]
+    if backends._default not in ("", *backends.BACKENDS):
+        lines.append(f"DIVEQ_BACKEND={backends._default}: there is no such backend, operations raise")
     for device_type in backends.device_types():
         lines += ["", f"backends for {device_type} tensors:", *_backend_lines(device_type)]
     return "\n".join(lines)

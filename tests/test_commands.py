@@ -44,6 +44,22 @@ def test_info_says_which_kernels_of_the_cpu_run(forced: str, told: str) -> None:
     assert f"\nkernels of cpu: {told}" in text
 
 
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("reference", "  reference  available  <- chosen when no backend is named"),
+        ("cuda", "  cuda       missing, and chosen by DIVEQ_BACKEND: operations raise: "),
+        ("abacus", "DIVEQ_BACKEND=abacus: there is no such backend, operations raise"),
+    ],
+)
+def test_info_heeds_the_backend_that_the_environment_names(named: str, told: str) -> None:
+    command = [sys.executable, "-m", "diveq_kernels", "info"]
+    environment = {**os.environ, "DIVEQ_BACKEND": named, "CUDA_VISIBLE_DEVICES": ""}
+    text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    of_cpu = text.partition("backends for cuda")[0]
+    assert told in of_cpu and of_cpu.count("<- chosen") == int(named == "reference")
+
+
 def test_info_says_what_the_cuda_kernels_were_built_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,9 +59,12 @@ def test_bad_mask(kind):
         ({"num_embeddings": 0}, ValueError, "num_embeddings must be an int >= [12], got 0"),
         ({"num_embeddings": 8.0}, TypeError, "num_embeddings must be an int, got float"),
         ({"embedding_dim": 0}, ValueError, "embedding_dim must be an int >= 1, got 0"),
+        ({"embedding_dim": 4097}, ValueError, "embedding_dim must be an int <= 4096, got 4097"),
+        ({"num_embeddings": (1 << 22) + 1}, ValueError, "num_embeddings must be an int <= 4194304, got 4194305"),
         ({"precision": "half"}, ValueError, "precision must be 'exact' or 'fast', got 'half'"),
         ({"backend": "abacus"}, ValueError, "backend must be one of .*, got 'abacus'"),
-        ({"dtype": torch.int32}, Exception, "int|Only Tensors of floating point"),
+        ({"dtype": torch.int32}, TypeError, r"codebook \(argument dtype\) must be float16, .*got torch.int32"),
+        ({"dtype": torch.complex64}, TypeError, r"codebook \(argument dtype\) must be float16, .*got torch.complex64"),
     ],
 )
 def test_bad_arguments(kind, keywords, error, message):
@@ -90,6 +93,12 @@ def test_bad_replacement_arguments(kind):
     for bad in (-0.1, 1.1):
         with pytest.raises(ValueError, match=rf"discard_threshold must be in \[0, 1\], got {bad}"):
             kind(8, 4, discard_threshold=bad)
+    for bad in (-1e-9, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"perturb_eps must be a finite number >= 0, got {bad}"):
+            kind(8, 4, perturb_eps=bad)
+    for name in ("discard_threshold", "perturb_eps"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got str"):
+            kind(8, 4, **{name: "0.01"})
     kind(8, 4, replacement_iters=0, discard_threshold=2, codebook_reset=False)
 
 

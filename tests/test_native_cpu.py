@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,27 @@ def test_large_dim_and_several_panels_of_the_cache(isa: str) -> None:
     gen = generator()
     check_nearest(torch.randn(30, 4096, generator=gen), torch.randn(70, 4096, generator=gen))
     check_nearest(torch.randn(200, 300, generator=gen), torch.randn(1000, 300, generator=gen))
+
+
+def test_a_codebook_as_it_is_drawn_is_not_compared_whole(isa: str) -> None:
+    """Small and tight for rows that are far: were codewords taken to be as long as rows, none could be ruled out."""
+    gen = generator()
+    z, spread = torch.randn(128, 64, generator=gen), torch.randn(8192, 64, generator=gen)
+    drawn = torch.rand(8192, 64, generator=gen) / 8192
+    check_nearest(z[:16], drawn)
+    check_nearest(z[:16], drawn + 3.0)
+    drawn[77] = 1e20  # beyond the range: it rules nothing out
+    check_nearest(z[:16], drawn)
+
+    def seconds(codebook: Tensor) -> float:
+        start = time.process_time()
+        F.nearest(z, codebook, backend="cpu")
+        return time.process_time() - start
+
+    drawn[77] = 0.0
+    times = [(seconds(drawn), seconds(spread)) for _ in range(7)]
+    ratio = min(one for one, _ in times) / min(other for _, other in times)
+    assert ratio < 10
 
 
 @pytest.mark.parametrize("dim", [1, 3, 16, 65])

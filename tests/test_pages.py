@@ -1,0 +1,32 @@
+"""The Python that README.md and docs/migrating.md show runs, from the top to the end of a page."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a page speaks of without making it: the reader's own.
+OWN = """
+import torch, diveq_kernels
+from vector_quantize_pytorch import VectorQuantize
+model = torch.nn.Sequential(VectorQuantize(dim=8, codebook_size=16))
+layer, z = diveq_kernels.DIVEQ(20, 8).eval(), torch.randn(30, 8)
+"""
+CHECKS = {
+    "README.md": "assert z_q.shape == z.shape and indices.shape == z.shape[:-1] == sqdist.shape",
+    "docs/migrating.md": "assert torch.equal(z_q, layer(z)[0]) and 'FusedVectorQuantize' in repr(model)",
+}
+
+
+@pytest.mark.parametrize("page", CHECKS)
+def test_what_a_page_shows_runs(page: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 3
+    program = "\n".join([OWN if page != "README.md" else "", *blocks, CHECKS[page]])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
