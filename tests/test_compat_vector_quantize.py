@@ -246,6 +246,17 @@ def test_what_is_left_alone_says_why(why, options, caplog):
     assert "leaves 0 alone" in caplog.text and why in caplog.text
 
 
+def test_a_class_of_its_own_is_left_alone(caplog):
+    class Own(package.VectorQuantize):
+        pass
+
+    with caplog.at_level(logging.WARNING, "diveq_kernels"):
+        model = accelerate_vector_quantize(torch.nn.Sequential(Own(dim=8, codebook_size=20)))
+        assert caplog.text.count("leaves 0 alone: it is a Own") == 1 and type(model[0]) is Own
+        fused = accelerate_vector_quantize(accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20)))
+    assert type(fused) is not package.VectorQuantize and caplog.text.count("alone") == 1
+
+
 def test_twice_and_pickled():
     model = accelerate_vector_quantize(accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20)))
     again = pickle.loads(pickle.dumps(model.eval()))

@@ -199,10 +199,12 @@ def _obstacle(module: VectorQuantize) -> str | None:
 def accelerate(module: torch.nn.Module) -> None:
     """Give every quantizer that can take it the fused classes."""
     for name, layer in module.named_modules():
-        if type(layer) is not VectorQuantize:
+        if not isinstance(layer, VectorQuantize) or type(layer) is FusedVectorQuantize:
             continue
         reason = _obstacle(layer)
-        if reason is None and type(layer._codebook) not in (Codebook, FusedCodebook):
+        if type(layer) is not VectorQuantize:
+            reason = f"it is a {type(layer).__name__}, which may do otherwise than VectorQuantize"
+        elif reason is None and type(layer._codebook) not in (Codebook, FusedCodebook):
             reason = f"its codebook is a {type(layer._codebook).__name__}"
         if reason is not None:
             _logger.warning("accelerate_vector_quantize leaves %s alone: %s", name or "the module", reason)
