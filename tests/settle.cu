@@ -8,8 +8,8 @@
 
 namespace diveq {
 
-__global__ void settle_kernel(Searched rows, const float* centre, const Best* found, float error) {
-  settle<true, false>(rows, centre, 0, 0, found, kTileColumns, error);
+__global__ void settle_kernel(Searched rows, const float* centre, const Best* found, float reach, float error) {
+  settle<true, false>(rows, centre, 0, 0, found, kTileColumns, __float_as_uint(reach), error);
 }
 
 // The score of a codeword, `sign` times the greatest error off.
@@ -23,8 +23,9 @@ double wrong_score(const std::vector<float>& z, const float* c, double error, do
   return inner - 0.5 * squares + 0.999 * sign * error * (0.5 * squares + std::sqrt(of_z * squares));
 }
 
-// Whether the nearest of two codewords is found: both lie `apart` from z (the farther by 1e-5 more of that), away from
-// the centre, where the bound is tight. `nearest` is its index, the other's is 0.
+// Whether the nearest of two codewords is found. Both lie `apart` from z (the farther by 1e-5 more of that), away from
+// the centre, where the bound is tight; or if that is 0 they are a tenth as long as z, the longest that there are, and the
+// nearer by 5e-5 longer. `nearest` is its index, the other's is 0.
 bool right(int dim, int nearest, double apart, std::mt19937_64& random) {
   std::normal_distribution<double> normal;
   std::vector<float> z(dim), codebook(kTileColumns * dim, 1e3f), centre(dim, 0.0f);
@@ -32,6 +33,10 @@ bool right(int dim, int nearest, double apart, std::mt19937_64& random) {
   for (float& x : z) x = static_cast<float>(normal(random)), length += static_cast<double>(x) * x;
   length = std::sqrt(length);
   for (int j : {0, nearest}) {
+    if (apart == 0.0) {
+      for (int k = 0; k < dim; ++k) codebook[j * dim + k] = static_cast<float>(z[k] * (j ? 0.1 : 0.1 * (1.0 - 5e-5)));
+      continue;
+    }
     std::vector<double> direction(dim);
     double norm = 0.0;
     for (int k = 0; k < dim; ++k) {
@@ -56,7 +61,8 @@ bool right(int dim, int nearest, double apart, std::mt19937_64& random) {
   search.rows = 1;
   search.books = {{reinterpret_cast<char*>(codebook.data()), Dtype::f32, dim, 1, kTileColumns, dim, nullptr}, 1, 0, false};
   search.indices = &index;
-  DIVEQ_LAUNCH(settle_kernel, 1, 32, 0, nullptr, Searched{search, 0}, centre.data(), found, error);
+  const float reach = apart == 0.0 ? static_cast<float>(0.1 * length * 1.0001) : INFINITY;
+  DIVEQ_LAUNCH(settle_kernel, 1, 32, 0, nullptr, Searched{search, 0}, centre.data(), found, reach, error);
   return too_low < too_high && index == nearest;
 }
 
@@ -67,7 +73,7 @@ int main() {
   int wrong = 0, all = 0;
   for (int dim : {5, 16, 63, 300})
     for (int nearest : {1, 57, 2, 127})
-      for (double apart : {0.5, 3.0, 30.0})
+      for (double apart : {0.0, 0.5, 3.0, 30.0})
         for (int i = 0; i < 10; ++i, ++all) wrong += !diveq::right(dim, nearest, apart, random);
   printf("%d of %d wrong\n", wrong, all);
 }

@@ -6,6 +6,7 @@ file in a process whose kernels are emulated.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,31 @@ from diveq_kernels import native_cuda, reference  # noqa: E402
 on_every_device = pytest.mark.parametrize("target", CUDA, ids=str)
 DTYPES = [dtype for dtype in ALL_DTYPES if dtype != torch.float64]
 FUNCTIONS = ["diveq", "sf_diveq", "residual_diveq", "residual_sf_diveq", "product_diveq", "product_sf_diveq"]
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+@on_every_device
+@pytest.mark.parametrize("operation", ["nearest", "project"])
+def test_a_codebook_as_it_is_drawn_is_not_measured_whole(target: Target, operation: str) -> None:
+    """Small and tight for rows that are far: were codewords taken to be as long as rows, none could be ruled out."""
+    gen = generator()
+    z = torch.randn(64, 64, generator=gen).to(target.device)
+    spread = torch.randn(4096, 64, generator=gen).to(target.device)
+    drawn = torch.rand(4096, 64, generator=gen).to(target.device) / 4096
+
+    def seconds(codebook: Tensor) -> float:
+        wait = torch.cuda.synchronize if target.device == "cuda" else lambda: None
+        clock = time.perf_counter if target.device == "cuda" else time.process_time
+        wait()
+        start = clock()
+        getattr(F, operation)(z, codebook, backend="cuda")
+        wait()
+        return clock() - start
+
+    times = [(seconds(drawn), seconds(spread)) for _ in range(4)]
+    assert min(one for one, _ in times) < 1.8 * min(other for _, other in times)
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ constexpr int kPackThreads = 256;
 __global__ void __launch_bounds__(kPackThreads) centre_kernel(Books books, Packed packed) {
   const int k = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), stage = static_cast<int>(blockIdx.y);
   if (k >= packed.depth) return;
+  if (k == 0) packed.reach[stage] = 0;
   const Codes codes = stage_of(books, stage);
   float sorted[kCentreSample] = {};
   if (k < codes.dim) {
@@ -99,6 +100,12 @@ __device__ inline void store_pair(const Packed& packed, int64_t stage, int64_t c
 // What is multiplied for x: with one part, bf16. ‖c‖² is of this, so that the search is exact for moved codewords.
 __device__ inline float rounded(float x, int parts) { return parts == 1 ? from_bf16(to_bf16(x)) : x; }
 
+// Of a codeword whose square this is. Most are shorter than one before them, and wait for nobody.
+__device__ inline void reach_to(uint32_t* reach, double squares) {
+  const uint32_t bits = __float_as_uint(1.0001f * sqrtf(static_cast<float>(squares)));
+  if (bits > *const_cast<const volatile uint32_t*>(reach)) atomicMax(reach, bits);
+}
+
 // A warp for every codeword, padded ones too.
 __global__ void __launch_bounds__(kPackThreads) pack_codewords_kernel(Books books, Packed packed) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * (kPackThreads / 32) + threadIdx.x / 32, stage = blockIdx.y;
@@ -115,7 +122,9 @@ __global__ void __launch_bounds__(kPackThreads) pack_codewords_kernel(Books book
   const bool usable = there && squares < FLT_MAX;  // false for NaN as well
   for (int p = lane; p < packed.depth / 2; p += 32)
     store_pair(packed, stage, j, p, usable ? value(2 * p) : 0.0f, usable ? value(2 * p + 1) : 0.0f);
-  if (lane == 0) packed.offsets[stage * packed.columns + j] = usable ? static_cast<float>(-0.5 * squares) : -INFINITY;
+  if (lane != 0) return;
+  packed.offsets[stage * packed.columns + j] = usable ? static_cast<float>(-0.5 * squares) : -INFINITY;
+  if (usable) reach_to(packed.reach + stage, squares);
 }
 
 // A warp for every segment, padded ones too.
@@ -128,6 +137,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_segments_kernel(Books books
   for (int k = lane; there && k < codes.dim; k += 32)
     sums.add(centred(codes, j, k, packed.centre[k]), centred(codes, j + 1, k, packed.centre[k]));
   const Foot foot = sums.over(32);
+  const double ends = fmax(sum(sums.bb, 32), sum(sums.ee, 32));
 
   double squares = 0.0, inner = 0.0;
   for (int p = lane; p < packed.depth / 2; p += 32) {
@@ -152,6 +162,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_segments_kernel(Books books
       for (int i = 0; i < 2; ++i) store_pair(packed, 0, 2 * j + i, p, 0.0f, 0.0f);
   }
   if (lane != 0) return;
+  if (usable) reach_to(packed.reach, ends);
   packed.offsets[2 * j] = usable ? static_cast<float>(-0.5 * squares) : -INFINITY;
   packed.offsets[2 * j + 1] = usable ? static_cast<float>(-inner) : 0.0f;
   packed.ranges[2 * j] = usable ? static_cast<float>(foot.low) : 0.0f;

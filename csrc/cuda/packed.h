@@ -21,6 +21,7 @@ struct Packed {
   float* centre;  // [stages][depth]
   uint32_t* words;
   float* offsets;  // [stages][columns]
+  uint32_t* reach;  // [stages] the bits of what no codeword, or end of a segment, is longer than: of those with an offset
   float* points;  // [stages][columns][4]
   float* ranges;  // [stages][columns / 2][2]
   int64_t columns;

@@ -29,6 +29,7 @@ Packed plan(const Search& search, char* workspace) {
   packed.centre = reinterpret_cast<float*>(take(stages * packed.depth * 4));
   packed.words = reinterpret_cast<uint32_t*>(take(stages * packed.columns * packed.depth * 2 * packed.parts));
   packed.offsets = reinterpret_cast<float*>(take(stages * packed.columns * 4));
+  packed.reach = reinterpret_cast<uint32_t*>(take(stages * 4));
   if (search.segments) packed.ranges = reinterpret_cast<float*>(take(packed.columns * 4));
   return packed;
 }

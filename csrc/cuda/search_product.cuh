@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     found[(warp_rows * 32 + r * 8 + lane / 4) * kSubsets + warp_columns * 4 + lane % 4] = best[r];
   __syncthreads();
   for (int r = thread / 32; r < kTileRows; r += kProductThreads / 32)
-    settle<kExact, kSegments>(rows, tile.centre, first_row + r, starts[r], found + r * kSubsets, packed.columns, error);
+    settle<kExact, kSegments>(rows, tile.centre, first_row + r, starts[r], found + r * kSubsets, packed.columns,
+                              packed.reach[rows.stage], error);
 }
 
 }  // namespace diveq

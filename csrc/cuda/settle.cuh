@@ -4,7 +4,8 @@
 // column with the greatest computed score and δ the distance that this score stands for. A codeword that is nearest, and w
 // itself, lie within R = (‖z‖ + δ)/(1 - √(5κ)) of the centre: their scores are wrong by at most E = κ(R²/2 + ‖z‖R), and
 // with E ≤ 1.5κR² in ‖c‖ ≤ ‖z‖ + √(δ² + 2E) that gives R again. So a nearest codeword's computed score is at most 2E below
-// w's, whatever codewords lie far outside. All that are as close are measured again, from the original values.
+// w's, whatever codewords lie far outside. All that are as close are measured again, from the original values. Where all
+// codewords are shorter than R, as when they were just drawn, R is the length of the longest.
 #pragma once
 
 #include <type_traits>
@@ -59,7 +60,7 @@ __device__ inline int64_t member(int subset, int64_t i) {
 // Stores the index of row n, which begins at `start` of z (-1: is left out). For a whole warp.
 template <bool kExact, bool kSegments>
 __device__ inline void settle(const Searched& rows, const float* centre, int64_t n, int64_t start, const Best* found,
-                              int64_t columns, float error) {
+                              int64_t columns, uint32_t reach, float error) {
   if (n >= rows.search.rows) return;
   const int lane = threadIdx.x % 32;
   if (start < 0) {
@@ -84,10 +85,11 @@ __device__ inline void settle(const Searched& rows, const float* centre, int64_t
     }
     squares = sum(squares, 32);
     const float length = sqrtf(squares), apart = squares - 2.0f * greatest;
-    const float R = (length + sqrtf(fmaxf(apart, 0.0f))) / (1.0f - sqrtf(5.0f * error));
+    const float near = (length + sqrtf(fmaxf(apart, 0.0f))) / (1.0f - sqrtf(5.0f * error));
+    const float R = fminf(near, __uint_as_float(reach));
     const float E = 1.01f * (error * R * (0.5f * R + length) + FLT_MIN * (16.0f * dim + R));
     // Further out than packed codewords can be: one whose square is not in fp32 may be the nearest. (Not so for NaN.)
-    const float limit = R >= kReach ? -INFINITY : greatest - 2.0f * E;
+    const float limit = near >= kReach ? -INFINITY : greatest - 2.0f * E;
     const unsigned open = __ballot_sync(kWholeWarp, mine.value >= limit && lane < kSubsets);
     const unsigned wide = __ballot_sync(kWholeWarp, mine.second >= limit && lane < kSubsets);
     if (wide || __popc(open) > 1) {
