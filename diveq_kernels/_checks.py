@@ -92,12 +92,18 @@ def check_precision(precision: Any) -> None:
         raise ValueError(f"precision must be 'exact' or 'fast', got {precision!r}")
 
 
+def check_number(value: Any, name: str, wanted: str = "a finite number >= 0", most: float | None = None) -> None:
+    """Raise unless the value is a finite number from 0 to ``most``; ``wanted`` says so."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    # isfinite would break a graph in which the number is symbolic
+    if not 0 <= value < math.inf or (most is not None and value > most):
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
 def check_noise_std(noise_std: Any, name: str = "noise_std") -> None:
     """Raise unless noise_std is a finite number >= 0."""
-    if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(noise_std).__name__}")
-    if not 0 <= noise_std < math.inf:  # isfinite would break a graph in which the number is symbolic
-        raise ValueError(f"{name} must be a finite number >= 0 (the noise's standard deviation), got {noise_std}")
+    check_number(noise_std, name, "a finite number >= 0 (the noise's standard deviation)")
 
 
 def check_dither(dither: Any, z: Tensor, expected: tuple[int, ...], meaning: str) -> None:

@@ -24,11 +24,14 @@ _FORWARD_MODE = (
 def differentiate(definition: Any, backward: Callable, save: Callable, by: Any) -> None:
     """Register a gradient that has none itself: ``backward`` calls the operation ``by``, ``save`` keeps its needs."""
     definition.register_autograd(backward, setup_context=save)
+    by.register_autograd(_refusal(by))
 
-    def refuse(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(_DOUBLE_BACKWARD.format(by._qualname))
 
-    by.register_autograd(refuse)
+def _refusal(definition: Any) -> Callable:
+    def refuse(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError(_DOUBLE_BACKWARD.format(definition._qualname))
+
+    return refuse
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -109,7 +112,7 @@ class Operation:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self._name, (torch.autograd.Function,), methods)
         self._transform(backward, save)
-        by._transform(by._refuse, lambda *_: None)
+        by._transform(_refusal(by._definition), lambda *_: None)
 
     def _transform(self, backward: Callable, save: Callable) -> None:
         """Set what torch.func.grad and its kin need; for eager calls it would be slow."""
@@ -125,9 +128,6 @@ class Operation:
         of: dict[str, Any] = {"setup_context": save, "backward": backward, "vmap": vmap, "forward": self._definition}
         methods = {name: staticmethod(method) for name, method in of.items()}
         self._transformed = type(self._name, (torch.autograd.Function,), methods)
-
-    def _refuse(self, ctx: Any, *gradients: Tensor) -> None:
-        raise RuntimeError(_DOUBLE_BACKWARD.format(f"diveq::{self._name}"))
 
     def _run(self, *arguments: Any) -> Any:
         *inputs, backend = arguments

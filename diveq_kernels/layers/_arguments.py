@@ -8,7 +8,7 @@ import sys
 import warnings
 from typing import Any
 
-from diveq_kernels._checks import check_noise_std
+from diveq_kernels._checks import check_noise_std, check_number
 
 _DEFAULT_NOISE_STD = 1e-3
 
@@ -21,15 +21,6 @@ def check_count(value: Any, name: str, least: int, most: float = math.inf) -> No
         raise ValueError(f"{name} must be an int >= {least}, got {value}")
     if value > most:
         raise ValueError(f"{name} must be an int <= {most}, got {value}")
-
-
-def check_number(value: Any, name: str, least: float = 0.0, most: float = math.inf) -> None:
-    """Raise unless the value is a finite number from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (least <= value <= most and math.isfinite(value)):
-        wanted = f"in [{least:g}, {most:g}]" if most < math.inf else f"a finite number >= {least:g}"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def choose_noise_std(noise_std: float | None, noise_var: float | None) -> float:
@@ -46,7 +37,7 @@ def check_replacement(replacement_iters: Any, discard_threshold: Any, perturb_ep
     """Raise unless the interval, threshold and perturbation of codebook replacement make sense."""
     if type(replacement_iters) is not int or replacement_iters <= 0:
         raise ValueError(f"replacement_iters must be a positive int, got {replacement_iters!r}")
-    check_number(discard_threshold, "discard_threshold", most=1)
+    check_number(discard_threshold, "discard_threshold", "in [0, 1]", most=1)
     check_number(perturb_eps, "perturb_eps")
 
 

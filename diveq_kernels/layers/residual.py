@@ -38,6 +38,7 @@ class _Residual(CompositeQuantizer):
         Raises:
             TypeError: If an argument is no tensor or has a dtype that is not supported.
             ValueError: If z's shape or device does not fit the layer, or mask's or num_active's does not fit z.
+            RuntimeError: If what the layer writes to its codebook would be lost, see ``diveq_kernels.distributed``.
         """
         rows = self._rows(z, mask)
         return self._run(rows, mask, self._active(num_active, rows))
