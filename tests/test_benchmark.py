@@ -383,6 +383,14 @@ def test_memory_of_a_known_run() -> None:
         assert 0.95 * 2 * size < found.peak < 1.2 * 2 * size, found
 
 
+@pytest.mark.parametrize("largest", ["_resident", "_profiled"])
+def test_memory_is_the_larger_of_both(largest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_resident", "_profiled"):
+        found = measure.Memory(80 if name == largest else 40, 4, name)
+        monkeypatch.setattr(measure, name, lambda run, found=found: found)
+    assert measure.peak_memory(lambda: (), "cpu") == (80, 4, largest)
+
+
 def test_contestants_take_turns() -> None:
     order: list[str] = []
     now = [0.0]
