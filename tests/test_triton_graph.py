@@ -32,7 +32,7 @@ KERNELS = {
 }
 LOOK, SECOND_PASS = ["scan_kernel", "look_kernel", "settle_kernel"], ["pack_kernel", *SEARCH]
 WRITTEN = {"z_q", "points", "sqdist", "indices", "counts", "position", "bias", "segments", "table"}
-WRITTEN |= {"centre", "typical", "scores", "tiles", "hidden", "squares", "left", "left_count", "too_wide"}
+WRITTEN |= {"centre", "lengths", "scores", "tiles", "hidden", "squares", "left", "left_count", "too_wide"}
 WRITTEN |= {"residuals", "grad_z", "grad_codebook", "grad_codebooks", "weights"}
 
 

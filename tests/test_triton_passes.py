@@ -246,6 +246,20 @@ def test_rows_of_any_length_about_the_centre(left: list[set[int]], target: str) 
     assert len(left[0]) < 60
 
 
+@pytest.mark.parametrize("tight", [1.0, 1e2, 1e4, 1e6])
+def test_a_codebook_as_it_is_drawn_leaves_no_more_rows(
+    tight: float, looked: list[set[int]], left: list[set[int]], looks: list[int], target: str
+) -> None:
+    """U(0, 1/K) is small beside its distance from the rows: the bound must not be one of these."""
+    gen = generator()
+    z, codebook = torch.randn(64, 32, generator=gen), torch.rand(1024, 32, generator=gen) / tight
+    found = search.find(z, codebook, None, None, "exact")
+    distances = sqdist(z, codebook)
+    over = distances.gather(1, found.long()[:, None])[:, 0] - distances.amin(1)
+    assert (over <= 1e-6 * distances.amin(1)).all()
+    assert len(looked[0]) < 20 and len(left[0]) < 8 and not looks
+
+
 def test_few_programs_take_all_rows(
     looked: list[set[int]], left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ def _whole_step(
 def composite_kernel(
     z, inner, outer_stride, inner_stride, step, rows, mask, num_active,
     codebooks, stage_stride, code_stride, code_step, dither, dither_stride,
-    points, bias, centre, typical, count, residuals,
+    points, bias, centre, lengths, count, residuals,
     z_q, q_inner, q_outer_stride, q_inner_stride, q_step, indices, counts, codewords, seed, noise_std,
     PROGRAMS: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, WHOLE_D: tl.constexpr,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
@@ -102,13 +102,14 @@ def composite_kernel(
             of_bias, of_centre = bias + s * count, centre + s * PADDED_D
             source_step = step if GROUP > 0 else 1
             best, where, least_hidden, squares = scan(
-                source, source_starts, source_step, live, of_points, of_bias, of_centre, typical + s, count, 0, count,
+                source, source_starts, source_step, live, of_points, of_bias, of_centre, lengths + 2 * s,
+                count, 0, count,
                 PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             GROUPS: tl.constexpr = BLOCK_K // 8
             j, _, limit, undecided = settle(
                 tl.reshape(best, (BLOCK_N, GROUPS)), tl.reshape(where, (BLOCK_N, GROUPS)), squares, live,
-                source, source_starts, source_step, book, code_stride, code_step, weights, of_bias, typical + s,
+                source, source_starts, source_step, book, code_stride, code_step, weights, of_bias, lengths + 2 * s,
                 codewords, PRODUCT, EXACT, KAPPA, 0, D, PADDED_D, BLOCK_N, GROUPS, GROUPS,
             )  # fmt: skip
             if EXACT:

@@ -67,7 +67,7 @@ def _distance(
 @triton.jit
 def look_kernel(
     scores, tiles, hidden, squares, z, inner, outer_stride, inner_stride, step, rows, mask,
-    codebook, code_stride, code_step, dither, bias, typical, real,
+    codebook, code_stride, code_step, dither, bias, lengths, real,
     left, left_count, too_wide, indices, sqdist,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -113,7 +113,7 @@ def look_kernel(
     index = tl.where(distance < float("inf"), begin + nearest // 2 * 8 + nearest % 2, 0)
 
     if EXACT:
-        of_c, of_row = bounds(tl.where(searched, of_x, 0.0), tl.load(typical), PRODUCT, KAPPA, D)
+        of_c, of_row = bounds(tl.where(searched, of_x, 0.0), lengths, PRODUCT, KAPPA, D)
         limit = tl.where(there, limit_after(score, heaviest, of_c, of_row), float("inf"))
         limit = tl.where(searched, limit, float("-inf"))
         SPLITS: tl.constexpr = GROUPS // PLACES

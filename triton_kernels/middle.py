@@ -1,7 +1,7 @@
 """Where a codebook lies: a median codeword, coordinate by coordinate, and a median distance from it.
 
 Of a sample, and medians, which no diverged codeword drags away. Any value is right; good ones spare the search its
-second look.
+second look. The greatest distance, which has to be right, is found by pack.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _median(x):
 
 @triton.jit
 def middle_kernel(
-    codebooks, stage_stride, code_stride, code_step, count, centre, typical,
+    codebooks, stage_stride, code_stride, code_step, count, centre, lengths,
     CENTRED: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Both for one codebook; the centre is 0 unless CENTRED."""
@@ -48,17 +48,18 @@ def middle_kernel(
         tl.store(centre + stage * PADDED_D + k, middle, mask=k < PADDED_D)
         squares += tl.sum((c - middle[None, :]) * (c - middle[None, :]), axis=1)
     length = tl.max(_median(tl.sqrt(squares)[:, None]), axis=0)
-    tl.store(typical + stage, tl.minimum(tl.maximum(length, 1e-30), 1e30))
+    tl.store(lengths + 2 * stage, tl.minimum(tl.maximum(length, 1e-30), 1e30))
+    tl.store(lengths + 2 * stage + 1, 0.0)
 
 
 def middle(codebooks: Tensor, padded_dim: int, centred: bool = True) -> tuple[Tensor, Tensor]:
-    """(centre [S, padded_dim], a middling distance from it [S]) of codebooks [S, K, D], any strides."""
+    """(centre [S, padded_dim], lengths [S, 2]: a middling distance from it, 0) of codebooks [S, K, D], any strides."""
     stages, count, dim = codebooks.shape
     centre = torch.empty((stages, padded_dim), dtype=torch.float32, device=codebooks.device)
-    typical = torch.empty((stages,), dtype=torch.float32, device=codebooks.device)
+    lengths = torch.empty((stages, 2), dtype=torch.float32, device=codebooks.device)
     launch(
         middle_kernel, (stages,), codebooks.device,
-        codebooks, *codebooks.stride(), count, centre, typical,
+        codebooks, *codebooks.stride(), count, centre, lengths,
         CENTRED=centred, D=dim, PADDED_D=padded_dim, BLOCK_D=min(padded_dim, _COLUMNS), num_warps=8,
     )  # fmt: skip
-    return centre, typical
+    return centre, lengths

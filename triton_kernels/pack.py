@@ -37,7 +37,7 @@ class Packed(NamedTuple):
     points: Tensor  # −2c, [S, parts, K', D']
     bias: Tensor  # ‖c‖² (less ``reach`` if exact), [S, K']; +Inf where there is nothing to choose, see also BEYOND
     centre: Tensor  # [S, D']
-    typical: Tensor  # a middling ‖c‖, [S]
+    lengths: Tensor  # a middling ‖c‖; if exact, what no ‖c‖ with a square in fp32 is above; [S, 2]
 
 
 def is_centred(product: str, exact: bool) -> bool:
@@ -53,7 +53,7 @@ def _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D
 
 @triton.jit
 def pack_kernel(
-    codebook, stage_stride, code_stride, code_step, dither, dither_stride, centre, points, bias, typical, too_wide,
+    codebook, stage_stride, code_stride, code_step, dither, dither_stride, centre, points, bias, lengths, too_wide,
     count, padded_count,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -83,13 +83,16 @@ def pack_kernel(
             squares += 2.0 * tl.sum(c * tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :], axis=1)
     usable = live & (squares < float("inf")) & (spoilt == 0.0)
     scale = 1.0
-    middling = tl.load(typical + stage)
+    middling = tl.load(lengths + 2 * stage)
     if PRODUCT == "fp16":
         scale = scale_of(middling)
         fits = (middling > 2.0**-40) & (middling < 2.0**40)
     of_c = tl.where(usable, squares, float("inf"))
     if EXACT:
         of_c = tl.where((squares == float("inf")) & (spoilt == 0.0) & live, BEYOND, of_c) - reach(middling)
+        longest = tl.max(tl.where(usable, squares, 1e-36), axis=0)  # what is less may be rounded to 0
+        longest = tl.sqrt(longest) * (1.001 + D * 2.0**-24)  # for the rounding of both
+        tl.atomic_max(lengths + 2 * stage + 1, longest, sem="relaxed")
     tl.store(bias + stage * padded_count + j, of_c)
     for first in range(0, PADDED_D, BLOCK_D):
         c = _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D, BLOCK_D)
@@ -146,7 +149,7 @@ def pack(
         (triton.cdiv(padded_count, tile["BLOCK_K"]), stages),
         device,
         codebooks, *codebooks.stride(), dither, 0 if dither is None else dither.stride(0),
-        packed.centre, packed.points, packed.bias, packed.typical, too_wide, count, padded_count,
+        packed.centre, packed.points, packed.bias, packed.lengths, too_wide, count, padded_count,
         PRODUCT=product, EXACT=exact, UPCAST=INTERPRETED, D=dim, PADDED_D=padded_dim,
         BLOCK_D=min(tiles["BLOCK_D"], 64), **tile,
     )  # fmt: skip

@@ -15,14 +15,18 @@ For ``fast``, which leaves no row open, R is 0 and scores are compared as what t
 
 **Why** ``exact`` **is exact.** Let x be the centred row, κ the product's bound, u = 2⁻²⁴. For any s > 0
 
-    |T_j − (‖c_j‖² − R − 2 x·c_j)| ≤ κ₁ 2‖x‖‖c_j‖ + κ₂‖c_j‖² + 4uR ≤ κ₁‖x‖²/s + (κ₁s + κ₂)‖c_j‖² + 4uR  (at ρ = 1)
+    |T_j − (‖c_j‖² − R − 2 x·c_j)| ≤ κ₁ 2‖x‖‖c_j‖ + κ₂‖c_j‖² + 4uR ≤ κ₁X + (κ₁s + κ₂)‖c_j‖² + 4uR  (at ρ = 1)
 
 with κ₁ = κ + 4u and κ₂ = (D + √D + 9)u: ‖c‖² in fp32, less R, the multiply-add, what is subnormal in fp16, and the
-rounding of the centring, which moves x and c by a unit and so the distance by 2u(‖x‖ + ‖c‖)²; its part 2u‖x‖² joins the
-row's. So with ρ = 1 − (κ₁s + κ₂) no T_j + ρR exceeds the true score by more than E = κ₁‖x‖²/s + 2u‖x‖² + 4uR, and the
-best group's codeword has a true score of at most T + ρR + E + 2(κ₁s + κ₂)‖c‖². What lies more than
-2E + 2(κ₁s + κ₂)‖c‖² above the best T cannot be the nearest. s = ‖x‖ over a typical ‖c‖ makes the bound nearly
-2κ‖x‖‖c‖ at no cost per distance, and codewords far from all others do not widen it for the rest.
+rounding of the centring, which moves x and c by a unit each. X is the most that 2‖x‖t − st² reaches up to the longest
+‖c‖: r(2‖x‖ − sr), with r the lesser of that and ‖x‖/s. So with ρ = 1 − (κ₁s + κ₂) no T_j + ρR exceeds the true score by
+more than E = κ₁X + 4uR, and the best group's codeword has a true score of at most T + ρR + E + 2(κ₁s + κ₂)‖c‖². What
+lies more than 2E + 2(κ₁s + κ₂)‖c‖² above the best T cannot be the nearest.
+
+s = ‖x‖ over a typical ‖c‖ makes the bound nearly 2κ‖x‖‖c‖ at no cost per distance, and codewords far from all others do
+not widen it for the rest. ρ has to stay well above 0, so s ends somewhere. Beyond, for a codebook that is small beside
+its distance from the rows, as one of thousands of codewords is when it is drawn (U(0, 1/K)), the bound is as good for
+the longest codewords, and the wider, the longer they are beside the others.
 
 **The end of the range.** Codewords with ‖c‖² beyond fp32 (‖c‖ > 1.84·10¹⁹) have the score of one with
 ‖c‖² = ``BEYOND``, orthogonal to all rows. That is less than their own, and rules none of them out. Rows that are nearly
@@ -68,18 +72,21 @@ def reach(middling):
 
 
 @triton.jit
-def bounds(squares, middling, PRODUCT: tl.constexpr, KAPPA: tl.constexpr, D: tl.constexpr):
+def bounds(squares, lengths, PRODUCT: tl.constexpr, KAPPA: tl.constexpr, D: tl.constexpr):
     """(error of a score relative to ‖c‖², the rest of a row's) for rows with ‖x‖² = ``squares``.
 
-    What is relative to ‖c‖² is to be taken of a bias, ‖c‖² − R: the rest has R's part.
+    What is relative to ‖c‖² is to be taken of a bias, ‖c‖² − R: the rest has R's part. ``lengths`` are from pack.py.
     """
     ROOT_D: tl.constexpr = D**0.5
     MOST: tl.constexpr = 2.0**8 if PRODUCT == "fp16" else 2.0**12  # so that ρ stays well above 0
     KAPPA_1: tl.constexpr = KAPPA + 4 * 2.0**-24
     KAPPA_2: tl.constexpr = (D + ROOT_D + 9) * 2.0**-24
-    s = tl.minimum(tl.maximum(tl.sqrt(squares) / middling, 1.0 / MOST), MOST)
+    middling = tl.load(lengths)
+    length = tl.sqrt(squares)
+    s = tl.minimum(tl.maximum(length / middling, 1.0 / MOST), MOST)
+    r = tl.minimum(tl.load(lengths + 1), length / s)
     of_c = (KAPPA_1 * s + KAPPA_2) * 1.001  # for the rounding of this line and the next
-    of_x = (KAPPA_1 / s + 2.0**-23) * 1.001 * squares + D * 2.0**-122  # the last: products that underflow
+    of_x = KAPPA_1 * 1.001 * r * (2.0 * length - s * r) + D * 2.0**-122  # the last: products that underflow
     of_x += (of_c + 2.0**-22) * 1.001 * reach(middling)
     if PRODUCT == "fp16":
         of_x += ROOT_D * 2.0**-22 * middling * scaled_length(squares, middling)
@@ -160,7 +167,7 @@ def _scan_tiles(
 
 @triton.jit
 def scan(
-    z, starts, step, live, points, bias, centre, typical, count, begin, end,
+    z, starts, step, live, points, bias, centre, lengths, count, begin, end,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     IN_REGISTERS: tl.constexpr = 0,
@@ -178,12 +185,12 @@ def scan(
         x = centred_rows(z, starts, step, live, centre, first, PRODUCT, D, CHUNK)
         squares += tl.sum(x * x, axis=1)
 
-    middling = tl.load(typical)
     usual = tl.where(squares < float("inf"), squares, 0.0)
-    of_c, _ = bounds(usual, middling, PRODUCT, KAPPA, D)
+    of_c, _ = bounds(usual, lengths, PRODUCT, KAPPA, D)
     weight = 1.0 - of_c
     scale = 1.0
     if PRODUCT == "fp16":
+        middling = tl.load(lengths)
         scale = scale_of(scaled_length(usual, middling))
         weight *= scale * scale_of(middling)
     held = scale  # or anything: there are no columns to multiply it with
@@ -225,7 +232,7 @@ def scan(
 
 @triton.jit
 def scan_kernel(
-    z, inner, outer_stride, inner_stride, step, rows, mask, points, bias, centre, typical, count,
+    z, inner, outer_stride, inner_stride, step, rows, mask, points, bias, centre, lengths, count,
     taken, taken_count, scores, tiles, hidden, squares, SPLITS: tl.constexpr,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -255,7 +262,7 @@ def scan_kernel(
         begin = tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K * split
         end = tl.minimum(begin + tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K, count)
     best, where, least_hidden, of_x = scan(
-        z, starts, step, live, points, bias, centre, typical, count, begin, end,
+        z, starts, step, live, points, bias, centre, lengths, count, begin, end,
         PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
     )  # fmt: skip
     place = tl.arange(0, BLOCK_K // 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]

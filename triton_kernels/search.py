@@ -70,7 +70,7 @@ class Search:
     def arguments(self) -> tuple[object, ...]:
         """The packed codebook, in the kernels' order."""
         packed = self.packed
-        return packed.points, packed.bias, packed.centre, packed.typical, packed.bias.shape[1]
+        return packed.points, packed.bias, packed.centre, packed.lengths, packed.bias.shape[1]
 
     def grid(self, rows: int) -> tuple[int]:
         """One program per tile of rows."""
@@ -125,19 +125,19 @@ class _Problem(NamedTuple):
         """Scan the rows ``taken``, look and settle; rows that this cannot decide are listed in ``left``."""
         z, rows, device = self.z, self.rows, self.z.device
         places, options = search.tiles["BLOCK_K"] // 8, search.options
-        points, bias, centre, typical, count = search.arguments
+        points, bias, centre, lengths, count = search.arguments
         splits = 1 if taken is not ALL else search.splits(rows)
         groups = splits * places
         scores, tiles = (torch.empty((rows, groups), dtype=t, device=device) for t in (torch.float32, torch.int32))
         hidden, squares = (torch.empty(n, dtype=torch.float32, device=device) for n in (rows * splits, rows))
         launch(
             scan_kernel, (*search.grid(rows), splits), device,
-            *dense(rows_of(z)), rows, self.mask, points, bias, centre, typical, count,
+            *dense(rows_of(z)), rows, self.mask, points, bias, centre, lengths, count,
             *taken, scores, tiles, hidden, squares, SPLITS=splits, **{"IN_REGISTERS": 0, **options},
         )  # fmt: skip
         arguments = (
             scores, tiles, hidden, squares, *dense(rows_of(z)), rows, self.mask,
-            self.codebook, *self.codebook.stride(), self.dither, bias, typical, self.points,
+            self.codebook, *self.codebook.stride(), self.dither, bias, lengths, self.points,
         )  # fmt: skip
         options = {"GROUPS": groups, "PLACES": places, **{name: options[name] for name in _OF_SETTLE}}
         if taken is ALL and rows >= MANY_ROWS:
@@ -200,7 +200,7 @@ def find(
         open_rows, too_wide = problem.no_rows_yet(), problem.counter()
         coarse = problem.packed("fp16", "exact", too_wide=too_wide)
         problem.decide(coarse, ALL, open_rows, _LOOKS, too_wide)
-        search = problem.packed("bf16x3", "exact", around=(coarse.packed.centre, coarse.packed.typical))
+        search = problem.packed("bf16x3", "exact", around=(coarse.packed.centre, coarse.packed.lengths))
         problem.decide(search, open_rows, hard_rows)
     else:
         search = problem.packed(product, precision)

@@ -139,7 +139,7 @@ def look_again(
 @triton.jit
 def settle(
     scores, where, squares, live, z, starts, step,
-    codebook, code_stride, code_step, dither, bias, typical, real,
+    codebook, code_stride, code_step, dither, bias, lengths, real,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr, MOST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def settle(
     distance Inf and limit -Inf.
     """
     live = live & (squares < (LONG if EXACT else float("inf")))
-    of_c, of_x = bounds(tl.where(live, squares, 0.0), tl.load(typical), PRODUCT, KAPPA, D)
+    of_c, of_x = bounds(tl.where(live, squares, 0.0), lengths, PRODUCT, KAPPA, D)
     index = tl.zeros((BLOCK_N,), tl.int32)
     distance = tl.full((BLOCK_N,), float("inf"), tl.float32)
     limit = tl.where(live, float("inf"), float("-inf"))
@@ -170,7 +170,7 @@ def is_open(active, limit, least_hidden, squares, live):
 @triton.jit
 def settle_kernel(
     scores, tiles, hidden, squares, z, inner, outer_stride, inner_stride, step, rows, mask,
-    codebook, code_stride, code_step, dither, bias, typical, real,
+    codebook, code_stride, code_step, dither, bias, lengths, real,
     taken, taken_count, left, left_count, too_wide, indices, sqdist,
     PROGRAMS: tl.constexpr, MOST: tl.constexpr, PRODUCT: tl.constexpr, EXACT: tl.constexpr, KAPPA: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
@@ -199,7 +199,7 @@ def settle_kernel(
         starts = row_starts(n, inner, outer_stride, inner_stride, D)
         index, distance, limit, undecided = settle(
             best, where, of_x, live, z, starts, step,
-            codebook, code_stride, code_step, dither, bias, typical, real,
+            codebook, code_stride, code_step, dither, bias, lengths, real,
             PRODUCT, EXACT, KAPPA, MOST, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
         )  # fmt: skip
         # Again, not kept. Not by one function for both times: torch.compile would take what it reads for written.
