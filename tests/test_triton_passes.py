@@ -260,6 +260,36 @@ def test_a_codebook_as_it_is_drawn_leaves_no_more_rows(
     assert len(looked[0]) < 20 and len(left[0]) < 8 and not looks
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("dead", [0.5, 0.7, 0.9, 0.99])
+def test_dead_codewords_send_few_rows_to_the_whole_codebook(
+    dead: float, passes: int, left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that no row has moved lie where they were drawn, U(0, 1/K), among others that are as long as rows."""
+    launch, hard = search.launch, [0]
+
+    def counted(kernel: Any, grid: Any, device: Any, *arguments: Any, **options: Any) -> None:
+        launch(kernel, grid, device, *arguments, **options)
+        if kernel is search.exhaust_kernel:
+            hard.append(int(dict(zip(kernel.arg_names, arguments, strict=False))["taken_count"][0]))
+
+    monkeypatch.setattr(search, "launch", counted)
+    monkeypatch.setattr(search, "MANY_ROWS", 0 if passes == 2 else 1 << 16)
+    gen = generator()
+    codebook = torch.randn(2048, 32, generator=gen)
+    still = torch.rand(2048, generator=gen) < dead
+    codebook[still] = torch.rand(int(still.sum()), 32, generator=gen) / 2048
+    z = torch.randn(64, 32, generator=gen)  # nearest to the dead, many of them
+    z[::2] = codebook[~still][torch.randint(int((~still).sum()), (32,), generator=gen)]
+    z[::2] += 0.3 * torch.randn(32, 32, generator=gen)
+    found = search.find(z, codebook, None, None, "exact")
+    distances = sqdist(z, codebook)
+    over = distances.gather(1, found.long()[:, None])[:, 0] - distances.amin(1)
+    assert (over <= 1e-6 * distances.amin(1)).all()
+    assert len(hard) == 2 and hard[1] < 10
+    assert not any(rows & set(range(0, 64, 2)) for rows in left)
+
+
 def test_few_programs_take_all_rows(
     looked: list[set[int]], left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,14 +102,14 @@ def composite_kernel(
             of_bias, of_centre = bias + s * count, centre + s * PADDED_D
             source_step = step if GROUP > 0 else 1
             best, where, least_hidden, squares = scan(
-                source, source_starts, source_step, live, of_points, of_bias, of_centre, lengths + 2 * s,
+                source, source_starts, source_step, live, of_points, of_bias, of_centre, lengths + 3 * s,
                 count, 0, count,
                 PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             GROUPS: tl.constexpr = BLOCK_K // 8
             j, _, limit, undecided = settle(
                 tl.reshape(best, (BLOCK_N, GROUPS)), tl.reshape(where, (BLOCK_N, GROUPS)), squares, live,
-                source, source_starts, source_step, book, code_stride, code_step, weights, of_bias, lengths + 2 * s,
+                source, source_starts, source_step, book, code_stride, code_step, weights, of_bias, lengths + 3 * s,
                 codewords, PRODUCT, EXACT, KAPPA, 0, D, PADDED_D, BLOCK_N, GROUPS, GROUPS,
             )  # fmt: skip
             if EXACT:

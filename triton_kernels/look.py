@@ -16,7 +16,7 @@ import triton.language as tl
 
 from diveq_kernels.triton_kernels.rows import LEFT, list_left, row_starts
 from diveq_kernels.triton_kernels.scan import LONG, bounds
-from diveq_kernels.triton_kernels.settle import hidden_from_compiler, is_open, limit_after
+from diveq_kernels.triton_kernels.settle import above_score, hidden_from_compiler, is_open
 
 
 @triton.jit
@@ -98,7 +98,6 @@ def look_kernel(
     member = tl.arange(0, 8)[None, :]
     of_members = tl.load(bias + begin[:, None] + member // 2 * 8 + member % 2)  # +Inf for padding
     usable = there[:, None] & (of_members < float("inf"))
-    heaviest = tl.max(tl.where(usable, of_members, float("-inf")), axis=1)
 
     starts = row_starts(tl.minimum(n, rows - 1), inner, outer_stride, inner_stride, D)
     distances = tl.full((BLOCK_N, 8), float("inf"), tl.float32)
@@ -114,7 +113,8 @@ def look_kernel(
 
     if EXACT:
         of_c, of_row = bounds(tl.where(searched, of_x, 0.0), lengths, PRODUCT, KAPPA, D)
-        limit = tl.where(there, limit_after(score, heaviest, of_c, of_row), float("inf"))
+        above = above_score(of_members, distances, distance, of_c, of_row, lengths, D)
+        limit = tl.where(there, score + above, float("inf"))
         limit = tl.where(searched, limit, float("-inf"))
         SPLITS: tl.constexpr = GROUPS // PLACES
         of_splits = n[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]

@@ -1,4 +1,4 @@
-"""Where a codebook lies: a median codeword, coordinate by coordinate, and a median distance from it.
+"""Where a codebook lies: a median codeword, coordinate by coordinate, and a median and a short distance from it.
 
 Of a sample, and medians, which no diverged codeword drags away. Any value is right; good ones spare the search its
 second look. The greatest distance, which has to be right, is found by pack.py.
@@ -18,14 +18,14 @@ _COLUMNS = 32
 
 
 @triton.jit
-def _median(x):
-    """Of [_SAMPLE, columns] over the first: the value that has half of the others below it, ties in order."""
+def _with_below(x, BELOW: tl.constexpr):
+    """Of [_SAMPLE, columns] over the first: the value that has so many of the others below it, ties in order."""
     order = tl.arange(0, _SAMPLE)
     before = (x[:, None, :] < x[None, :, :]) | (
         (x[:, None, :] == x[None, :, :]) & (order[:, None] < order[None, :])[:, :, None]
     )
     rank = tl.sum(before.to(tl.int32), axis=0)
-    return tl.sum(tl.where(rank == _SAMPLE // 2, x, 0.0), axis=0)
+    return tl.sum(tl.where(rank == BELOW, x, 0.0), axis=0)
 
 
 @triton.jit
@@ -44,19 +44,25 @@ def middle_kernel(
         c = tl.where(tl.abs(c) < 1e18, c, 0.0)  # false for NaN as well
         middle = tl.zeros((BLOCK_D,), tl.float32)
         if CENTRED:
-            middle = _median(c)
+            middle = _with_below(c, _SAMPLE // 2)
         tl.store(centre + stage * PADDED_D + k, middle, mask=k < PADDED_D)
         squares += tl.sum((c - middle[None, :]) * (c - middle[None, :]), axis=1)
-    length = tl.max(_median(tl.sqrt(squares)[:, None]), axis=0)
-    tl.store(lengths + 2 * stage, tl.minimum(tl.maximum(length, 1e-30), 1e30))
-    tl.store(lengths + 2 * stage + 1, 0.0)
+    of_each = tl.minimum(tl.maximum(tl.sqrt(squares)[:, None], 1e-30), 1e30)
+    middling = tl.max(_with_below(of_each, _SAMPLE // 2), axis=0)
+    short = tl.max(_with_below(of_each, _SAMPLE // 8), axis=0)
+    tl.store(lengths + 3 * stage, middling)
+    tl.store(lengths + 3 * stage + 1, tl.maximum(short, middling * 2.0**-12))  # not 0, be some of them copies
+    tl.store(lengths + 3 * stage + 2, 0.0)
 
 
 def middle(codebooks: Tensor, padded_dim: int, centred: bool = True) -> tuple[Tensor, Tensor]:
-    """(centre [S, padded_dim], lengths [S, 2]: a middling distance from it, 0) of codebooks [S, K, D], any strides."""
+    """(centre [S, padded_dim], lengths [S, 3]: two distances from it, 0) of codebooks [S, K, D], any strides.
+
+    The distances are those that half and an eighth of the codewords are below.
+    """
     stages, count, dim = codebooks.shape
     centre = torch.empty((stages, padded_dim), dtype=torch.float32, device=codebooks.device)
-    lengths = torch.empty((stages, 2), dtype=torch.float32, device=codebooks.device)
+    lengths = torch.empty((stages, 3), dtype=torch.float32, device=codebooks.device)
     launch(
         middle_kernel, (stages,), codebooks.device,
         codebooks, *codebooks.stride(), count, centre, lengths,

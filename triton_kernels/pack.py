@@ -37,7 +37,8 @@ class Packed(NamedTuple):
     points: Tensor  # −2c, [S, parts, K', D']
     bias: Tensor  # ‖c‖² (less ``reach`` if exact), [S, K']; +Inf where there is nothing to choose, see also BEYOND
     centre: Tensor  # [S, D']
-    lengths: Tensor  # a middling ‖c‖; if exact, what no ‖c‖ with a square in fp32 is above; [S, 2]
+    # [S, 3]: a middling ‖c‖; one that an eighth are below; if exact, one that none of a square in fp32 is above.
+    lengths: Tensor
 
 
 def is_centred(product: str, exact: bool) -> bool:
@@ -83,16 +84,16 @@ def pack_kernel(
             squares += 2.0 * tl.sum(c * tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :], axis=1)
     usable = live & (squares < float("inf")) & (spoilt == 0.0)
     scale = 1.0
-    middling = tl.load(lengths + 2 * stage)
+    middling = tl.load(lengths + 3 * stage)
     if PRODUCT == "fp16":
         scale = scale_of(middling)
         fits = (middling > 2.0**-40) & (middling < 2.0**40)
     of_c = tl.where(usable, squares, float("inf"))
     if EXACT:
-        of_c = tl.where((squares == float("inf")) & (spoilt == 0.0) & live, BEYOND, of_c) - reach(middling)
+        of_c = tl.where((squares == float("inf")) & (spoilt == 0.0) & live, BEYOND, of_c) - reach(lengths + 3 * stage)
         longest = tl.max(tl.where(usable, squares, 1e-36), axis=0)  # what is less may be rounded to 0
         longest = tl.sqrt(longest) * (1.001 + D * 2.0**-24)  # for the rounding of both
-        tl.atomic_max(lengths + 2 * stage + 1, longest, sem="relaxed")
+        tl.atomic_max(lengths + 3 * stage + 2, longest, sem="relaxed")
     tl.store(bias + stage * padded_count + j, of_c)
     for first in range(0, PADDED_D, BLOCK_D):
         c = _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D, BLOCK_D)

@@ -6,34 +6,36 @@
    best, with its tile: BLOCK_K / 8 pairs per row, no index arithmetic per distance. (A thread of sm_100 holds a whole
    row: the groups are as good there.) Of all others, the lowest score is remembered.
 
-**Compared as integers.** For ``exact``, R is four middling ‖c‖, squared, so that the scores that matter are below 0.
+**Compared as integers.** For ``exact``, R is four short ‖c‖, squared, so that the scores that matter are below 0.
 The lower a negative number is, the greater its bits are as an unsigned integer, and greater than those of any number
 above 0. Of integers Hopper compares three in one instruction, of fp32 only two. Scores of 0 and more lose to all
 others: every row counts as one with a hidden group of score 0. Where that may hold the nearest codeword (rows over
-seven times as far from the centre as codewords are, with all of these on the other side), the row is left open.
+seven times as far from the centre as short ones are, with all on the other side), the row is left open.
 For ``fast``, which leaves no row open, R is 0 and scores are compared as what they are.
 
 **Why** ``exact`` **is exact.** Let x be the centred row, κ the product's bound, u = 2⁻²⁴. For any s > 0
 
-    |T_j − (‖c_j‖² − R − 2 x·c_j)| ≤ κ₁ 2‖x‖‖c_j‖ + κ₂‖c_j‖² + 4uR ≤ κ₁X + (κ₁s + κ₂)‖c_j‖² + 4uR  (at ρ = 1)
+    |T_j − (‖c_j‖² − R − 2 x·c_j)| ≤ κ₁ 2‖x‖‖c_j‖ + κ₂‖c_j‖² + 6uR ≤ κ₁X + (κ₁s + κ₂)‖c_j‖² + 6uR  (at ρ = 1)
 
 with κ₁ = κ + 4u and κ₂ = (D + √D + 9)u: ‖c‖² in fp32, less R, the multiply-add, what is subnormal in fp16, and the
 rounding of the centring, which moves x and c by a unit each. X is the most that 2‖x‖t − st² reaches up to the longest
 ‖c‖: r(2‖x‖ − sr), with r the lesser of that and ‖x‖/s. So with ρ = 1 − (κ₁s + κ₂) no T_j + ρR exceeds the true score by
-more than E = κ₁X + 4uR, and the best group's codeword has a true score of at most T + ρR + E + 2(κ₁s + κ₂)‖c‖². What
-lies more than 2E + 2(κ₁s + κ₂)‖c‖² above the best T cannot be the nearest.
+more than E = κ₁X + 6uR, and codeword j has a true score of at most T_j + ρR + E_j, E_j = E + 2(κ₁s + κ₂)‖c_j‖². What
+lies more than E + E_j above T_j cannot be the nearest. Of a group only the least T is known: settle.py takes what the
+group's codewords allow.
 
-s = ‖x‖ over a typical ‖c‖ makes the bound nearly 2κ‖x‖‖c‖ at no cost per distance, and codewords far from all others do
-not widen it for the rest. ρ has to stay well above 0, so s ends somewhere. Beyond, for a codebook that is small beside
-its distance from the rows, as one of thousands of codewords is when it is drawn (U(0, 1/K)), the bound is as good for
-the longest codewords, and the wider, the longer they are beside the others.
+s = ‖x‖ over a short ‖c‖ makes the bound nearly 2κ‖x‖‖c‖ at no cost per distance, and codewords far from all others do
+not widen it for the rest. For long codewords it must not be much: they would hide the short ones. So s ends at 2⁻⁷/κ₁.
+What is nearer to the centre is then told apart as far as that goes, or as the longest codeword allows. Thus neither a
+codebook as it is drawn (U(0, 1/K): of thousands, tiny beside its distance from the rows) nor dead codewords left there
+by others that have moved send many rows to the whole codebook.
 
 **The end of the range.** Codewords with ‖c‖² beyond fp32 (‖c‖ > 1.84·10¹⁹) have the score of one with
 ‖c‖² = ``BEYOND``, orthogonal to all rows. That is less than their own, and rules none of them out. Rows that are nearly
 as long are measured against the whole codebook.
 
 A product in fp16 has x and c at scales α and β (product.py), so the scores at αβ; ρ takes that along. Its E has another
-√D·2⁻²²·‖x‖ times a typical ‖c‖ for what is subnormal.
+√D·2⁻²²·‖x‖ times a middling ‖c‖ for what is subnormal.
 
 **Tiles.** The more rows in a tile, the less often the codebook comes from L2: once per tile, which at 128 rows is near
 what L2 can deliver. Two or more blocks per SM let one multiply while another takes minima; where rows are few, parts of
@@ -66,31 +68,38 @@ NONE = tl.constexpr(0x80000000)
 
 
 @triton.jit
-def reach(middling):
+def reach(lengths):
     """R: only what has ‖c‖² − 2 x·c below it counts in an ``exact`` search. Far below ``BEYOND``."""
-    return tl.minimum(tl.maximum(16.0 * middling * middling, 1e-36), 1e36)
+    short = tl.load(lengths + 1)
+    return tl.minimum(tl.maximum(16.0 * short * short, 1e-36), 1e36)
 
 
 @triton.jit
 def bounds(squares, lengths, PRODUCT: tl.constexpr, KAPPA: tl.constexpr, D: tl.constexpr):
-    """(error of a score relative to ‖c‖², the rest of a row's) for rows with ‖x‖² = ``squares``.
+    """Errors of a score, (relative to ‖c‖², the rest), for rows with ‖x‖² = ``squares``: for ``error`` to add up.
 
-    What is relative to ‖c‖² is to be taken of a bias, ‖c‖² − R: the rest has R's part. ``lengths`` are from pack.py.
+    ``lengths`` are from pack.py.
     """
     ROOT_D: tl.constexpr = D**0.5
-    MOST: tl.constexpr = 2.0**8 if PRODUCT == "fp16" else 2.0**12  # so that ρ stays well above 0
     KAPPA_1: tl.constexpr = KAPPA + 4 * 2.0**-24
     KAPPA_2: tl.constexpr = (D + ROOT_D + 9) * 2.0**-24
-    middling = tl.load(lengths)
+    MOST: tl.constexpr = 2.0**-7 / KAPPA_1
     length = tl.sqrt(squares)
-    s = tl.minimum(tl.maximum(length / middling, 1.0 / MOST), MOST)
-    r = tl.minimum(tl.load(lengths + 1), length / s)
+    s = tl.minimum(tl.maximum(length / tl.load(lengths + 1), 2.0**-12), MOST)
+    r = tl.minimum(tl.load(lengths + 2), length / s)
     of_c = (KAPPA_1 * s + KAPPA_2) * 1.001  # for the rounding of this line and the next
-    of_x = KAPPA_1 * 1.001 * r * (2.0 * length - s * r) + D * 2.0**-122  # the last: products that underflow
-    of_x += (of_c + 2.0**-22) * 1.001 * reach(middling)
+    of_x = KAPPA_1 * 1.001 * r * (2.0 * length - s * r) + 6.1 * 2.0**-24 * reach(lengths)
+    of_x += D * 2.0**-122  # products that underflow
     if PRODUCT == "fp16":
+        middling = tl.load(lengths)
         of_x += ROOT_D * 2.0**-22 * middling * scaled_length(squares, middling)
     return of_c, of_x
+
+
+@triton.jit
+def error(of_c, of_x, bias, lengths):
+    """The most by which a codeword's score is off, with the errors from ``bounds`` and the codeword's ``bias``."""
+    return of_x + of_c * (bias + reach(lengths)) * 1.001
 
 
 @triton.jit

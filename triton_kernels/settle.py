@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from diveq_kernels.triton_kernels.rows import LEFT, list_left, row_starts
-from diveq_kernels.triton_kernels.scan import LONG, bounds
+from diveq_kernels.triton_kernels.scan import LONG, bounds, error
 
 PROGRAMS = 2048  # no more than a GPU runs at once, or nearly; each takes rows until none is left
 
@@ -51,10 +51,10 @@ def _load_members(codebook, code_stride, code_step, dither, j, live, k, inside):
 
 @triton.jit
 def _measure_group(
-    begin, active, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    begin, active, of_c, of_x, z, starts, step, codebook, code_stride, code_step, dither, bias, lengths, real,
+    EXACT: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(nearest codeword, its squared distance, largest bias) of the groups that begin at ``begin`` [BN].
+    """(nearest codeword, its squared distance, ``above``) of the groups that begin at ``begin`` [BN].
 
     Codewords from ``real`` on are padding, and are not there.
     """
@@ -76,23 +76,31 @@ def _measure_group(
     total = tl.where(there, total, float("inf"))
     least, of_group = tl.min(total, axis=1, return_indices=True)
     nearest = begin + of_group // 2 * 8 + of_group % 2
-    return nearest, least, tl.max(tl.where(there, of_j, float("-inf")), axis=1)
+    above = least
+    if EXACT:
+        above = above_score(of_j, total, least, of_c, of_x, lengths, D)
+    return nearest, least, above
 
 
 @triton.jit
-def limit_after(score, heaviest, of_c, of_x):
-    """What the score of the nearest codeword's group cannot exceed once a group with this score has been measured.
+def above_score(bias, distances, least, of_c, of_x, lengths, D: tl.constexpr):
+    """How far the score of the nearest codeword of measured groups can be above the group's, twice its error less.
 
-    ``heaviest`` is the largest bias in that group, ``of_c`` and ``of_x`` are the errors that ``bounds`` gives. No score
-    is that of a codeword beyond the range, which is above 0.
+    The group's score is that of one of its 8 codewords, with ``bias`` (Inf where there is none) and ``distances``
+    [BN, 8]; which one is not known. Whichever it is, the score is off by no more than its error, and the nearest is
+    nearer than it by what was measured, up to the rounding of that. So a long codeword beside short ones, whose error
+    is large, does not count for these if it is far.
     """
-    return score + 2.0 * (of_x + of_c * heaviest)
+    twice = 2.0 * error(of_c[:, None], of_x[:, None], bias, lengths)
+    nearer = distances - least[:, None] - (D + 8) * 2.0**-24 * (distances + least[:, None])
+    above = twice - tl.maximum(tl.where(distances < float("inf"), nearer, 0.0), 0.0)
+    return tl.max(tl.where(bias < float("inf"), above, float("-inf")), axis=1)
 
 
 @triton.jit
 def look_again(
     scores, where, index, distance, limit, of_c, of_x, z, starts, step,
-    codebook, code_stride, code_step, dither, bias, real, MOST: tl.constexpr,
+    codebook, code_stride, code_step, dither, bias, lengths, real, MOST: tl.constexpr,
     EXACT: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
@@ -101,8 +109,7 @@ def look_again(
     ``scores`` [BN, GROUPS] are the least of each group, +Inf where there is none, PLACES of them of one tile; ``where``
     the first codeword of the tile that the group is from; ``index`` and ``distance`` [BN] the nearest so far. Above
     ``limit`` [BN] a group cannot hold the nearest; it is -Inf in rows to leave alone. ``of_c`` and ``of_x`` are, for
-    ``exact``, the score's error relative to a bias, and that of the row itself. Rows that have more than ``MOST`` such
-    groups (0: any number) stay ``active``.
+    ``exact``, from ``bounds``. Rows that have more than ``MOST`` such groups (0: any number) stay ``active``.
     """
     place = tl.arange(0, GROUPS)[None, :]
     rest = scores
@@ -117,15 +124,15 @@ def look_again(
         chosen = place == column[:, None]
         rest = tl.where(chosen, float("inf"), rest)
         begin = tl.sum(tl.where(chosen, begins, 0), axis=1)
-        j, d, heaviest = _measure_group(
-            begin, active, z, starts, step, codebook, code_stride, code_step, dither, bias, real,
-            D, PADDED_D, BLOCK_N,
+        j, d, above = _measure_group(
+            begin, active, of_c, of_x, z, starts, step, codebook, code_stride, code_step, dither, bias, lengths, real,
+            EXACT, D, PADDED_D, BLOCK_N,
         )  # fmt: skip
         closer = (d < distance) | ((d == distance) & (j < index))
         closer = closer & (d < float("inf"))
         distance = tl.where(closer, d, distance)
         index = tl.where(closer, j, index)
-        lowered = limit_after(score, heaviest, of_c, of_x) if EXACT else score
+        lowered = score + above if EXACT else score  # no score is that of a codeword beyond the range, which is above 0
         limit = tl.where(active, tl.minimum(limit, lowered), limit)
         score, column = tl.min(rest, axis=1, return_indices=True)
         active = (score <= limit) & (score < float("inf"))
@@ -155,7 +162,7 @@ def settle(
     limit = tl.where(live, float("inf"), float("-inf"))
     return look_again(
         scores, where, index, distance, limit, of_c, of_x, z, starts, step,
-        codebook, code_stride, code_step, dither, bias, real, MOST,
+        codebook, code_stride, code_step, dither, bias, lengths, real, MOST,
         EXACT, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
     )  # fmt: skip
 
