@@ -17,7 +17,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="needs Triton")
 tl = pytest.importorskip("triton.language", reason="needs Triton")
 
-from diveq_kernels.triton_kernels import INTERPRETED, nearest, pack, scan, search  # noqa: E402
+from diveq_kernels.triton_kernels import INTERPRETED, nearest, pack, scan, search, settle  # noqa: E402
 from diveq_kernels.triton_kernels.middle import middle  # noqa: E402
 from diveq_kernels.triton_kernels.product import error_bound  # noqa: E402
 
@@ -158,6 +158,39 @@ def test_error_of_a_score(longest: float, product: str, target: str) -> None:
         else:  # but fp16 has another part, see test_fp16_keeps_its_bound
             good = (x > short) & (x < 2.0**-7 / kappa * short) & (c == short) & (product != "fp16")
         assert (found <= 1.05 * needed)[good].all(), c
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def above_kernel(bias, distances, of_c, of_x, lengths, found, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.arange(0, 128)
+    at = row[:, None] * 8 + tl.arange(0, 8)[None, :]
+    distance = tl.load(distances + at)
+    of_row = tl.load(of_c + row), tl.load(of_x + row)
+    above = settle.above_score(tl.load(bias + at), distance, tl.min(distance, axis=1), *of_row, lengths, D)
+    tl.store(found + row, above)
+
+
+@interpreted
+@pytest.mark.parametrize("target", ["triton-cpu"])
+def test_a_groups_score_may_be_that_of_any_of_its_codewords(target: str) -> None:
+    """Short and long, whose distances differ by more and by less than their errors, and some that are not there."""
+    gen, dim, lengths = generator(), 16, torch.tensor([1.0, 0.5, 100.0])
+    part_of_r, found = 16 * 0.5**2, torch.empty(128)
+    squares = 10 ** (4 * torch.rand(128, 8, generator=gen) - 2)
+    of_c, of_x = (10 ** (3 * torch.rand(128, generator=gen) - 5) for _ in range(2))
+    distances = 10 + 10 ** (4 * torch.rand(128, 8, generator=gen) - 4)
+    bias = squares - part_of_r
+    gone = torch.rand(128, 8, generator=gen) < 0.2
+    gone[:, 0] = False
+    bias[gone], distances[gone] = float("inf"), float("inf")
+    above_kernel[(1,)](bias, distances, of_c, of_x, lengths, found, dim)
+    errors = of_x[:, None].double() + of_c[:, None].double() * squares.double()
+    least = distances.double().amin(1)
+    # Twice, as the least score may have come out too low, and the nearest codeword's too high.
+    needed = torch.where(gone, -torch.inf, 2 * errors - (distances.double() - least[:, None])).amax(1)
+    assert (found >= needed).all()
+    assert (found <= needed + 0.003 * errors.where(~gone, 0).amax(1) + (dim + 8) * 2.0**-22 * distances[:, 0]).all()
+    assert (found < 0.5 * 2 * errors.where(~gone, 0).amax(1)).any()  # some that are long and far do not count
 
 
 @interpreted

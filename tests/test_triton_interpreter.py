@@ -29,7 +29,7 @@ SELECTION = {
     " or every_segment or crowds or joints",
     "test_project_gradients.py": "float32",
     "test_ties.py": "not 140",
-    "test_triton_bound.py": "no_index",
+    "test_triton_bound.py": "triton-cpu",
     "test_triton_project.py": "triton",
     "test_triton_replace.py": "triton",
     "test_triton_watch.py": "triton",
