@@ -96,8 +96,6 @@ def look_kernel(
     searched = live & (of_x < (LONG if EXACT else float("inf")))  # as in settle
     there = searched & (score < float("inf"))
     member = tl.arange(0, 8)[None, :]
-    of_members = tl.load(bias + begin[:, None] + member // 2 * 8 + member % 2)  # +Inf for padding
-    usable = there[:, None] & (of_members < float("inf"))
 
     starts = row_starts(tl.minimum(n, rows - 1), inner, outer_stride, inner_stride, D)
     distances = tl.full((BLOCK_N, 8), float("inf"), tl.float32)
@@ -107,7 +105,8 @@ def look_kernel(
             z, starts, step, codebook, code_stride, code_step, dither, j, real, D, PADDED_D, BLOCK_D,
         )  # fmt: skip
         distances = tl.where(member == i, d[:, None], distances)
-    distances = tl.where(usable, distances, float("inf"))
+    of_members = tl.load(bias + begin[:, None] + member // 2 * 8 + member % 2)  # +Inf for padding
+    distances = tl.where(there[:, None] & (of_members < float("inf")), distances, float("inf"))
     distance, nearest = tl.min(distances, axis=1, return_indices=True)
     index = tl.where(distance < float("inf"), begin + nearest // 2 * 8 + nearest % 2, 0)
 
