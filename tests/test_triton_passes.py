@@ -266,7 +266,7 @@ def test_dead_codewords_send_few_rows_to_the_whole_codebook(
     dead: float, passes: int, left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that no row has moved lie where they were drawn, U(0, 1/K), among others that are as long as rows."""
-    launch, hard = search.launch, [0]
+    launch, hard = search.launch, []
 
     def counted(kernel: Any, grid: Any, device: Any, *arguments: Any, **options: Any) -> None:
         launch(kernel, grid, device, *arguments, **options)
@@ -286,7 +286,7 @@ def test_dead_codewords_send_few_rows_to_the_whole_codebook(
     distances = sqdist(z, codebook)
     over = distances.gather(1, found.long()[:, None])[:, 0] - distances.amin(1)
     assert (over <= 1e-6 * distances.amin(1)).all()
-    assert len(hard) == 2 and hard[1] < 10
+    assert len(hard) == 1 and hard[0] < 10
     assert not any(rows & set(range(0, 64, 2)) for rows in left)
 
 

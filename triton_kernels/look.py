@@ -5,8 +5,9 @@ none has the same score. The others are listed for settle.py, which begins anew 
 
 Most rows need no more, and for one group of each there is a leaner way than settling: many rows at a time, and of each
 row one codeword after another. Neighbouring threads read whole lines of memory together, for which the L2 cache need be
-asked once, and no sum waits for other warps. What there is to know of codewords beside their columns is loaded before
-the loop over them: a load inside would have a layout of its own, and every turn would pass through shared memory.
+asked once, and no sum waits for other warps. What there is to know of codewords beside their columns is loaded after
+the loop over them: a load inside would have a layout of its own, and every turn would pass through shared memory; one
+before would hold registers that the loop needs.
 """
 
 from __future__ import annotations
