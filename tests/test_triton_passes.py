@@ -179,6 +179,21 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.fixture
+def hard(left: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each search compares with the whole codebook."""
+    found: list[int] = []
+    launch = search.launch
+
+    def watched(kernel: Any, grid: Any, device: Any, *arguments: Any, **options: Any) -> None:
+        launch(kernel, grid, device, *arguments, **options)
+        if kernel is search.exhaust_kernel:
+            found.append(int(dict(zip(kernel.arg_names, arguments, strict=False))["taken_count"][0]))
+
+    monkeypatch.setattr(search, "launch", watched)
+    return found
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 def test_where_there_is_nothing_to_choose_rows_are_compared_with_nothing(
     passes: int, left: list[set[int]], looks: list[int], target: str, monkeypatch: pytest.MonkeyPatch
@@ -248,7 +263,7 @@ def test_rows_of_any_length_about_the_centre(left: list[set[int]], target: str) 
 
 @pytest.mark.parametrize("tight", [1.0, 1e2, 1e4, 1e6])
 def test_a_codebook_as_it_is_drawn_leaves_no_more_rows(
-    tight: float, looked: list[set[int]], left: list[set[int]], looks: list[int], target: str
+    tight: float, looked: list[set[int]], left: list[set[int]], hard: list[int], target: str
 ) -> None:
     """U(0, 1/K) is small beside its distance from the rows: the bound must not be one of these."""
     gen = generator()
@@ -257,23 +272,16 @@ def test_a_codebook_as_it_is_drawn_leaves_no_more_rows(
     distances = sqdist(z, codebook)
     over = distances.gather(1, found.long()[:, None])[:, 0] - distances.amin(1)
     assert (over <= 1e-6 * distances.amin(1)).all()
-    assert len(looked[0]) < 20 and len(left[0]) < 8 and not looks
+    assert len(looked[0]) < 20 and len(left[0]) < 8
+    assert len(hard) == 1 and hard[0] < 3  # a row may have two nearest ones in the same place that hardly differ
 
 
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("dead", [0.5, 0.7, 0.9, 0.99])
 def test_dead_codewords_send_few_rows_to_the_whole_codebook(
-    dead: float, passes: int, left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
+    dead: float, passes: int, left: list[set[int]], hard: list[int], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that no row has moved lie where they were drawn, U(0, 1/K), among others that are as long as rows."""
-    launch, hard = search.launch, []
-
-    def counted(kernel: Any, grid: Any, device: Any, *arguments: Any, **options: Any) -> None:
-        launch(kernel, grid, device, *arguments, **options)
-        if kernel is search.exhaust_kernel:
-            hard.append(int(dict(zip(kernel.arg_names, arguments, strict=False))["taken_count"][0]))
-
-    monkeypatch.setattr(search, "launch", counted)
     monkeypatch.setattr(search, "MANY_ROWS", 0 if passes == 2 else 1 << 16)
     gen = generator()
     codebook = torch.randn(2048, 32, generator=gen)
