@@ -54,6 +54,35 @@ def test_rounding_of_a_first_pass_that_nearly_reaches_its_bound(isa: str, what: 
     check_nearest(torch.cat([z, -z]), codebook)
 
 
+@pytest.mark.parametrize("dim", [16, 64, 1024])
+def test_sums_in_fp32_that_lose_what_is_small(isa: str, dim: int) -> None:
+    """A sum with the large product first loses all others, a sum with it last none: the second then looks nearer."""
+    gen = generator()
+    half_unit = 2.0**-25  # of a sum between 0.5 and 1
+    z, first = torch.full((1, dim), 30 * half_unit**0.5), torch.full((1, dim), 0.03 * half_unit**0.5)
+    second = first * (0.85 + 0.02 * torch.rand((), generator=gen))
+    z[:, [0, -1]], first[:, 0], second[:, -1], first[:, -1], second[:, 0] = 1.0, 1.0, 1.0, 0.0, 0.0
+    codebook = torch.cat([second, first, torch.zeros(90, dim)])
+    distances = oracle.sqdist(z, codebook)[0]
+    assert distances[1] < distances[0]
+    check_nearest(z, codebook)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 1024])
+def test_a_long_codeword_whose_sum_loses_more_than_a_short_one_may(isa: str, dim: int) -> None:
+    """Large products cancel each other, and what lies between them is lost."""
+    half_unit = 2.0**-19  # of a sum between 32 and 64
+    z, long = torch.full((1, dim), 30 * half_unit**0.5), torch.full((1, dim), 0.03 * half_unit**0.5)
+    z[:, [0, -1]], long[:, [0, -1]] = torch.tensor([64.0, -62.0]), 1.0
+    along = 1 + 0.45 * dim * half_unit  # ‖c‖²/2 - z·c is less by half of what the sum of the long one loses
+    short = torch.zeros(1, dim)
+    short[:, 0] = 64 - (64**2 - 2 * along) ** 0.5
+    codebook = torch.cat([short, long, torch.zeros(90, dim)])
+    distances = oracle.sqdist(z, codebook)[0]
+    assert distances[1] < distances[0]
+    check_nearest(z, codebook)
+
+
 @pytest.mark.parametrize("dim", [6, 32, 256, 1024])
 def test_rounding_of_sums_alone(isa: str, dim: int) -> None:
     """Every number is exact in 8 bits and in bf16, the sums are large and differ by ones.
@@ -140,10 +169,33 @@ def test_rows_beyond_codewords_that_are_nearly_equal(isa: str, dim: int) -> None
     )
 
 
+def left_open(rows: Tensor, codebook: Tensor) -> list[int]:
+    """How many rows the first pass leaves open, and how many fp32 leaves with more than it lists."""
+    counts = torch.full((2,), -1)
+    torch.ops.diveq_cpu.left_open(rows, codebook, counts)
+    return counts.tolist()
+
+
 @pytest.mark.parametrize("dim", [4, 8, 9, 10, 64, 300])
 def test_few_rows_are_left_open(isa: str, dim: int) -> None:
     """A first pass whose bounds are useless is right all the same, and slow."""
     gen = generator()
     codebook = torch.randn(1000, dim, generator=gen)
     for rows in (codebook[:600] + 0.5 * torch.randn(600, dim, generator=gen), torch.randn(1000, dim, generator=gen)):
-        assert torch.ops.diveq_cpu.left_open(rows, codebook) <= 0.01 * len(rows)
+        assert max(left_open(rows, codebook)) <= 0.01 * len(rows)
+
+
+@pytest.mark.parametrize("dead", [0.02, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dim", [3, 8, 64, 256])
+def test_codewords_that_lie_where_they_were_drawn(isa: str, dim: int, dead: float) -> None:
+    """U(0, 1/K): all but equal, from where rows are. The others are among these, and may be far from most of them.
+
+    Where these are few, fp64 may have to find the nearest; from an eighth of all on the centre is among them.
+    """
+    gen = generator()
+    codebook = torch.randn(3000, dim, generator=gen)
+    still = torch.rand(3000, generator=gen) < dead
+    codebook[still] = torch.rand(int(still.sum()), dim, generator=gen) / 3000
+    rows = torch.randn(8000 if dim < 64 else 300, dim, generator=gen)
+    check_nearest(rows, codebook)
+    assert dead == 0.02 or max(left_open(rows, codebook)) < 0.1 * len(rows)

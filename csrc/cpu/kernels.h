@@ -16,9 +16,10 @@ constexpr int64_t kMaxDim = 4096;
 // Codewords less a centre, in panels, of `panel` codewords in fp32 and of `coarse_panel` for a first pass; which of the forms
 // there are is for PackedBook to say.
 struct Packed {
+  int64_t panels;
   float* centre;  // [dim]
-  float* halves;  // [panels][panel] half their squares, never the least where there is no finite codeword
-  float* values;  // [panels][dim][panel] in fp32, or null where there is a first pass: its rest packs what it needs
+  float* halves;  // [panels][panel] half their squares, less errors; never the least where there is no finite codeword
+  float* values;  // [panels][dim + 1][panel] in fp32, or null where there is a first pass: its rest packs what it needs
   uint32_t* coarse;  // [panels][panel_words(dim)] as the first pass multiplies them
   int32_t* order;  // [panels][panel] their codewords' numbers, `count` where there is none
   float* reaches;  // [panels] the greatest length of a codeword
@@ -36,6 +37,12 @@ struct PackedCurve {
   float* inverses;  // [panels][panel] one over its squared length, 0 if it has none,
   float* floors;  // [panels][panel] and a bound of its score: infinite where there is no finite segment
   float* reaches;  // [panels] the greatest length of a codeword at a segment's end, infinite if its square is
+};
+
+// How many rows a search's first pass, where there is one, did not tell, and how many of those that were searched in fp32
+// had to be compared with more codewords in fp64 than the best of each lane.
+struct Unclear {
+  int64_t in_first_pass, in_fp32;
 };
 
 struct Kernels {
@@ -57,9 +64,8 @@ struct Kernels {
   // scratch holds 2·dim + (panel or coarse_panel)·(dim + lanes) floats.
   void (*pack)(const Codes&, const Packed&, int64_t first_panel, int64_t last_panel, float* scratch);
   int64_t (*search_scratch)(int64_t dim, int64_t rows);  // floats
-  // Index of the nearest for `rows` rows z [rows][ld]; scratch as search_scratch says. Returns how many of them the first
-  // pass, where there is one, did not tell.
-  int64_t (*search)(const Codes&, const Packed&, bool exact, const float* z, int64_t ld, int64_t rows, int32_t* indices,
+  // Index of the nearest for `rows` rows z [rows][ld]; scratch as search_scratch says.
+  Unclear (*search)(const Codes&, const Packed&, bool exact, const float* z, int64_t ld, int64_t rows, int32_t* indices,
                     float* scratch);
 
   // σ times the standard normals of counters start .. start + quads - 1; out has room for 4 * (quads + lanes) floats.

@@ -22,8 +22,8 @@ void philox(Tensor seed, int64_t start, Tensor words, Tensor normals) {
   std::memcpy(data<float>(normals), made.get(), quads * 16);
 }
 
-// For tests: how many rows (of contiguous fp32) the search's first pass leaves open.
-int64_t left_open(Tensor z, Tensor codebook) {
+// For tests: how many rows (of contiguous fp32) the search's first pass leaves open, and how many fp32 does (Unclear).
+void left_open(Tensor z, Tensor codebook, Tensor counts) {
   const Kernels& k = kernels();
   const Rows rows = rows_of(z);
   const Codes codes = codes_of(codebook, std::nullopt)[0];
@@ -31,7 +31,10 @@ int64_t left_open(Tensor z, Tensor codebook) {
   const int64_t count = row_count(z);
   const Buffer scratch = buffer(k.search_scratch(rows.dim, count));
   std::vector<int32_t> indices(count);
-  return k.search(codes, book.packed, true, in_place(rows, 0), rows.dim, count, indices.data(), scratch.get());
+  const Unclear unclear =
+      k.search(codes, book.packed, true, in_place(rows, 0), rows.dim, count, indices.data(), scratch.get());
+  data<int64_t>(counts)[0] = unclear.in_first_pass;
+  data<int64_t>(counts)[1] = unclear.in_fp32;
 }
 
 }  // namespace
@@ -40,7 +43,7 @@ int64_t left_open(Tensor z, Tensor codebook) {
 STABLE_TORCH_LIBRARY(diveq_cpu, m) {
   m.def("instruction_set() -> int");
   m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
-  m.def("left_open(Tensor z, Tensor codebook) -> int");
+  m.def("left_open(Tensor z, Tensor codebook, Tensor(a!) counts) -> ()");
   m.def("unit(Tensor x, Tensor? grad, Tensor(a!) out) -> ()");
   m.def("rotate(Tensor source, Tensor target, Tensor? x, bool transposed, Tensor(a!) out) -> ()");
   m.def("commit(Tensor x, Tensor target, Tensor(a!) out, Tensor(b!) distances) -> ()");

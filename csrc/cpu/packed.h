@@ -11,32 +11,48 @@
 
 namespace diveq {
 
-// The median of some codewords: far from the origin most of the cancellation goes, and no diverged codeword moves it.
+// Where codewords lie: the mean of those of a sample that are about one of them, the one that half of the others are nearest
+// to; or if an eighth of them lie far closer together, that eighth. Far from the origin most of the cancellation goes, no
+// diverged codeword moves it, and codewords that lie where they were drawn, all but equal beside others that have moved,
+// are told apart.
 inline void find_centre(const Kernels& k, const Codes& codes, float* centre) {
-  constexpr int64_t kSample = 15;
+  constexpr int64_t kSample = 32;
+  constexpr float kFar = 64;  // squared
   const int64_t dim = codes.dim, sample = std::min(kSample, codes.count);
   const Buffer rows = buffer(sample * dim);
   for (int64_t s = 0; s < sample; ++s) {
     float* row = rows.get() + s * dim;
     const float* c = k.codeword(codes, s * codes.count / sample, row);
-    if (c != row) std::copy_n(c, dim, row);
+    for (int64_t d = 0; d < dim; ++d) row[d] = std::isfinite(c[d]) ? c[d] : 0.0f;
   }
-  for (int64_t d = 0; d < dim; ++d) {
-    float column[kSample];
-    for (int64_t s = 0; s < sample; ++s) {
-      const float x = rows.get()[s * dim + d];
-      column[s] = std::isfinite(x) ? x : 0.0f;
-    }
-    std::nth_element(column, column + sample / 2, column + sample);
-    centre[d] = column[sample / 2];
+  struct About {
+    int64_t one = 0;
+    float distance = INFINITY;  // squared
+  } half, eighth;
+  float apart[kSample][kSample];
+  for (int64_t s = 0; s < sample; ++s) {
+    float sorted[kSample];
+    for (int64_t t = 0; t < sample; ++t)
+      sorted[t] = apart[s][t] = t < s ? apart[t][s] : k.sqdist(rows.get() + s * dim, rows.get() + t * dim, dim);
+    std::sort(sorted, sorted + sample);
+    if (sorted[sample / 2] < half.distance) half = {s, sorted[sample / 2]};
+    if (sorted[sample / 8] < eighth.distance) eighth = {s, sorted[sample / 8]};
   }
+  const About& about = kFar * eighth.distance < half.distance && sample == kSample ? eighth : half;
+  const auto is_about = [&](float distance) { return distance <= 4 * about.distance; };
+  const float share = 1.0f / std::count_if(apart[about.one], apart[about.one] + sample, is_about);
+  std::fill_n(centre, dim, 0.0f);
+  for (int64_t s = 0; s < sample; ++s)
+    if (is_about(apart[about.one][s])) k.add(share, rows.get() + s * dim, dim, centre);
 }
 
-// The codewords' numbers by length, nearly: what a first pass can say of a codeword depends on the longest in its panel, and
-// a quantizer of several stages has codewords of very different lengths.
-inline void sort_by_length(const Kernels& k, const Codes& codes, const float* centre, int32_t* order) {
+// The codewords' numbers by length, nearly, in panels that the last ones of a length need not fill (`count` is in what is
+// left): what a first pass can say of a codeword depends on the longest in its panel, and a quantizer of several stages, or
+// one with dead codewords, has them of very different lengths.
+inline std::vector<int32_t> sort_by_length(const Kernels& k, const Codes& codes, const float* centre) {
   constexpr int kShift = 19, kBuckets = 1 << 13;  // of a square: its sign, exponent and four bits
-  const int64_t dim = codes.dim;
+  constexpr uint32_t kApart = 8 << 4;  // of lengths that differ by a factor of 16
+  const int64_t dim = codes.dim, panel = k.coarse_panel;
   std::vector<uint32_t> bucket(codes.count);
   torch::stable::parallel_for(0, codes.count, (1 << 15) / dim + 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = buffer(3 * dim);
@@ -53,7 +69,16 @@ inline void sort_by_length(const Kernels& k, const Codes& codes, const float* ce
   std::vector<int64_t> start(kBuckets + 1);
   for (const uint32_t b : bucket) ++start[b + 1];
   std::partial_sum(start.begin(), start.end(), start.begin());
-  for (int64_t j = 0; j < codes.count; ++j) order[start[bucket[j]]++] = static_cast<int32_t>(j);
+  std::vector<int32_t> sorted(codes.count), order;
+  for (int64_t j = 0; j < codes.count; ++j) sorted[start[bucket[j]]++] = static_cast<int32_t>(j);
+  for (int64_t first = 0, last; first < codes.count; first = last) {
+    const uint32_t longest = bucket[sorted[first]] + kApart;
+    last = std::min(first + panel, codes.count);
+    while (bucket[sorted[last - 1]] > longest) --last;
+    order.insert(order.end(), sorted.begin() + first, sorted.begin() + last);
+    order.insert(order.end(), panel - (last - first), static_cast<int32_t>(codes.count));
+  }
+  return order;
 }
 
 // Arrays that live as long as what they belong to.
@@ -83,11 +108,15 @@ class PackedBook : Kept {
   PackedBook(const Kernels& k, const Codes& codes) {
     const int64_t dim = codes.dim;
     const bool screened = dim >= k.least_screened;
-    const int64_t panel = screened ? k.coarse_panel : k.panel, panels = (codes.count + panel - 1) / panel;
     packed.centre = keep(dim);
+    find_centre(k, codes, packed.centre);
+    std::vector<int32_t> order;
+    if (screened) order = sort_by_length(k, codes, packed.centre);
+    const int64_t panel = screened ? k.coarse_panel : k.panel, listed = screened ? order.size() : codes.count;
+    const int64_t panels = packed.panels = (listed + panel - 1) / panel;
     packed.halves = keep(panels * panel);
     if (!screened) {
-      packed.values = keep(panels * panel * dim);
+      packed.values = keep(panels * panel * (dim + 1));
     } else {
       packed.coarse = reinterpret_cast<uint32_t*>(keep(panels * k.panel_words(dim)));
       for (float** array : {&packed.reaches, &packed.losses}) {
@@ -95,11 +124,9 @@ class PackedBook : Kept {
         std::fill_n(*array, panels + k.lanes, 0.0f);  // read in whole vectors, and what is denormal takes long
       }
     }
-    find_centre(k, codes, packed.centre);
     if (screened) {
-      packed.order = reinterpret_cast<int32_t*>(keep(panels * panel));
-      std::fill_n(packed.order, panels * panel, static_cast<int32_t>(codes.count));
-      sort_by_length(k, codes, packed.centre, packed.order);
+      packed.order = reinterpret_cast<int32_t*>(keep(order.size()));
+      std::copy(order.begin(), order.end(), packed.order);
     }
     pack_panels(k, panels, panel, dim, [&](int64_t begin, int64_t end, float* scratch) {
       k.pack(codes, packed, begin, end, scratch);

@@ -8,8 +8,9 @@ void pack_folded(const Codes& c, const Packed& packed, int64_t panel, float* scr
   for (int lane = 0; lane < kPanel; ++lane) {
     if (!(halves[lane] < kNone)) continue;
     const float reach = length_of(2 * halves[lane]);
-    losses[lane] = (kFolding + summing(kDepth)) * reach + underflow(kDepth);
-    halves[lane] -= own(reach, kDepth);
+    losses[lane] = (kFolding + summing(dim)) * reach + underflow(dim);
+    packed.losses[panel] = losses[lane] > packed.losses[panel] ? losses[lane] : packed.losses[panel];
+    halves[lane] -= own(reach, dim);
   }
   fold_panel(rows, ld, dim, halves, losses, packed.coarse + panel * panel_words(dim));
 }
@@ -27,7 +28,7 @@ void pack(const Codes& c, const Packed& packed, int64_t first_panel, int64_t las
     return;
   }
 #endif
-  pack_fp32(c, packed.centre, first_panel, last_panel, packed.values + first_panel * c.dim * NR,
+  pack_fp32(c, packed.centre, first_panel, last_panel, packed.values + first_panel * (c.dim + 1) * NR,
             packed.halves + first_panel * NR, scratch);
 }
 
@@ -42,7 +43,7 @@ int64_t search_scratch(int64_t dim, int64_t rows) {
   return fp32;
 }
 
-int64_t search(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
+Unclear search(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
                int32_t* indices, float* scratch) {
 #if defined(DIVEQ_AMX) || defined(DIVEQ_VNNI)
   if (c.dim >= kLeastScreened) {
@@ -56,10 +57,8 @@ int64_t search(const Codes& c, const Packed& packed, bool exact, const float* z,
     const auto first_pass = screen<2, false>;
 #endif
     const int64_t unclear = first_pass(c, packed, exact, z, ld, rows, indices, left, scratch);
-    if (unclear) search_fp32(c, packed, exact, z, ld, left, unclear, indices, scratch);
-    return unclear;
+    return {unclear, unclear ? search_fp32(c, packed, exact, z, ld, left, unclear, indices, scratch) : 0};
   }
 #endif
-  search_fp32(c, packed, exact, z, ld, nullptr, rows, indices, scratch);
-  return 0;
+  return {0, search_fp32(c, packed, exact, z, ld, nullptr, rows, indices, scratch)};
 }

@@ -12,8 +12,8 @@ int64_t panel_words(int64_t dim) { return depth(dim) * kDepth * kPanel / 2; }
 
 inline int64_t group_words(int64_t dim) { return depth(dim) * kDepth * kRows / 2; }
 
-// Every product of two bf16 is exact in fp32; the sums are not, nor is what underflows kept.
-inline float roundings(int64_t dim) { return 2.0f * dim + 80.0f; }
+// Every product of two bf16 is exact in fp32; the sums are not, nor is what underflows kept. Short rows fill a step (fold.inl).
+inline float roundings(int64_t dim) { return 2.0f * (dim < kDepth ? kDepth : dim) + 80.0f; }
 
 inline V widened(__m256i bf16) { return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16); }
 

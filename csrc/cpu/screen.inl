@@ -15,6 +15,7 @@ constexpr int64_t kBlockBytes = 1 << 19;  // of the second-level cache
 constexpr int64_t kBlockPanels = 64;  // at most, of which each row has a bound
 constexpr int kNumberBits = 8;
 constexpr int64_t kSpan = 1 << kNumberBits;
+constexpr int kFew = 2;  // other lanes that are looked at without asking what their scores can tell
 constexpr int kWalked = W / 2;  // lanes whose codewords are all worth comparing
 constexpr int kTies = 16;  // that fp32 does not tell apart
 constexpr float kUnit = 0x1p-24f;
@@ -79,8 +80,8 @@ struct Row {
   const float* z;
   float squares, length, lost;  // ‖z‖², ‖ẑ‖ and ‖e_z‖ at most; less the centre
   bool left;  // to fp32
-  // The codewords found so far: none is farther than `upper`, and all that may be nearer than that are listed.
-  float upper;
+  // The nearest is no farther than `upper`, and its score no more than `most`; all that were found within that are listed.
+  float upper, most;
   int ties;
   float distance[kTies], lower[kTies];
   int32_t index[kTies];
@@ -161,19 +162,25 @@ inline void compare(Row& row, const Codes& c, const int32_t* order, float* scrat
   }
 }
 
-// A bound of ‖c‖²/2 - z·c for a codeword no farther than `upper`.
+// A bound of ‖c‖²/2 - z·c for the nearest codeword: from its distance, and where codewords are short beside rows, from scores.
 inline float limit_of(const Row& row, int64_t dim) {
-  return 0.5f * (row.upper - row.squares) + (dim / 16 + 40) * kUnit * (row.squares + row.upper);
+  const float of_upper = 0.5f * (row.upper - row.squares) + (dim / 16 + 40) * kUnit * (row.squares + row.upper);
+  return row.most < of_upper ? row.most : of_upper;
+}
+
+// The most by which the score of a panel's codewords is off, for this row.
+inline float error_of(const Row& row, const Packed& packed, int64_t panel, int64_t dim) {
+  return row.lost * packed.reaches[panel] + row.length * packed.losses[panel] + own(packed.reaches[panel], dim);
 }
 
 // Looks at the codewords of a span that can be the nearest, or leaves the row to fp32 if they are many. Its numbers are
 // start .. end - 1.
 template <int kOfLane, int kKept>
-void examine(Row& row, const Codes& c, const int32_t* order, int64_t start, int64_t end, const Least<kKept>& s,
+void examine(Row& row, const Codes& c, const Packed& packed, int64_t start, int64_t end, const Least<kKept>& s,
              float* scratch) {
   constexpr int kLane = kPanel / W, kParts = kLane / kOfLane;  // a lane's codewords in a panel, and their numbers
   const auto look_at = [&](int64_t number, int lane) {
-    const int32_t* of_lane = order + number / kParts * kPanel + lane * kLane + number % kParts * kOfLane;
+    const int32_t* of_lane = packed.order + number / kParts * kPanel + lane * kLane + number % kParts * kOfLane;
     c.dither ? compare<kOfLane, true>(row, c, of_lane, scratch) : compare<kOfLane, false>(row, c, of_lane, scratch);
   };
   const auto number_of = [&](const V& keys, int lane) { return start + (((const int32_t*)&keys)[lane] & (kSpan - 1)); };
@@ -188,6 +195,12 @@ void examine(Row& row, const Codes& c, const int32_t* order, int64_t start, int6
     return;
   }
   unsigned may = at_most(s.of[0], limit) & ~(1u << nearest);
+  if (__builtin_popcount(may) > kFew) {
+    const float most = least + 2.04f * error_of(row, packed, number_of(s.of[0], nearest) / kParts, c.dim);
+    if (most < row.most) row.most = most;
+    limit = limit_of(row, c.dim);
+    may = at_most(s.of[0], limit) & ~(1u << nearest);
+  }
   for (int i = 0; i < kKept - 1; ++i) {
     for (; may && !row.left; may &= may - 1) {
       const int lane = __builtin_ctz(may);
@@ -231,7 +244,7 @@ template <int kOfLane, bool folded>
 int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
                int32_t* indices, int32_t* left, float* scratch) {
   const int64_t dim = c.dim, words = group_words(dim), groups = (rows + kRows - 1) / kRows;
-  const int64_t panels = (c.count + kPanel - 1) / kPanel, bytes = 4 * panel_words(dim);
+  const int64_t panels = packed.panels, bytes = 4 * panel_words(dim);
   constexpr int kKept = folded ? 2 : 3;
   Least<kKept>* states = (Least<kKept>*)aligned(scratch);
   uint32_t* coarse = (uint32_t*)(states + groups * kRows);  // [groups][words]
@@ -248,7 +261,7 @@ int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z,
       row.length = length_of(squares[r]) + lost[r];
       row.lost = lost[r];
       row.left = beyond;
-      row.upper = INFINITY;
+      row.upper = row.most = INFINITY;
       row.ties = 0;
     }
   }
@@ -278,7 +291,7 @@ int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z,
       }
     }
     for (int64_t n = 0; n < rows; ++n)
-      if (!found[n].left) examine<kOfLane>(found[n], c, packed.order, start * kParts, end * kParts, states[n], codewords);
+      if (!found[n].left) examine<kOfLane>(found[n], c, packed, start * kParts, end * kParts, states[n], codewords);
   }
   int64_t unclear = 0;
   for (int64_t n = 0; n < rows; ++n) {

@@ -39,10 +39,10 @@ inline __attribute__((always_inline)) void score(const float* zt, const float* v
   for (int r = 0; r < MR; ++r) f(r, acc[r][0], acc[r][1]);
 }
 
-inline void nearest_in_panel(const float* zt, const float* values, const float* halves, int64_t dim, int32_t first,
+inline void nearest_in_panel(const float* zt, const float* values, const float* halves, int64_t depth, int32_t first,
                              State* states) {
   const I j0 = iota<I>() + first, j1 = j0 + W;
-  score(zt, values, halves, dim, [&](int r, V scores0, V scores1) __attribute__((always_inline)) {
+  score(zt, values, halves, depth, [&](int r, V scores0, V scores1) __attribute__((always_inline)) {
     State s = states[r];
     update(s, scores0, j0);
     update(s, scores1, j1);
@@ -50,29 +50,32 @@ inline void nearest_in_panel(const float* zt, const float* values, const float* 
   });
 }
 
-// MR rows less the centre, [dim][MR], and their squares; of fewer rows the last is repeated.
+// MR rows less the centre, [dim + 1][MR], the last of it their lengths, and their squares; of fewer rows the last is repeated.
 inline void transpose_rows(const float* const* row, const float* centre, int64_t dim, float* to, float* squares) {
   for (int r = 0; r < MR; ++r) squares[r] = sqdist(row[r], centre, dim);
   for (int64_t k = 0; k < dim; ++k, to += MR) {
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) to[r] = row[r][k] - centre[k];
   }
+  for (int r = 0; r < MR; ++r) to[r] = 1.0001f * sqrtf(squares[r]);
 }
 
-// The row's nearest codeword, from the minima of its lanes.
+// The row's nearest codeword, from the minima of its lanes. Counts the row in `many` if it had to compare all of a lane.
 //
-// A computed score differs from the true one by at most `error` for every codeword that can be the nearest: one at
-// distance δ' ≤ δ of the row has ‖c‖ ≤ R = ‖z‖ + δ (both less the centre), unless the longest of all is shorter still, and
-// the sum of dim + 1 terms and the rounding of the inputs cost (1.25 dim + 12)·u·(R²/2 + ‖z‖R), ‖c‖² being a sum in W
-// parts. Codewords within twice that of the least are compared in fp64.
-int32_t resolve(const Codes& c, float reach, bool exact, const float* z, float squares, const State& s, float* scratch) {
+// A computed score has its codeword's error taken off (pack.inl), and is no more than the true one. So none can be the
+// nearest whose score is higher than the least by twice the error of that one's codeword, which is no longer than
+// R = ‖z‖ + δ, at its distance δ (both less the centre), nor than the longest of all. Only where others are within this is
+// it worth while to find out how long it is. Codewords within the limit are compared in fp64.
+int32_t resolve(const Codes& c, const Packed& packed, bool exact, const float* z, float squares, const State& s,
+                int64_t& many, float* scratch) {
   float least = s.best[0];
   for (int l = 1; l < W; ++l) least = s.best[l] < least ? s.best[l] : least;
   const float length = sqrtf(squares), apart = 2 * least + squares;
-  const float near = 1.05f * (length + sqrtf(apart > 0 ? apart : 0.0f)), R = near < 1.05f * reach ? near : 1.05f * reach;
-  const float steps = 1.25f * c.dim + 12.0f;
-  const float error = 1.05f * steps * (0x1p-24f * R * (0.5f * R + length) + FLT_MIN);
-  const float limit = least + 2 * error;
+  const float near = 1.1f * (length + sqrtf(apart > 0 ? apart : 0.0f));
+  const auto limit_of = [&](float R) {
+    return least + 2.01f * (rounding(c.dim) * R * (0.5f * R + length) + (2.0f * c.dim + 32.0f) * FLT_MIN);
+  };
+  float limit = limit_of(near < 1.1f * packed.reach ? near : 1.1f * packed.reach);
   Choice choice{INFINITY, INT32_MAX};
   // Beyond the range of fp32, where a finite codeword may be missing (`centred`); or no codeword, or not a finite row.
   if (!(fabsf(limit) < FLT_MAX && near < 1.8e19f)) {
@@ -86,35 +89,39 @@ int32_t resolve(const Codes& c, float reach, bool exact, const float* z, float s
     candidates += (s.best[l] <= limit) + (s.second[l] <= limit);
   }
   if (!exact || candidates == 1) return index;
+  limit = limit_of(1.001f * sqrtf(centred(c, index, packed.centre, scratch + 2 * c.dim, scratch)));
+  bool whole = false;
   for (int l = 0; l < W; ++l) {
     if (s.second[l] <= limit) {
+      whole = true;
       for (int64_t j = l; j < c.count; j += W) consider(choice, c, z, j, scratch);
     } else if (s.best[l] <= limit) {
       consider(choice, c, z, s.index[l], scratch);
     }
   }
+  many += whole;
   return choice.index;
 }
 
 inline int64_t block_of_panels(int64_t dim) {
-  const int64_t fit = kPanelFloats / (dim * NR);
+  const int64_t fit = kPanelFloats / ((dim + 1) * NR);
   return fit > 1 ? fit : 1;
 }
 
 // Floats that search_fp32 works in; with room for panels where they are not packed.
 int64_t scratch_fp32(int64_t dim, int64_t rows, bool packs) {
   const int64_t padded = (rows + MR - 1) / MR * MR;
-  return padded * (3 * W + 1 + dim) + (NR + 2) * dim + (packs ? block_of_panels(dim) * NR * (dim + 1) : 0) + 64;
+  return padded * (3 * W + 2 + dim) + (NR + 2) * dim + (packs ? block_of_panels(dim) * NR * (dim + 2) : 0) + 64;
 }
 
-// The rows `list` of z, or all in turn where it is null.
-void search_fp32(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, const int32_t* list,
-                 int64_t rows, int32_t* indices, float* scratch) {
-  const int64_t dim = c.dim, groups = (rows + MR - 1) / MR, panels = (c.count + NR - 1) / NR;
+// The rows `list` of z, or all in turn where it is null. Returns how many of them `resolve` counts.
+int64_t search_fp32(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, const int32_t* list,
+                    int64_t rows, int32_t* indices, float* scratch) {
+  const int64_t dim = c.dim, depth = dim + 1, groups = (rows + MR - 1) / MR, panels = (c.count + NR - 1) / NR;
   State* states = (State*)aligned(scratch);
   float* squares = (float*)(states + groups * MR);
-  float* zt = squares + groups * MR;  // [groups][dim][MR], less the centre
-  float* codewords = zt + groups * dim * MR;
+  float* zt = squares + groups * MR;  // [groups][depth][MR]
+  float* codewords = zt + groups * depth * MR;
   for (int64_t g = 0; g < groups; ++g) {
     const float* row[MR];
     for (int r = 0; r < MR; ++r) {
@@ -122,27 +129,29 @@ void search_fp32(const Codes& c, const Packed& packed, bool exact, const float* 
       row[r] = z + (list ? list[last] : last) * ld;
       states[n] = {all(INFINITY), all(INFINITY), I{}};
     }
-    transpose_rows(row, packed.centre, dim, zt + g * dim * MR, squares + g * MR);
+    transpose_rows(row, packed.centre, dim, zt + g * depth * MR, squares + g * MR);
   }
 
   // Panels that fit the second-level cache, reused by every group of rows.
   const int64_t step = block_of_panels(dim);
   for (int64_t first = 0; first < panels; first += step) {
     const int64_t last = first + step < panels ? first + step : panels;
-    const float *values = packed.values + first * dim * NR, *halves = packed.halves + first * NR;
+    const float *values = packed.values + first * depth * NR, *halves = packed.halves + first * NR;
     if (!packed.values) {
       float* made = aligned(codewords + (NR + 2) * dim);
-      pack_fp32(c, packed.centre, first, last, made, made + step * dim * NR, codewords);
+      pack_fp32(c, packed.centre, first, last, made, made + step * depth * NR, codewords);
       values = made;
-      halves = made + step * dim * NR;
+      halves = made + step * depth * NR;
     }
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t p = 0; p < last - first; ++p)
-        nearest_in_panel(zt + g * dim * MR, values + p * dim * NR, halves + p * NR, dim, (int32_t)((first + p) * NR),
-                         states + g * MR);
+        nearest_in_panel(zt + g * depth * MR, values + p * depth * NR, halves + p * NR, depth,
+                         (int32_t)((first + p) * NR), states + g * MR);
   }
+  int64_t many = 0;
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t at = list ? list[n] : n;
-    indices[at] = resolve(c, packed.reach, exact, z + at * ld, squares[n], states[n], codewords);
+    indices[at] = resolve(c, packed, exact, z + at * ld, squares[n], states[n], many, codewords);
   }
+  return many;
 }
