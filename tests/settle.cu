@@ -8,24 +8,24 @@
 
 namespace diveq {
 
-__global__ void settle_kernel(Searched rows, const float* centre, const Best* found, float reach, float error) {
-  settle<true, false>(rows, centre, 0, 0, found, kTileColumns, __float_as_uint(reach), error);
+__global__ void settle_kernel(Searched rows, Packed packed, const Best* found, float error) {
+  settle<true, false>(rows, packed, 0, 0, squared_length(rows, packed.centre, 0, 0), found, error);
 }
 
-// The score of a codeword, `sign` times the greatest error off.
-double wrong_score(const std::vector<float>& z, const float* c, double error, double sign) {
+// The score of a codeword with the bound of its error added, `sign` times the greatest error off; and its offset.
+double wrong_score(const std::vector<float>& z, const float* c, double error, double sign, float& offset) {
   double squares = 0.0, of_z = 0.0, inner = 0.0;
   for (size_t k = 0; k < z.size(); ++k) {
     squares += static_cast<double>(c[k]) * c[k];
     of_z += static_cast<double>(z[k]) * z[k];
     inner += static_cast<double>(z[k]) * c[k];
   }
-  return inner - 0.5 * squares + 0.999 * sign * error * (0.5 * squares + std::sqrt(of_z * squares));
+  offset = static_cast<float>(-0.5 * squares * (1.0 - error));
+  return inner - 0.5 * squares + (1.0 + 0.999 * sign) * error * (0.5 * squares + std::sqrt(of_z * squares));
 }
 
 // Whether the nearest of two codewords is found. Both lie `apart` from z (the farther by 1e-5 more of that), away from
-// the centre, where the bound is tight; or if that is 0 they are a tenth as long as z, the longest that there are, and the
-// nearer by 5e-5 longer. `nearest` is its index, the other's is 0.
+// the centre, where the bound is tight; or if that is 0 they are a tenth as long as z, and the nearer by 5e-5 longer. `nearest` is its index, the other's is 0.
 bool right(int dim, int nearest, double apart, std::mt19937_64& random) {
   std::normal_distribution<double> normal;
   std::vector<float> z(dim), codebook(kTileColumns * dim, 1e3f), centre(dim, 0.0f);
@@ -47,8 +47,10 @@ bool right(int dim, int nearest, double apart, std::mt19937_64& random) {
       codebook[j * dim + k] = static_cast<float>(z[k] + apart * (j ? 1.0 : 1.00001) * direction[k] / std::sqrt(norm));
   }
   const auto error = static_cast<float>(product_error((dim + kTileDepth - 1) / kTileDepth * kTileDepth, false));
-  const auto too_low = static_cast<float>(wrong_score(z, codebook.data() + nearest * dim, error, -1.0));
-  const auto too_high = static_cast<float>(wrong_score(z, codebook.data(), error, 1.0));
+  std::vector<float> offsets(kTileColumns, -INFINITY);
+  const auto too_low =
+      static_cast<float>(wrong_score(z, codebook.data() + nearest * dim, error, -1.0, offsets[nearest]));
+  const auto too_high = static_cast<float>(wrong_score(z, codebook.data(), error, 1.0, offsets[0]));
 
   // Subset 0 has columns 0, 1, 8, 9, ... 56, 57: there the nearest is the second best only.
   const int subset = nearest / 64 * 4 + nearest % 8 / 2;
@@ -61,8 +63,11 @@ bool right(int dim, int nearest, double apart, std::mt19937_64& random) {
   search.rows = 1;
   search.books = {{reinterpret_cast<char*>(codebook.data()), Dtype::f32, dim, 1, kTileColumns, dim, nullptr}, 1, 0, false};
   search.indices = &index;
-  const float reach = apart == 0.0 ? static_cast<float>(0.1 * length * 1.0001) : INFINITY;
-  DIVEQ_LAUNCH(settle_kernel, 1, 32, 0, nullptr, Searched{search, 0}, centre.data(), found, reach, error);
+  Packed packed{};
+  packed.centre = centre.data();
+  packed.offsets = offsets.data();
+  packed.columns = kTileColumns;
+  DIVEQ_LAUNCH(settle_kernel, 1, 32, 0, nullptr, Searched{search, 0}, packed, found, error);
   return too_low < too_high && index == nearest;
 }
 

@@ -34,13 +34,16 @@ FUNCTIONS = ["diveq", "sf_diveq", "residual_diveq", "residual_sf_diveq", "produc
 
 
 @on_every_device
-@pytest.mark.parametrize("operation", ["nearest", "project"])
-def test_a_codebook_as_it_is_drawn_is_not_measured_whole(target: Target, operation: str) -> None:
-    """Small and tight for rows that are far: were codewords taken to be as long as rows, none could be ruled out."""
+@pytest.mark.parametrize(("operation", "dead"), [("nearest", 1.0), ("nearest", 0.5), ("project", 1.0)])
+def test_codewords_that_lie_where_they_were_drawn_are_not_all_measured(
+    target: Target, operation: str, dead: float
+) -> None:
+    """Small and tight for rows that are far: were they taken to be as long as rows, none could be ruled out."""
     gen = generator()
     z = torch.randn(64, 64, generator=gen).to(target.device)
     spread = torch.randn(4096, 64, generator=gen).to(target.device)
     drawn = torch.rand(4096, 64, generator=gen).to(target.device) / 4096
+    drawn = torch.where((torch.rand(4096, generator=gen) < dead).to(target.device)[:, None], drawn, spread)
 
     def seconds(codebook: Tensor) -> float:
         wait = torch.cuda.synchronize if target.device == "cuda" else lambda: None
@@ -53,6 +56,29 @@ def test_a_codebook_as_it_is_drawn_is_not_measured_whole(target: Target, operati
 
     times = [(seconds(drawn), seconds(spread)) for _ in range(4)]
     assert min(one for one, _ in times) < 1.8 * min(other for _, other in times)
+
+
+@on_every_device
+@pytest.mark.parametrize("place", [1, 2, 77])
+@pytest.mark.parametrize("dim", [16, 200])
+def test_a_long_codeword_whose_score_is_further_off_than_a_short_one_s_may_be(
+    target: Target, dim: int, place: int
+) -> None:
+    """Its products lack all that two parts in bf16 can leave out, the others nothing; by half of that it is nearer."""
+    half = dim // 2
+    z, codebook = torch.zeros(dim), torch.zeros(128, dim)
+    long, short = codebook[place], codebook[place - 1]
+    long[:half], long[half:] = 1 + 2.0**-8 - 2.0**-15, -1.0  # the first is 1 in bf16
+    z[:half], z[half:] = 64 * long[:half], 63.25  # along the long one, but little
+    score = (z.double() * long).sum() - (long.double() ** 2).sum() / 2
+    lost = 64 * half * (2.0**-8 - 2.0**-15) ** 2
+    short[half:] = 63.25 - (63.25**2 - 2 * (score - lost / 2) / half).sqrt()
+    distances = oracle.sqdist(z[None], codebook)[0]
+    assert distances.argmin() == place and distances[place - 1] < distances[place] + 1.1 * lost
+    rows = torch.zeros(70, dim)
+    rows[::3] = z
+    found = F.nearest(rows.to(target.device), codebook.to(target.device), backend="cuda").indices.cpu()
+    assert (found[::3] == place).all()
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------------

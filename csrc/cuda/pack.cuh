@@ -2,37 +2,11 @@
 // the centre out of the search's inner loop. In fp64: a difference may be much smaller than what it is one of.
 #pragma once
 
-#include "composite.cuh"
-#include "packed.h"
+#include "centre.cuh"
 
 namespace diveq {
 
-constexpr int kCentreSample = 15;  // codewords
 constexpr int kPackThreads = 256;
-
-// The median of some codewords: far from the origin most of the cancellation goes, and no diverged codeword moves it.
-__global__ void __launch_bounds__(kPackThreads) centre_kernel(Books books, Packed packed) {
-  const int k = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), stage = static_cast<int>(blockIdx.y);
-  if (k >= packed.depth) return;
-  if (k == 0) packed.reach[stage] = 0;
-  const Codes codes = stage_of(books, stage);
-  float sorted[kCentreSample] = {};
-  if (k < codes.dim) {
-#pragma unroll
-    for (int s = 0; s < kCentreSample; ++s) {
-      float x = load_codeword(codes, s * codes.count / kCentreSample, k, 1).x[0];
-      if (!is_finite(x)) x = 0.0f;
-#pragma unroll
-      for (int i = 0; i < s; ++i) {
-        const float larger = fmaxf(sorted[i], x);
-        sorted[i] = fminf(sorted[i], x);
-        x = larger;
-      }
-      sorted[s] = x;
-    }
-  }
-  packed.centre[static_cast<int64_t>(stage) * packed.depth + k] = sorted[kCentreSample / 2];
-}
 
 // Column k of c_j, or of the dithered (1 - λ_j)c_j + λ_j c_{j+1}, less `centre`.
 __device__ inline double centred(const Codes& codes, int64_t j, int k, float centre) {
@@ -100,14 +74,14 @@ __device__ inline void store_pair(const Packed& packed, int64_t stage, int64_t c
 // What is multiplied for x: with one part, bf16. ‖c‖² is of this, so that the search is exact for moved codewords.
 __device__ inline float rounded(float x, int parts) { return parts == 1 ? from_bf16(to_bf16(x)) : x; }
 
-// Of a codeword whose square this is. Most are shorter than one before them, and wait for nobody.
+// Of an end whose square this is. Most are shorter than one before them, and wait for nobody.
 __device__ inline void reach_to(uint32_t* reach, double squares) {
   const uint32_t bits = __float_as_uint(1.0001f * sqrtf(static_cast<float>(squares)));
   if (bits > *const_cast<const volatile uint32_t*>(reach)) atomicMax(reach, bits);
 }
 
 // A warp for every codeword, padded ones too.
-__global__ void __launch_bounds__(kPackThreads) pack_codewords_kernel(Books books, Packed packed) {
+__global__ void __launch_bounds__(kPackThreads) pack_codewords_kernel(Books books, Packed packed, float error) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * (kPackThreads / 32) + threadIdx.x / 32, stage = blockIdx.y;
   const int lane = threadIdx.x % 32;
   const Codes codes = stage_of(books, static_cast<int>(stage));
@@ -123,8 +97,10 @@ __global__ void __launch_bounds__(kPackThreads) pack_codewords_kernel(Books book
   for (int p = lane; p < packed.depth / 2; p += 32)
     store_pair(packed, stage, j, p, usable ? value(2 * p) : 0.0f, usable ? value(2 * p + 1) : 0.0f);
   if (lane != 0) return;
-  packed.offsets[stage * packed.columns + j] = usable ? static_cast<float>(-0.5 * squares) : -INFINITY;
-  if (usable) reach_to(packed.reach + stage, squares);
+  const int64_t column = stage * packed.columns + j;
+  const double share = packed.errors ? 1.0 - error : 1.0;
+  packed.offsets[column] = usable ? static_cast<float>(-0.5 * squares * share) : -INFINITY;
+  if (packed.errors) packed.errors[column] = usable ? static_cast<float>(error * sqrt(squares)) : 0.0f;
 }
 
 // A warp for every segment, padded ones too.

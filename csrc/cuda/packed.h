@@ -14,6 +14,8 @@ constexpr int kTileRows = 64, kTileColumns = 128, kTileDepth = 16;  // of a bloc
 // it. All are less the centre. `words` holds fragments b of mma.cuh, [stages][columns/8][depth/16][32][2 * parts]: the
 // values in bf16 and, with two parts, what that leaves of them. `offsets` is what a product begins with: -‖c‖²/2 or
 // -‖a‖²/2, -Inf where nothing may be chosen, and -a·u. A segment is a + τu, its τ within `ranges` [stages][columns/2].
+// An exact search for codewords begins its products with a bound of their error added: κ‖c‖²/2 is in `offsets`, κ‖c‖, times
+// ‖z‖, in `errors`.
 //
 // Rows of at most kDirectDim have no centre and no fragments: `points` holds c, or a and u, padded with zeros, NaN where
 // nothing may be chosen.
@@ -21,7 +23,8 @@ struct Packed {
   float* centre;  // [stages][depth]
   uint32_t* words;
   float* offsets;  // [stages][columns]
-  uint32_t* reach;  // [stages] the bits of what no codeword, or end of a segment, is longer than: of those with an offset
+  float* errors;  // [stages][columns], or null
+  uint32_t* reach;  // [stages] the bits of what no end of a segment is longer than: of those with an offset
   float* points;  // [stages][columns][4]
   float* ranges;  // [stages][columns / 2][2]
   int64_t columns;

@@ -30,6 +30,7 @@ Packed plan(const Search& search, char* workspace) {
   packed.words = reinterpret_cast<uint32_t*>(take(stages * packed.columns * packed.depth * 2 * packed.parts));
   packed.offsets = reinterpret_cast<float*>(take(stages * packed.columns * 4));
   packed.reach = reinterpret_cast<uint32_t*>(take(stages * 4));
+  if (search.exact && !search.segments) packed.errors = reinterpret_cast<float*>(take(stages * packed.columns * 4));
   if (search.segments) packed.ranges = reinterpret_cast<float*>(take(packed.columns * 4));
   return packed;
 }
@@ -54,17 +55,16 @@ void launch_direct(const Search& search, const Packed& packed, Stream stream) {
 
 void launch_product(const Search& search, const Packed& packed, Stream stream) {
   const Books& books = search.books;
-  const dim3 of_centre(blocks(packed.depth, kPackThreads), books.stages);
-  DIVEQ_LAUNCH(centre_kernel, of_centre, kPackThreads, 0, stream, books, packed);
+  const auto error = static_cast<float>(product_error(packed.depth, search.segments));
+  DIVEQ_LAUNCH(centre_kernel, books.stages, kCentreThreads, 0, stream, books, packed);
   const dim3 of_pack(blocks(packed.columns / (search.segments ? 2 : 1), kPackThreads / 32), books.stages);
   if (search.segments)
     DIVEQ_LAUNCH(pack_segments_kernel, of_pack, kPackThreads, 0, stream, books, packed);
   else
-    DIVEQ_LAUNCH(pack_codewords_kernel, of_pack, kPackThreads, 0, stream, books, packed);
+    DIVEQ_LAUNCH(pack_codewords_kernel, of_pack, kPackThreads, 0, stream, books, packed, error);
 
   const bool resident = static_cast<size_t>(packed.depth) * kTileRows * 2 * packed.parts <= kMostResident;
   const size_t shared = 4 * product_words(packed.depth, packed.parts, resident);
-  const auto error = static_cast<float>(product_error(packed.depth, search.segments));
   const dim3 grid(blocks(search.rows, kTileRows), books.product ? books.stages : 1);
   for (int stage = 0; stage < (books.product ? 1 : books.stages); ++stage) {
     if (search.segments)

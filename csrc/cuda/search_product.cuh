@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   constexpr int kParts = kExact ? 2 : 1;
   DIVEQ_SHARED(uint32_t, shared);
   DIVEQ_SHARED_ARRAY(int64_t, starts, kTileRows);
+  DIVEQ_SHARED_ARRAY(float, squares, kTileRows);  // ‖z‖²
   const Searched rows{search, search.books.product ? static_cast<int>(blockIdx.y) : first_stage};
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int thread = threadIdx.x, lane = thread % 32, warp_rows = thread / 32 % 2, warp_columns = thread / 64;
@@ -84,6 +85,14 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   const RowsTile tile{rows, packed.centre + static_cast<int64_t>(rows.stage) * packed.depth, starts, first_row, fragments};
   const int64_t all_columns = static_cast<int64_t>(rows.stage) * packed.columns;
   const float* offsets = packed.offsets + all_columns;
+  const float* errors = kExact && !kSegments ? packed.errors + all_columns : nullptr;
+  if constexpr (kExact) {
+    for (int r = thread / 32; r < kTileRows; r += kProductThreads / 32) {
+      const float of_row = squared_length(rows, tile.centre, first_row + r, starts[r]);
+      if (lane == 0) squares[r] = of_row;
+    }
+    __syncthreads();
+  }
   const int depth_tiles = packed.depth / kTileDepth, chunks = (depth_tiles + kChunk - 1) / kChunk;
   const int steps = static_cast<int>(packed.columns / kTileColumns) * chunks;
 
@@ -97,6 +106,9 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   };
 
   Best best[4];  // rows lane / 4 and 8 further, of both tiles of 16
+  float lengths[4] = {};
+  if constexpr (kExact && !kSegments)
+    for (int r = 0; r < 4; ++r) lengths[r] = 1.0001f * sqrtf(squares[warp_rows * 32 + r * 8 + lane / 4]);
   float sums[2][8][4];
   if (resident) tile.prepare<kParts>(0, depth_tiles, 0);
   prepare(0);
@@ -111,8 +123,15 @@ __global__ void __launch_bounds__(kProductThreads, 3)
 #pragma unroll
       for (int t = 0; t < 8; ++t) {
         const float2 offset = *reinterpret_cast<const float2*>(offsets + column + 8 * t);
+        if constexpr (kExact && !kSegments) {
+          const float2 of_one = *reinterpret_cast<const float2*>(errors + column + 8 * t);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[0][t][i] = sums[1][t][i] = i % 2 ? offset.y : offset.x;
+          for (int i = 0; i < 8; ++i)
+            sums[i / 4][t][i % 4] = fmaf(lengths[i / 2], i % 2 ? of_one.y : of_one.x, i % 2 ? offset.y : offset.x);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[0][t][i] = sums[1][t][i] = i % 2 ? offset.y : offset.x;
+        }
       }
     }
     for (int k = 0; k < count; ++k) {
@@ -172,8 +191,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     found[(warp_rows * 32 + r * 8 + lane / 4) * kSubsets + warp_columns * 4 + lane % 4] = best[r];
   __syncthreads();
   for (int r = thread / 32; r < kTileRows; r += kProductThreads / 32)
-    settle<kExact, kSegments>(rows, tile.centre, first_row + r, starts[r], found + r * kSubsets, packed.columns,
-                              packed.reach[rows.stage], error);
+    settle<kExact, kSegments>(rows, packed, first_row + r, starts[r], squares[r], found + r * kSubsets, error);
 }
 
 }  // namespace diveq

@@ -1,11 +1,16 @@
 // From the best scores of a row's subsets of columns to its index, and the second look at what they leave open.
 //
 // A score v_j = z·c_j - ‖c_j‖²/2 is half of ‖z‖² less the squared distance. Let κ be the share of product_error, w the
-// column with the greatest computed score and δ the distance that this score stands for. A codeword that is nearest, and w
-// itself, lie within R = (‖z‖ + δ)/(1 - √(5κ)) of the centre: their scores are wrong by at most E = κ(R²/2 + ‖z‖R), and
-// with E ≤ 1.5κR² in ‖c‖ ≤ ‖z‖ + √(δ² + 2E) that gives R again. So a nearest codeword's computed score is at most 2E below
-// w's, whatever codewords lie far outside. All that are as close are measured again, from the original values. Where all
-// codewords are shorter than R, as when they were just drawn, R is the length of the longest.
+// column with the greatest computed score and δ the distance that this score stands for.
+//
+// Codewords: a computed score is v_j with the bound of its error added (packed.h), so it is no less than v_j and at most 2E_j
+// more, E_j = κ(‖c_j‖²/2 + ‖z‖‖c_j‖). The nearest's is then at most 2E_w below w's, however long other codewords are.
+//
+// Segments: the nearest point, and that of w, lie within R = (‖z‖ + δ)/(1 - √(6κ)) of the centre: their scores are wrong by
+// at most E = κ(R²/2 + ‖z‖R), and with E ≤ 1.5κR² in R ≤ ‖z‖ + √(δ² + 4E) that gives R again. So the nearest's computed
+// score is at most 2E below w's, whatever segments lie far outside. Where no end is as far as R, R is that of the farthest.
+//
+// All that are as close are measured again, from the original values.
 #pragma once
 
 #include <type_traits>
@@ -57,10 +62,23 @@ __device__ inline int64_t member(int subset, int64_t i) {
   return column / kTile;
 }
 
+// ‖z‖² of row n, less the centre; 0 of one that is left out (`start` -1). For a whole warp.
+__device__ inline float squared_length(const Searched& rows, const float* centre, int64_t n, int64_t start) {
+  const int dim = static_cast<int>(rows.search.books.first.dim);
+  float squares = 0.0f;
+  for (int column = 4 * (threadIdx.x % 32); column < dim && start >= 0; column += 128) {
+    const int count = dim - column < 4 ? dim - column : 4;
+    Quad x = rows.load(n, start, column, count);
+    for (int k = 0; k < count; ++k) x.x[k] -= centre[column + k];
+    add_products(squares, x, x);
+  }
+  return sum(squares, 32);
+}
+
 // Stores the index of row n, which begins at `start` of z (-1: is left out). For a whole warp.
 template <bool kExact, bool kSegments>
-__device__ inline void settle(const Searched& rows, const float* centre, int64_t n, int64_t start, const Best* found,
-                              int64_t columns, uint32_t reach, float error) {
+__device__ inline void settle(const Searched& rows, const Packed& packed, int64_t n, int64_t start, float squares,
+                              const Best* found, float error) {
   if (n >= rows.search.rows) return;
   const int lane = threadIdx.x % 32;
   if (start < 0) {
@@ -76,17 +94,13 @@ __device__ inline void settle(const Searched& rows, const float* centre, int64_t
   if constexpr (kExact) {
     const Codes codes = rows.codes();
     const int dim = static_cast<int>(codes.dim);
-    float squares = 0.0f;
-    for (int column = 4 * lane; column < dim; column += 128) {
-      const int count = dim - column < 4 ? dim - column : 4;
-      Quad x = rows.load(n, start, column, count);
-      for (int k = 0; k < count; ++k) x.x[k] -= centre[column + k];
-      add_products(squares, x, x);
-    }
-    squares = sum(squares, 32);
     const float length = sqrtf(squares), apart = squares - 2.0f * greatest;
-    const float near = (length + sqrtf(fmaxf(apart, 0.0f))) / (1.0f - sqrtf(5.0f * error));
-    const float R = fminf(near, __uint_as_float(reach));
+    const float near = (length + sqrtf(fmaxf(apart, 0.0f))) / (1.0f - sqrtf(6.0f * error));
+    float R;
+    if constexpr (kSegments)
+      R = fminf(near, __uint_as_float(packed.reach[rows.stage]));
+    else  // of w, if any is found
+      R = index < packed.columns ? 1.002f * sqrtf(-2.0f * packed.offsets[rows.stage * packed.columns + index]) : 0.0f;
     const float E = 1.01f * (error * R * (0.5f * R + length) + FLT_MIN * (16.0f * dim + R));
     // Further out than packed codewords can be: one whose square is not in fp32 may be the nearest. (Not so for NaN.)
     const float limit = near >= kReach ? -INFINITY : greatest - 2.0f * E;
@@ -96,7 +110,7 @@ __device__ inline void settle(const Searched& rows, const float* centre, int64_t
       using Distance = std::conditional_t<kSegments, double, float>;
       Nearest<Distance> nearest;
       const int lanes = lanes_for(dim), group = lane / lanes, groups = 32 / lanes;
-      const int64_t members = columns / (kSegments ? 2 : 1) / kSubsets;
+      const int64_t members = packed.columns / (kSegments ? 2 : 1) / kSubsets;
       for (int subset = 0; subset < kSubsets; ++subset) {
         if (!(open >> subset & 1)) continue;
         const bool all = wide >> subset & 1;
