@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from diveq_kernels.benchmark.cases import OPERATIONS, Case
+from diveq_kernels.benchmark.cases import CODEBOOKS, OPERATIONS, Case
 
 STAGES = 8
 
@@ -99,6 +99,15 @@ PARTS = {
                 for dtype in ("float32", "bfloat16", "float16")
             ]
             for device, shape in _ONE.items()
+        },
+    ),
+    "codebooks": Part(
+        "search of codebooks as they are drawn, and with dead codewords",
+        {
+            device: [
+                Case("search", *shape, dtype, codebook=codebook) for dtype in _DTYPES[device] for codebook in CODEBOOKS
+            ]
+            for device, shape in {"cpu": (4096, 8192, 128), "cuda": (131072, 8192, 128)}.items()
         },
     ),
     "backends": Part(

@@ -61,7 +61,9 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 def shape_of(case: Record) -> str:
     parts = f", {case['parts']} parts" if case["parts"] > 1 else ""
-    return f"{case['rows']}, {case['codewords']}, {case['dim']}{parts}"
+    codebook = case.get("codebook", "normal")  # results from before there was any other do not say it
+    like = "" if codebook == "normal" else f", {codebook} codebook"
+    return f"{case['rows']}, {case['codewords']}, {case['dim']}{parts}{like}"
 
 
 def names_of(record: Record) -> list[str]:

@@ -406,16 +406,6 @@ def test_contestants_take_turns() -> None:
     assert times["a"].median == 3 and times["a"].first_quartile == 2 and times["a"].third_quartile == 4
 
 
-def test_least_work() -> None:
-    case = Case("train", 100, 10, 8)
-    assert case.flops == 2 * 100 * 10 * 8
-    rows, books = 100 * 8 * 4, 10 * 8 * 4
-    assert case.least_bytes == (rows + books + 400 + rows) + (3 * rows + 2 * books)
-    assert Case("search", 100, 10, 8, "bfloat16").least_bytes == 100 * 8 * 2 + 10 * 8 * 2 + 400
-    assert Case("residual", 100, 10, 8, parts=3).flops == 3 * 2 * 100 * 10 * 8
-    assert Case("product", 100, 10, 8, parts=4).flops == 2 * 100 * 10 * 8
-
-
 def test_slug() -> None:
     assert machine.slug("NVIDIA H200") == "nvidia-h200"
     assert machine.slug("Intel(R) Xeon(R) Processor @ 2.1GHz") == "intel-xeon-processor-2-1ghz"
@@ -432,6 +422,7 @@ def test_slug() -> None:
         (["--k", "1", "--operation", "sf_train"], "k must be from 2 to 4194304, got 1"),
         (["--d", "5000"], "d must be from 1 to 4096, got 5000"),
         (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["--codebook", "flat"], "codebook must be one of normal, drawn, dead, got 'flat'"),
         (["--operation", "sort"], "operation must be one of search, quantize, "),
         (["--operation", "product", "--parts", "3"], "d must be a multiple of parts = 3 for product, got 8"),
         (["--parts", "0"], "parts must be at least 1, got 0"),

@@ -19,6 +19,11 @@ OPERATIONS = {
     "product": "product DiVeQ training step, all groups",
 }
 DTYPES = ("float32", "bfloat16", "float16")
+CODEBOOKS = {
+    "normal": "standard normal, as the rows are",
+    "drawn": "as layers draw it, U(0, 1/K): codewords that are all but equal, seen from the rows",
+    "dead": "half of it as it was drawn, the rest standard normal; most long rows are nearest to it",
+}
 _STACKED = ("residual", "product")
 _STEPS = ("train", "sf_train", *_STACKED)  # forward and backward
 
@@ -33,6 +38,7 @@ class Case(NamedTuple):
         dim: D, of a whole row.
         dtype: Of z and the codebook, by name.
         parts: Stages of a residual or groups of a product; 1 for the others.
+        codebook: What it is like, a key of ``CODEBOOKS``.
     """
 
     operation: str
@@ -41,10 +47,12 @@ class Case(NamedTuple):
     dim: int
     dtype: str = "float32"
     parts: int = 1
+    codebook: str = "normal"
 
     def __str__(self) -> str:
         parts = f"×{self.parts}" if self.operation in _STACKED else ""
-        return f"{self.operation}{parts} {self.rows}×{self.codewords}×{self.dim} {self.dtype}"
+        codebook = "" if self.codebook == "normal" else f", {self.codebook} codebook"
+        return f"{self.operation}{parts} {self.rows}×{self.codewords}×{self.dim} {self.dtype}{codebook}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -95,6 +103,8 @@ class Case(NamedTuple):
             raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {self.operation!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.codebook not in CODEBOOKS:
+            raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {self.codebook!r}")
         if self.rows < 1:
             raise ValueError(f"n must be at least 1, got {self.rows}")
         fewest = 2 if self.is_curve else 1
@@ -117,9 +127,16 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
-    """Standard normal data from torch's generator; a residual stage's codewords are 0.7 times as long as the last's."""
+    """Standard normal data from torch's generator, but for ``Case.codebook``.
+
+    A residual stage's codewords are 0.7 times as long as the last's.
+    """
     dtype = case.torch_dtype
     books = torch.randn(case.books_shape, device=device)
+    if case.codebook != "normal":
+        drawn = torch.rand(case.books_shape, device=device) / case.codewords
+        lives = 0.5 if case.codebook == "dead" else 0.0
+        books = torch.where(torch.rand((*case.books_shape[:-1], 1), device=device) < lives, books, drawn)
     if case.operation == "residual":
         books *= 0.7 ** torch.arange(case.parts, device=device)[:, None, None]
     z, grad = (torch.randn(case.rows, case.dim, device=device).to(dtype) for _ in range(2))

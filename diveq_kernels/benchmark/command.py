@@ -11,7 +11,7 @@ import torch
 
 from diveq_kernels import backends
 from diveq_kernels.benchmark import contestants, machine, peers, running
-from diveq_kernels.benchmark.cases import DTYPES, OPERATIONS, Case
+from diveq_kernels.benchmark.cases import CODEBOOKS, DTYPES, OPERATIONS, Case
 
 _PARTS = {"residual": 8, "product": 8}
 _LEGEND = """\
@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to measure: {', '.join(OPERATIONS)} (default: search train)",
     )  # fmt: skip
     parser.add_argument("--parts", type=int, help="stages of residual or groups of product (default 8)")
+    parser.add_argument(
+        "--codebook", default="normal", help=f"what it is like: {'; '.join(f'{k}: {v}' for k, v in CODEBOOKS.items())}"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--backend", choices=list(backends.BACKENDS), help="this one only (default: all available)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -57,7 +60,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     found = []
     for operation in options.operation:
         parts = options.parts or _PARTS[operation] if operation in _PARTS else 1
-        found.append(Case(operation, options.n, options.k, options.d, options.dtype, parts))
+        found.append(Case(operation, options.n, options.k, options.d, options.dtype, parts, options.codebook))
         found[-1].check()
     return found
 
