@@ -25,7 +25,8 @@ double wrong_score(const std::vector<float>& z, const float* c, double error, do
 }
 
 // Whether the nearest of two codewords is found. Both lie `apart` from z (the farther by 1e-5 more of that), away from
-// the centre, where the bound is tight; or if that is 0 they are a tenth as long as z, and the nearer by 5e-5 longer. `nearest` is its index, the other's is 0.
+// the centre, where the bound is tight; or if that is 0 they are a tenth as long as z, and the nearer by 5e-5 longer.
+// `nearest` is its index, the other's is 0.
 bool right(int dim, int nearest, double apart, std::mt19937_64& random) {
   std::normal_distribution<double> normal;
   std::vector<float> z(dim), codebook(kTileColumns * dim, 1e3f), centre(dim, 0.0f);

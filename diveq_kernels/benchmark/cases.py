@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 CODEBOOKS = {
     "normal": "standard normal, as the rows are",
     "drawn": "as layers draw it, U(0, 1/K): codewords that are all but equal, seen from the rows",
-    "dead": "half of it as it was drawn, the rest standard normal; most long rows are nearest to it",
+    "dead": "half of it as it was drawn, the rest standard normal; most long rows are nearest to the first",
 }
 _STACKED = ("residual", "product")
 _STEPS = ("train", "sf_train", *_STACKED)  # forward and backward
