@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -94,7 +95,9 @@ def check_precision(precision: Any) -> None:
 
 def check_number(value: Any, name: str, wanted: str = "a finite number >= 0", most: float | None = None) -> None:
     """Raise unless the value is a finite number from 0 to ``most``; ``wanted`` says so."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # A compiler knows Python's own types, NumPy's are of its abstract ones.
+    is_number = isinstance(value, (int, float)) or isinstance(value, numbers.Real)
+    if isinstance(value, bool) or not is_number:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # isfinite would break a graph in which the number is symbolic
     if not 0 <= value < math.inf or (most is not None and value > most):

@@ -51,6 +51,18 @@ def _seen(arguments: tuple) -> bool:
     )
 
 
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor has values, and nobody follows what becomes of them: no compiler, tracer, mode or transform."""
+    return (
+        type(value) in _PLAIN
+        and not value.is_meta
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def _has_tangent(value: Any) -> bool:
     return isinstance(value, Tensor) and torch.autograd.forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
 

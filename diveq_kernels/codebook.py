@@ -121,11 +121,16 @@ class _Chunks(NamedTuple):
     weight: Tensor  # fp32 [K, 1], of this step in the running mean
 
 
-def _collecting(iter_counter: Tensor, skip_iters: int, avg_iters: int) -> tuple[int, Tensor, Tensor]:
+def _place(iter_counter: Tensor, skip_iters: int, avg_iters: int) -> tuple[int, Tensor, Tensor]:
     """(how many steps build the codebook, which of them this is: int64 [], whether it is one: bool [])."""
     steps = min(avg_iters, skip_iters - 1)  # the counter is 1 at the first step
     step = (iter_counter - (skip_iters - steps)).squeeze().long()
     return steps, step, (step >= 0) & (step < steps)
+
+
+def collecting(iter_counter: Tensor, skip_iters: int, avg_iters: int) -> Tensor:
+    """Whether the step with this number is one of those that build SF-DiVeQ's first codebook: bool []."""
+    return _place(iter_counter, skip_iters, avg_iters)[2]
 
 
 def finite_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
@@ -219,10 +224,10 @@ def sf_initialise(
         codebook_now: a new tensor like codebook.
     """
     rows = z.reshape(-1, z.shape[-1])
-    steps, step, collecting = _collecting(iter_counter, skip_iters, avg_iters)
-    if (rows.shape[0] == 0 and not sync) or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
+    steps, step, is_one = _place(iter_counter, skip_iters, avg_iters)
+    if (rows.shape[0] == 0 and not sync) or steps <= 0 or (is_one.device.type == "cpu" and not is_one):
         return codebook.clone(memory_format=torch.contiguous_format)
-    chunks = _cut(finite_rows(rows, mask), codebook.shape[0], steps, step, collecting, sync)
+    chunks = _cut(finite_rows(rows, mask), codebook.shape[0], steps, step, is_one, sync)
     sums = _chunk_sums(rows.to(compute_dtype(codebook)), chunks.order, chunks)
     return _merge(codebook, sums, chunks, sync)
 
@@ -236,7 +241,7 @@ def _(codebook: Tensor, *_: Any) -> Tensor:
     "diveq::composite_sf_initialise",
     mutates_args=(),
     schema="(Tensor curve, Tensor codebook, Tensor z, Tensor indices, Tensor? mask, Tensor iter_counter,"
-    " int skip_iters, int avg_iters, bool sync=False) -> Tensor",
+    " int skip_iters, int avg_iters, bool sync=False, bool all_stages=False) -> Tensor",
 )
 def composite_sf_initialise(
     curve: Tensor,
@@ -248,6 +253,7 @@ def composite_sf_initialise(
     skip_iters: int,
     avg_iters: int,
     sync: bool = False,
+    all_stages: bool = False,
 ) -> Tensor:
     """``sf_initialise`` of several curves, from what a DiVeQ step with ``codebook`` quantized in each stage or group.
 
@@ -262,29 +268,32 @@ def composite_sf_initialise(
         skip_iters: S.
         avg_iters: A.
         sync: As there.
+        all_stages: Whether every row that counts uses all stages, which spares most of the work.
 
     Returns:
         curve_now: a new tensor like curve.
     """
     rows = z.reshape(-1, z.shape[-1])
-    steps, step, collecting = _collecting(iter_counter, skip_iters, avg_iters)
-    if (rows.shape[0] == 0 and not sync) or steps <= 0 or (collecting.device.type == "cpu" and not collecting):
+    steps, step, is_one = _place(iter_counter, skip_iters, avg_iters)
+    if (rows.shape[0] == 0 and not sync) or steps <= 0 or (is_one.device.type == "cpu" and not is_one):
         return curve.clone(memory_format=torch.contiguous_format)
     Q, K, part = curve.shape
     chosen = indices.reshape(Q, -1).long()
     finite = finite_rows(rows, mask)
     rows = rows.to(compute_dtype(curve))
     if part < rows.shape[-1]:
-        chunks = _cut(finite, K, steps, step, collecting, sync)
+        chunks = _cut(finite, K, steps, step, is_one, sync)
         sums = _chunk_sums(rows, chunks.order, chunks)
         groups = zip(curve, sums.chunk(Q, dim=-1), strict=True)
         return torch.stack([_merge(old, group, chunks, sync) for old, group in groups])
     built = []
     for stage in range(Q):
-        chunks = _cut(finite & (chosen[stage] >= 0), K, steps, step, collecting, sync)
-        sums = _chunk_sums(rows, chunks.order, chunks)
+        done = stage - 1  # whose codewords `sums` is without
+        if stage == 0 or not all_stages:
+            chunks = _cut(finite & (chosen[stage] >= 0), K, steps, step, is_one, sync)
+            sums, done = _chunk_sums(rows, chunks.order, chunks), 0
         # Sums are linear, so no residual is made: the codewords chosen so far are summed over the same rows.
-        for before in range(stage):
+        for before in range(done, stage):
             sums = sums - _chunk_sums(
                 codebook[before].to(rows.dtype), chosen[before].clamp_min(0)[chunks.order], chunks
             )

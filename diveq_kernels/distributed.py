@@ -6,7 +6,9 @@ must then take the same training steps. ``layer.sync_ranks = False`` makes a lay
 
 Under FSDP a codebook must stay whole, since the layers write to it (replaced codewords, the start by k-means,
 SF-DiVeQ's first curve): ``fully_shard(model, ignored_params=replicate(model))``. A layer whose codebook is sharded
-raises when it is about to write; compiled, it does not see that, and what it writes is lost.
+raises when it is about to write; compiled, it does not see that, and what it writes is lost. Optimizers with
+``foreach`` or ``fused`` and ``clip_grad_norm_`` take no mix of sharded and whole tensors: give them the two groups of
+``diveq_kernels.parameter_groups``, and clip each by itself.
 
 A codebook that is split over ranks (`ShardedNearest`) is neither averaged nor sharded again: ``keep_shards(model)``.
 """
@@ -65,15 +67,26 @@ def replicate(module: nn.Module) -> set[nn.Parameter]:
         module: A quantizer, or a model with quantizers in it. Their codebooks must be the same on every rank.
 
     Returns:
-        The codebooks: the ``ignored_params`` of ``torch.distributed.fsdp.fully_shard``.
+        The codebooks: the ``ignored_params`` of ``torch.distributed.fsdp.fully_shard``. Codebooks that take their place
+        (``to_empty``, ``load_state_dict(assign=True)``) are averaged too; frozen ones have no gradients.
     """
     from diveq_kernels.layers.base import Quantizer
 
-    codebooks = {layer.codebook for layer in module.modules() if isinstance(layer, Quantizer)}
-    for codebook in codebooks:
-        codebook.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
-        codebook._diveq_replicated = True  # type: ignore[attr-defined]
-    return codebooks
+    layers = [layer for layer in module.modules() if isinstance(layer, Quantizer)]
+    for layer in layers:
+        layer._replicated = True
+        keep_replicated(layer)
+    return {layer.codebook for layer in layers}
+
+
+def keep_replicated(layer: Any) -> None:
+    """Mark the codebook of a layer that `replicate` was given, now or again: its parameter may have been exchanged."""
+    codebook = layer.codebook
+    if not layer._replicated or getattr(codebook, "_diveq_replicated", False):
+        return
+    codebook._diveq_replicated = True
+    if codebook.requires_grad:
+        codebook.register_post_accumulate_grad_hook(_average_gradient)
 
 
 def _average_gradient(codebook: Tensor) -> None:
@@ -91,10 +104,11 @@ def check_written_is_kept(layer: nn.Module) -> None:
             "codebook must stay whole under FSDP, which would lose what the layer writes to it: "
             "fully_shard(model, ignored_params=diveq_kernels.distributed.replicate(model))"
         )
-    if is_parametrized(layer, "codebook"):
+    # The older torch.nn.utils.weight_norm and spectral_norm make it from parameters of these names.
+    if is_parametrized(layer, "codebook") or layer._parameters.keys() & {"codebook_g", "codebook_orig"}:
         raise RuntimeError(
-            "codebook must be no parametrization (torch.nn.utils.parametrize), which would lose what the layer writes "
-            "to it: with codebook_reset=False and init='random', or skip_iters=0, a layer writes nothing"
+            "codebook must be no parametrization (torch.nn.utils.parametrize, weight_norm), which would lose what the "
+            "layer writes to it: with codebook_reset=False and init='random', or skip_iters=0, a layer writes nothing"
         )
 
 

@@ -19,6 +19,7 @@ Raises (all functions):
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,10 @@ from torch import Tensor
 
 from diveq_kernels import _checks, backends, ops
 from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels._named import storable
 
 
+@storable
 class Nearest(NamedTuple):
     """Result of ``nearest``: indices int64 [...] and sqdist fp32 [...] (fp64 if an input is)."""
 
@@ -35,6 +38,7 @@ class Nearest(NamedTuple):
     sqdist: Tensor
 
 
+@storable
 class Quantized(NamedTuple):
     """A quantized tensor: z_q like z, and indices int64 [...] (several codebooks: [Q, ...])."""
 
@@ -42,6 +46,7 @@ class Quantized(NamedTuple):
     indices: Tensor
 
 
+@storable
 class Projected(NamedTuple):
     """Result of ``project``: points like z, segment indices int64 [...], t fp32 [...] (fp64 if an input is)."""
 
@@ -182,7 +187,8 @@ def residual_diveq(
         codebooks: [Q, K, D].
         noise_std: As in ``diveq``.
         seed: As in ``diveq``.
-        num_active: How many stages to use: an int from 1 to Q, or int32/int64 [...] per row (a row with 0 is left out).
+        num_active: How many stages to use: an int from 1 to Q, int32/int64 [], or [...] per row (a row with 0 is left
+            out). A tensor's values are not checked.
         precision: See the module.
         mask: See the module.
         backend: See the module.
@@ -304,7 +310,7 @@ def noise_seed(z: Tensor, noise_std: float, seed: int | Tensor | None) -> Tensor
             raise TypeError(f"seed must be an int, an int64 tensor or None, got a tensor of {seed.dtype}")
         _checks.check_shape(seed, "seed", (), "[]")
         _checks.check_same_device(seed, "seed", z)
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, numbers.Integral))):
         raise TypeError(f"seed must be an int, an int64 tensor or None, got {type(seed).__name__}")
     elif seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be in [-2**63, 2**63), got {seed}")
@@ -312,7 +318,7 @@ def noise_seed(z: Tensor, noise_std: float, seed: int | Tensor | None) -> Tensor
         return None
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=z.device)
-    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=z.device)
+    return seed if isinstance(seed, Tensor) else torch.full((), _as_int(seed), dtype=torch.int64, device=z.device)
 
 
 def _check(
@@ -342,6 +348,11 @@ def _dither(dither: Tensor | None, z: Tensor, codebook: Tensor) -> Tensor:
     return dither
 
 
+def _as_int(value: int | numbers.Integral) -> int:
+    """One of NumPy's as Python's own; a compiler's symbol stays one."""
+    return value if isinstance(value, int) else int(value)
+
+
 def _num_active(num_active: int | Tensor | None, z: Tensor, stages: int) -> Tensor | None:
     """The number of active stages per row, int32 [...]; None for all."""
     if num_active is None:
@@ -350,13 +361,15 @@ def _num_active(num_active: int | Tensor | None, z: Tensor, stages: int) -> Tens
         if num_active.dtype not in _checks.INTEGERS:
             raise TypeError(f"num_active must be an int, an int32 or int64 tensor or None, got {num_active.dtype}")
         _checks.check_same_device(num_active, "num_active", z)
+        if num_active.dim() == 0:
+            num_active = num_active.expand(z.shape[:-1])
         _checks.check_shape(num_active, "num_active", tuple(z.shape[:-1]), "z.shape[:-1]")
         return num_active.to(torch.int32)
-    if isinstance(num_active, bool) or not isinstance(num_active, int):
+    if isinstance(num_active, bool) or not isinstance(num_active, (int, numbers.Integral)):
         raise TypeError(f"num_active must be an int, an integer tensor or None, got {type(num_active).__name__}")
     if not 1 <= num_active <= stages:
         raise ValueError(f"num_active must be from 1 to Q = {stages}, got {num_active}")
-    return torch.full((), num_active, dtype=torch.int32, device=z.device).expand(z.shape[:-1])
+    return torch.full((), _as_int(num_active), dtype=torch.int32, device=z.device).expand(z.shape[:-1])
 
 
 def _residual(

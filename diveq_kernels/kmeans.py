@@ -24,7 +24,8 @@ def _spread(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool) -
     before, n = distributed.place_among_ranks(here) if sync else (torch.zeros_like(here), here)
     part = torch.arange(codewords + 1, device=rows.device) * n // codewords
     # Drawn within its part: rows equally far apart could all be of one place of the image.
-    draw = philox.randint4x(torch.tensor(seed, device=rows.device), torch.arange(codewords, device=rows.device))[0]
+    key = torch.full((), seed, dtype=torch.int64, device=rows.device)
+    draw = philox.randint4x(key, torch.arange(codewords, device=rows.device))[0]
     position = part[:-1] + ((draw & 0x7FFFFFFF) * part.diff() >> 31) - before
     if len(rows):
         order = torch.argsort(kept.logical_not(), stable=True)

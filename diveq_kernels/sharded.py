@@ -73,8 +73,8 @@ class ShardedNearest(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_count(num_embeddings, "num_embeddings", 1)
-        check_count(embedding_dim, "embedding_dim", 1)
+        num_embeddings = check_count(num_embeddings, "num_embeddings", 1)
+        embedding_dim = check_count(embedding_dim, "embedding_dim", 1)
         _checks.check_noise_std(noise_std)
         _checks.check_precision(precision)
         backends.check_name(backend)
@@ -82,7 +82,7 @@ class ShardedNearest(nn.Module):
             raise ValueError(f"rows must be 'same' or 'own', got {rows!r}")
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
-        self.noise_std = noise_std
+        self.noise_std = float(noise_std)
         self.rows = rows
         self.uniform_init = uniform_init
         self.precision = precision

@@ -215,3 +215,20 @@ def test_one_of_four_is_killed(tmp_path):
     assert spawn(run_and_die, 4, resumed, str(killed), False) == [0] * 4
     for rank in range(4):
         assert torch.equal(torch.load(resumed / f"{rank}.pt"), torch.load(whole / f"{rank}.pt"))
+
+
+def test_codebooks_that_take_the_place_of_replicated_ones() -> None:
+    """They are averaged too, once; frozen ones have nothing to average."""
+    with torch.device("meta"):
+        layer = DIVEQ(8, 4, codebook_reset=False)
+    before = layer.codebook
+    assert replicate(layer) == {before}
+    layer.to_empty(device="cpu")
+    state = {key: torch.zeros_like(value) for key, value in layer.state_dict().items()}
+    for _ in range(2):
+        assert layer.codebook is not before and layer.codebook._diveq_replicated
+        assert len(layer.codebook._post_accumulate_grad_hooks) == 1
+        before = layer.codebook
+        layer.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+    frozen = DIVEQ(8, 4).requires_grad_(False)
+    assert replicate(frozen) == {frozen.codebook}

@@ -76,3 +76,27 @@ def test_decoding_nothing(kind):
     smallest = make(kind, 2 if kind in CURVES else 1)
     codes = smallest.encode(torch.randn(3, 5), torch.zeros(3, dtype=torch.bool))
     assert torch.equal(smallest.decode(codes), torch.zeros(3, 5))
+
+
+@for_every_layer
+def test_codes_are_stored(kind, tmp_path):
+    """By torch.save, and as the result of an exported program."""
+    layer = make(kind).eval()
+    z = torch.randn(9, 5)
+    codes = layer.encode(z)
+    torch.save(codes, tmp_path / "codes.pt")
+    program = torch.export.export(Encoder(layer), (z,))
+    torch.export.save(program, tmp_path / "encoder.pt2")
+    for found in (torch.load(tmp_path / "codes.pt"), torch.export.load(tmp_path / "encoder.pt2").module()(z)):
+        assert type(found) is type(codes)
+        pairs = zip(found, codes, strict=True) if kind in CURVES else [(found, codes)]
+        assert all(torch.equal(one, two) for one, two in pairs)
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z):
+        return self.layer.encode(z)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from layer_cases import for_curve_layers, for_every_layer, for_replacing_layers, make
@@ -155,3 +157,48 @@ def test_unusual_values_warn_once(kind, keywords, expected):
 def test_another_unusual_value_warns_again():
     assert len(warned(lambda: DIVEQ(8, 4, noise_std=0.02))) == 1
     assert len(warned(lambda: DIVEQ(8, 4, noise_std=0.03))) == 1
+
+
+@for_every_layer
+def test_strings_are_no_bools(kind):
+    """A configuration's "False" would be true."""
+    for name in ("uniform_init", "allow_warning", "channel_first"):
+        with pytest.raises(TypeError, match=f"{name} must be a bool, got str"):
+            make(kind, **{name: "False"})
+        assert getattr(make(kind, **{name: np.bool_(True)}), name)
+
+
+@for_replacing_layers
+def test_strings_are_no_bools_of_replacement(kind):
+    for name in ("verbose", *(["codebook_reset"] if "SF" not in kind.__name__ else [])):
+        with pytest.raises(TypeError, match=f"{name} must be a bool, got str"):
+            make(kind, **{name: "False"})
+
+
+@for_every_layer
+def test_numbers_of_numpy(kind):
+    """They are what sweeps and configurations hold; the layer has Python's own."""
+    names = ["num_embeddings", "embedding_dim", "num_codebooks", "noise_std", "skip_iters", "avg_iters"]
+    names += ["replacement_iters", "discard_threshold", "perturb_eps"]
+    plain = make(kind)
+    given = {name: getattr(plain, name) for name in names if hasattr(plain, name) and name in arguments_of(kind)}
+    assert len(given) >= 2
+    layer = kind(
+        **{name: (np.float32 if isinstance(value, float) else np.int64)(value) for name, value in given.items()},
+        allow_warning=False,
+    )
+    for name, value in given.items():
+        assert type(getattr(layer, name)) is type(value) and getattr(layer, name) == pytest.approx(value)
+    layer(torch.randn(7, plain.embedding_dim))
+
+
+def arguments_of(kind):
+    return inspect.signature(kind).parameters
+
+
+@for_replacing_layers
+def test_what_is_no_number_is_named(kind):
+    for name in ("replacement_iters", *(["num_codebooks"] if "num_codebooks" in arguments_of(kind) else [])):
+        for bad in ("a", None):
+            with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+                make(kind, **{name: bad})

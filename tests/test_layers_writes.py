@@ -132,9 +132,13 @@ class Halved(nn.Module):
 
 
 @every
-def test_a_parametrized_codebook_is_refused_where_it_is_written(name: str, init: str) -> None:
+@pytest.mark.parametrize("how", ["parametrization", "weight_norm", "spectral_norm"])
+def test_a_parametrized_codebook_is_refused_where_it_is_written(name: str, init: str, how: str) -> None:
     layer = make(name, init)
-    parametrize.register_parametrization(layer, "codebook", Halved())
+    if how == "parametrization":
+        parametrize.register_parametrization(layer, "codebook", Halved())
+    else:
+        getattr(nn.utils, how)(layer, "codebook")
     with pytest.raises(RuntimeError, match="codebook must be no parametrization .*codebook_reset=False"):
         layer(torch.randn(40, 6))
     layer.eval()(torch.randn(40, 6))

@@ -188,15 +188,18 @@ def test_other_cases_stay_one_operation(name: str, why: str) -> None:
             assert len(opaque(graph)) == 1 and not launched(graph)[0]
 
 
-def test_deterministic_gradients_of_composites_stay_one_operation() -> None:
+def test_deterministic_gradients() -> None:
+    """Kernels that add up sorted rows; those of composites stay one operation."""
     torch.use_deterministic_algorithms(True)
     try:
         with fake_cuda() as mode:
             for name in ("residual", "product"):
                 graph, _ = traced(*(lambda call: (call[0], *call[1]))(calls(name, mode, torch.float32, "")[1]))
                 assert opaque(graph) == [f"diveq::{name}_backward"]
-            graph, _ = traced(*(lambda call: (call[0], *call[1]))(calls("project", mode, torch.float32, "")[1]))
-            assert launched(graph)[0] == ["project_backward_kernel", "project_segment_kernel"]
+            for name in ("nearest", "diveq", "sf_diveq", "project"):
+                graph, _ = traced(*(lambda call: (call[0], *call[1]))(calls(name, mode, torch.float32, "")[1]))
+                adding = "project_segment_kernel" if name == "project" else "segment_kernel"
+                assert launched(graph)[0] == [f"{name}_backward_kernel", adding]
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import sys
 import warnings
 from typing import Any
@@ -13,14 +14,23 @@ from diveq_kernels._checks import check_noise_std, check_number
 _DEFAULT_NOISE_STD = 1e-3
 
 
-def check_count(value: Any, name: str, least: int, most: float = math.inf) -> None:
-    """Raise unless the value is an int from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_count(value: Any, name: str, least: int, most: float = math.inf) -> int:
+    """The value as an int, also of one of NumPy's; raises unless it is one from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be an int >= {least}, got {value}")
-    if value > most:
-        raise ValueError(f"{name} must be an int <= {most}, got {value}")
+    number = int(value)
+    if number < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {number}")
+    if number > most:
+        raise ValueError(f"{name} must be an int <= {most}, got {number}")
+    return number
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise unless all are bools, or as good as: a string from a configuration would be true whatever it says."""
+    for name, value in flags.items():
+        if not (isinstance(value, (bool, int)) or type(value).__name__ in ("bool", "bool_")):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 def choose_noise_std(noise_std: float | None, noise_var: float | None) -> float:
@@ -33,12 +43,20 @@ def choose_noise_std(noise_std: float | None, noise_var: float | None) -> float:
     return float(value)
 
 
-def check_replacement(replacement_iters: Any, discard_threshold: Any, perturb_eps: Any) -> None:
-    """Raise unless the interval, threshold and perturbation of codebook replacement make sense."""
-    if type(replacement_iters) is not int or replacement_iters <= 0:
+def check_interval(replacement_iters: Any) -> int:
+    """The interval of codebook replacement as an int; raises unless it is positive."""
+    is_int = isinstance(replacement_iters, numbers.Integral) and not isinstance(replacement_iters, bool)
+    if not is_int or replacement_iters <= 0:
         raise ValueError(f"replacement_iters must be a positive int, got {replacement_iters!r}")
+    return int(replacement_iters)
+
+
+def check_replacement(replacement_iters: Any, discard_threshold: Any, perturb_eps: Any) -> tuple[int, float, float]:
+    """The arguments; raises unless the interval, threshold and perturbation of codebook replacement make sense."""
+    replacement_iters = check_interval(replacement_iters)
     check_number(discard_threshold, "discard_threshold", "in [0, 1]", most=1)
     check_number(perturb_eps, "perturb_eps")
+    return replacement_iters, float(discard_threshold), float(perturb_eps)
 
 
 def check_init(init: Any) -> None:
@@ -47,12 +65,13 @@ def check_init(init: Any) -> None:
         raise ValueError(f'init must be "random" or "kmeans", got {init!r}')
 
 
-def check_sf_schedule(skip_iters: Any, avg_iters: Any) -> None:
-    """Raise unless 0 <= avg_iters <= skip_iters."""
-    check_count(skip_iters, "skip_iters", 0)
-    check_count(avg_iters, "avg_iters", 0)
+def check_sf_schedule(skip_iters: Any, avg_iters: Any) -> tuple[int, int]:
+    """The arguments; raises unless 0 <= avg_iters <= skip_iters."""
+    skip_iters = check_count(skip_iters, "skip_iters", 0)
+    avg_iters = check_count(avg_iters, "avg_iters", 0)
     if avg_iters > skip_iters:
         raise ValueError(f"avg_iters must be at most skip_iters = {skip_iters}, got {avg_iters}")
+    return skip_iters, avg_iters
 
 
 @functools.cache

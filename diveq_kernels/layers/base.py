@@ -6,15 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from diveq_kernels import _checks, backends, distributed
-from diveq_kernels.layers._arguments import check_count
+from diveq_kernels._operation import is_plain
+from diveq_kernels.layers._arguments import check_count, check_flags
 
 
 def perplexity(counts: Tensor) -> Tensor:
     """exp(−Σ p log p) of each histogram [..., K] -> fp32 [...]; 0 where it is empty."""
     total = counts.sum(dim=-1)
-    p = counts / total.clamp_min(1)[..., None]
+    p = counts.float() / total.clamp_min(1)[..., None]
     return torch.where(total > 0, torch.special.xlogy(p, p).sum(dim=-1).neg().exp(), 0.0)
 
 
@@ -42,8 +44,13 @@ class Quantizer(nn.Module):
     """
 
     codebook: nn.Parameter
+    iter_counter: Tensor
     # Whether training agrees with other ranks, see ``diveq_kernels.distributed``.
     sync_ranks: bool = True
+    # What the host knows of ``iter_counter`` (``_is_settled``): steps at least, or −1 if it has yet to look.
+    _known_steps: int = -1
+    _settled: bool = False
+    _replicated: bool = False  # by ``diveq_kernels.distributed.replicate``
 
     def __init__(
         self,
@@ -62,8 +69,9 @@ class Quantizer(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_count(num_embeddings, "num_embeddings", fewest_codewords, _checks.MAX_CODEWORDS)
-        check_count(embedding_dim, "embedding_dim", 1, _checks.MAX_DIM)
+        num_embeddings = check_count(num_embeddings, "num_embeddings", fewest_codewords, _checks.MAX_CODEWORDS)
+        embedding_dim = check_count(embedding_dim, "embedding_dim", 1, _checks.MAX_DIM)
+        check_flags(uniform_init=uniform_init, allow_warning=allow_warning, channel_first=channel_first)
         _checks.check_precision(precision)
         backends.check_name(backend)
         self.num_embeddings = num_embeddings
@@ -80,14 +88,17 @@ class Quantizer(nn.Module):
         # Steps of training; shape and dtype are those of the `diveq` package's checkpoints.
         self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32, device=device))
         self.reset_parameters()
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0."""
         draw = torch.rand if self.uniform_init else torch.randn
-        self.codebook.copy_(draw(self.codebook.shape, device=self.codebook.device) * (1 / self.num_embeddings))
+        drawn = draw(self.codebook.shape, dtype=torch.float32, device=self.codebook.device)
+        self.codebook.copy_(drawn * (1 / self.num_embeddings))
         for buffer in self.buffers():
             buffer.zero_()
+        self._forget_steps()
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize; differentiable in z and the codebook.
@@ -164,12 +175,69 @@ class Quantizer(nn.Module):
         """Whether this step may change the codebook and count: not where checkpointing repeats a forward."""
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
-    def _write(self, codebook: Tensor) -> None:
-        """Overwrite the parameter."""
+    def _may_write(self) -> None:
+        """Raise in a step of a kind that writes to the codebook, if what it writes would be lost."""
         if not torch.compiler.is_compiling():
             distributed.check_written_is_kept(self)
+
+    def _write(self, codebook: Tensor) -> None:
+        """Overwrite the parameter."""
         with torch.no_grad():
             self.codebook.copy_(codebook)
+
+    def _counts_are_free(self) -> bool:
+        """Whether the host may read ``iter_counter`` at once: on the CPU, where no graph or tracer looks."""
+        return self.iter_counter.device.type == "cpu" and is_plain(self.iter_counter)
+
+    @torch.no_grad()
+    def _count_step(self) -> None:
+        self.iter_counter.add_(1)
+        if not torch.compiler.is_compiling() and self._known_steps >= 0 and not self._is_captured():
+            self._known_steps += 1
+
+    def _is_settled(self, counted: bool) -> bool:
+        """Whether the steps that differ from all later ones are known to be over, and what they do can be left out.
+
+        An accelerator is asked once, in the first step after construction, loading or ``train()``; then the host counts
+        along. A graph has what was known when it was made. False is always right, and takes longer.
+
+        Args:
+            counted: Whether ``iter_counter`` has the step in question already.
+        """
+        first = self._first_settled_step()
+        needed = first if counted else first - 1
+        if first and not torch.compiler.is_compiling() and is_plain(self.iter_counter):
+            if self._counts_are_free():
+                self._settled = int(self.iter_counter) >= needed
+            elif not self._settled and not self._is_captured():
+                if self._known_steps < 0:
+                    self._known_steps = int(self.iter_counter)
+                self._settled = self._known_steps >= needed
+        return self._settled
+
+    def _first_settled_step(self) -> int:
+        """The number of the step from which on all are alike, 0 if there is none."""
+        return 0
+
+    def _is_captured(self) -> bool:
+        return self.iter_counter.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def _forget_steps(self) -> None:
+        self._known_steps, self._settled = -1, False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        distributed.keep_replicated(self)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """``nn.Module.train``. Until its first steps are over the layer takes this chance to look at their counter."""
+        if mode and not self._settled:
+            self._forget_steps()
+            # Ranks have to agree, and may call this at different times.
+            if not self._synchronises():
+                self._is_settled(counted=False)
+        return super().train(mode)
 
     def _synchronises(self) -> bool:
         return self.sync_ranks and distributed.is_active()
@@ -202,3 +270,15 @@ class Quantizer(nn.Module):
 
     def _repr_fields(self) -> list[str]:
         return ["num_embeddings", "embedding_dim", "noise_std", "uniform_init", "allow_warning"]
+
+
+def _after_loading(layer: Any, *_: Any) -> None:
+    layer._forget_steps()
+    distributed.keep_replicated(layer)
+
+
+@torch.no_grad()
+def load_as_finished(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of layers that build their first curve: a codebook that comes without a counter is not one to build."""
+    if prefix + "codebook" in state and prefix + "iter_counter" not in state and not layer.iter_counter.is_meta:
+        layer.iter_counter.clamp_(min=layer.skip_iters)

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from diveq_kernels import _checks, functional
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.codebook import composite_sf_initialise
+from diveq_kernels.codebook import collecting, composite_sf_initialise
 from diveq_kernels.layers._arguments import (
     check_count,
+    check_interval,
     check_sf_schedule,
     choose_noise_std,
     warn_unusual_noise,
     warn_unusual_sf_schedule,
 )
-from diveq_kernels.layers.base import histogram, perplexity, select
+from diveq_kernels.layers.base import histogram, load_as_finished, perplexity, select
 from diveq_kernels.layers.replacement import ReplacingQuantizer
 from diveq_kernels.layers.sf_diveq import SFCodes
 
@@ -127,6 +128,7 @@ class CompositeDIVEQ(CompositeQuantizer):
         dtype: torch.dtype | None = None,
     ) -> None:
         noise_std = choose_noise_std(noise_std, noise_var)
+        num_codebooks = check_count(num_codebooks, "num_codebooks", 1)
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -221,8 +223,9 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         dtype: torch.dtype | None = None,
     ) -> None:
         noise_std = choose_noise_std(noise_std, noise_var)
-        check_sf_schedule(skip_iters, avg_iters)
-        if replacement_iters > skip_iters:
+        num_codebooks = check_count(num_codebooks, "num_codebooks", 1)
+        skip_iters, avg_iters = check_sf_schedule(skip_iters, avg_iters)
+        if check_interval(replacement_iters) > skip_iters:
             raise ValueError(f"replacement_iters must be at most skip_iters = {skip_iters}, got {replacement_iters}")
         super().__init__(
             num_embeddings,
@@ -248,8 +251,10 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         self._init_replacement(
             replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset=True, init=init, usual_most=100
         )
-        self.register_buffer("curve", self.codebook.detach().clone(), persistent=False)
-        self.register_load_state_dict_post_hook(_begin_curve)  # type: ignore[no-untyped-call]
+        curve = torch.empty(self.codebook.shape, dtype=self.codebook.dtype, device=self.iter_counter.device)
+        self.register_buffer("curve", curve, persistent=False)
+        self._begin()
+        self.register_load_state_dict_pre_hook(load_as_finished)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _part_dim(embedding_dim: int, num_codebooks: int) -> int:
@@ -265,11 +270,19 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         last = self.skip_iters - 1 if self._builds_curve else self.skip_iters
         return torch.where(self.iter_counter < last, self.iter_counter, 0)
 
+    def _first_settled_step(self) -> int:
+        return self.skip_iters + 1  # step S begins with the curve
+
     def _train_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        self._begin_if_unmade()
         writes = self._writes()
+        if self._is_settled(counted=not writes):
+            return self._train_curve(z, mask, active)
         step = self.iter_counter.clamp_min(0) + int(writes)  # where a forward is repeated it has been counted
         if self._builds_curve and writes and self.codebook.requires_grad:
-            self._write(torch.where(step == self.skip_iters, self.curve, self.codebook.detach()))
+            self._may_write()
+            if not self._counts_are_free() or step == self.skip_iters:
+                self._write(torch.where(step == self.skip_iters, self.curve, self.codebook.detach()))
         codebook = self._begin_step(z, mask)
         started = (step >= self.skip_iters).squeeze()
         dither = self._dither(self.num_codebooks, self.num_embeddings - 1)
@@ -279,7 +292,8 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         ends = torch.cat((codebook, codebook[:, -2:-1]), dim=1)
         weights = torch.where(started, torch.cat((dither, 1 - dither[:, -1:]), dim=1), 0)
         z_q, indices, counts = self._step(z, ends, weights, mask, active, seed, self.noise_std)
-        if self._builds_curve and writes:
+        idle = self._counts_are_free() and not collecting(step, self.skip_iters, self.avg_iters)
+        if self._builds_curve and writes and not idle:
             with torch.no_grad():
                 self.curve.copy_(
                     composite_sf_initialise(
@@ -292,6 +306,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
                         self.skip_iters,
                         self.avg_iters,
                         self._synchronises(),
+                        active is None,
                     )
                 )
         last = self.num_embeddings - 1
@@ -299,6 +314,15 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         merged = torch.cat((counts[:, :-2], counts[:, -2:].sum(1, keepdim=True), counts.new_zeros(len(counts), 1)), 1)
         counts = torch.where(started, merged.to(counts.dtype), counts)
         self._end_step(torch.where(started, 0, counts))
+        return z_q, indices, counts
+
+    def _train_curve(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """A step after S, which writes nothing to the codebook."""
+        dither = self._dither(self.num_codebooks, self.num_embeddings - 1)
+        seed = functional.noise_seed(z, self.noise_std, None)
+        z_q, indices, counts = self._step(z, self.codebook, dither, mask, active, seed, self.noise_std)
+        if self._writes():
+            self._count_step()
         return z_q, indices, counts
 
     def _quantize_composite(
@@ -341,25 +365,17 @@ class CompositeSFDIVEQ(CompositeQuantizer):
             parts.append((1 - weight) * start + weight * end)
         return self._as_input(self._join(parts).to(self.codebook.dtype))
 
-    def reset_parameters(self) -> None:
-        """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0."""
-        super().reset_parameters()
-        if hasattr(self, "curve"):
-            _begin_curve(self)
+    @torch.no_grad()
+    def _begin(self) -> None:
+        super()._begin()
+        if not hasattr(self, "curve"):
+            return
+        # Codewords of which no step is left to build them keep their place.
+        if self.curve.is_meta:
+            self.curve = torch.empty_like(self.codebook, requires_grad=False)
+        if not self.codebook.is_meta:
+            self.curve.copy_(self.codebook)
 
     def _repr_fields(self) -> list[str]:
         fields = [name for name in super()._repr_fields() if name != "codebook_reset"]
         return [*fields, "skip_iters", "avg_iters", "latents_on_cpu"]
-
-
-@torch.no_grad()
-def _begin_curve(layer: Any, *_: Any) -> None:
-    """Codewords of which no step is left to build them keep their place."""
-    if layer.curve.is_meta:
-        layer.curve = torch.empty_like(layer.codebook, requires_grad=False)
-    layer.curve.copy_(layer.codebook)
-
-
-def check_num_codebooks(num_codebooks: Any) -> None:
-    """Raise unless the number of codebooks is a positive int."""
-    check_count(num_codebooks, "num_codebooks", 1)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from diveq_kernels import ops
-from diveq_kernels.layers.composite import CompositeDIVEQ, CompositeQuantizer, CompositeSFDIVEQ, check_num_codebooks
+from diveq_kernels.layers._arguments import check_count
+from diveq_kernels.layers.composite import CompositeDIVEQ, CompositeQuantizer, CompositeSFDIVEQ
 
 
 class _Product(CompositeQuantizer):
@@ -19,8 +20,7 @@ class _Product(CompositeQuantizer):
 
     @staticmethod
     def _part_dim(embedding_dim: int, num_codebooks: int) -> int:
-        check_num_codebooks(num_codebooks)
-        if embedding_dim % num_codebooks:
+        if check_count(embedding_dim, "embedding_dim", 1) % num_codebooks:
             raise ValueError(f"embedding_dim must be divisible by num_codebooks = {num_codebooks}, got {embedding_dim}")
         return embedding_dim // num_codebooks
 

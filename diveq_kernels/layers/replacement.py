@@ -10,7 +10,7 @@ from torch import Tensor
 from diveq_kernels import distributed
 from diveq_kernels.codebook import replace_unused, replacement_due
 from diveq_kernels.kmeans import kmeans_start
-from diveq_kernels.layers._arguments import check_init, check_replacement, warn_unusual_replacement
+from diveq_kernels.layers._arguments import check_flags, check_init, check_replacement, warn_unusual_replacement
 from diveq_kernels.layers.base import Quantizer
 
 
@@ -19,7 +19,10 @@ class ReplacingQuantizer(Quantizer):
 
     A codeword is used in a step when at least one row chose it. Replacement happens at the start of the forward that
     follows R steps, functionally: the quantizer and its pending backwards see a tensor of their own, the parameter is
-    overwritten with it. Any order of forwards and backwards is therefore safe. The start by k-means works alike.
+    overwritten with it. Training forwards and their backwards may therefore come in any order (not where checkpointing
+    repeats a forward, which then sees what was replaced since). What else was made from the parameter, by a loss on
+    ``layer.codebook`` or an ``eval()`` forward, goes backward before the next forward that overwrites it: on the CPU
+    one in which a replacement is due; on an accelerator, and compiled, any. The start by k-means works alike.
 
     Attributes:
         codebook_usage: int32, the codebook's shape without D: steps since the last replacement that used each codeword.
@@ -30,6 +33,7 @@ class ReplacingQuantizer(Quantizer):
     codebook_usage: Tensor
     iter_counter: Tensor
     num_replaced: Tensor
+    _unmade: bool = False  # whether what is not in the state_dict has no values yet
 
     def _init_replacement(
         self,
@@ -43,8 +47,11 @@ class ReplacingQuantizer(Quantizer):
     ) -> None:
         """Check and keep the constructor's arguments, and make the buffers."""
         check_init(init)
+        check_flags(verbose=verbose, codebook_reset=codebook_reset)
         if codebook_reset:
-            check_replacement(replacement_iters, discard_threshold, perturb_eps)
+            replacement_iters, discard_threshold, perturb_eps = check_replacement(
+                replacement_iters, discard_threshold, perturb_eps
+            )
             if self.allow_warning:
                 warn_unusual_replacement(replacement_iters, discard_threshold, perturb_eps, usual_most)
         self.replacement_iters = replacement_iters
@@ -53,9 +60,10 @@ class ReplacingQuantizer(Quantizer):
         self.verbose = verbose
         self.codebook_reset = codebook_reset
         self.init = init
-        shape, device = self.codebook.shape[:-1], self.codebook.device
+        shape, device = self.codebook.shape[:-1], self.iter_counter.device
         self.register_buffer("codebook_usage", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("num_replaced", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self._begin()
         self._expect_start()
         self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
@@ -64,7 +72,20 @@ class ReplacingQuantizer(Quantizer):
         """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0."""
         super().reset_parameters()
         if hasattr(self, "init"):
+            self._begin()
             self._expect_start()
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Give what is not in the state_dict its first values, if the layer has any: some loaders leave it unset."""
+        if self.num_replaced.is_meta:
+            self.num_replaced = torch.zeros_like(self.num_replaced, device=self.codebook.device)
+        self.num_replaced.zero_()
+        self._unmade = self.codebook.is_meta
+
+    def _begin_if_unmade(self) -> None:
+        if self._unmade:
+            self._begin()
 
     @torch.no_grad()
     def _expect_start(self) -> None:
@@ -79,9 +100,12 @@ class ReplacingQuantizer(Quantizer):
 
     def _begin_step(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """The codebook to quantize with: after the start by k-means or the replacement, if one is due."""
+        self._begin_if_unmade()
         codebook: Tensor = self.codebook
         if not (self._writes() and codebook.requires_grad):
             return codebook
+        if self._may_start or self.codebook_reset:
+            self._may_write()
         if self._may_start:
             codebook = kmeans_start(
                 self.codebook, z.detach(), mask, self.iter_counter, self._synchronises(), self._backend()
@@ -90,21 +114,23 @@ class ReplacingQuantizer(Quantizer):
             self._may_start = False
         if not self.codebook_reset:
             return codebook
+        clock = self._replacement_clock()
         # Nothing is drawn from torch's generator: its stream would depend on this, and ranks would have to agree on it.
         seed = self.iter_counter.squeeze().long()
         codebook, num_replaced = replace_unused(
             codebook,
             self.codebook_usage,
-            self._replacement_clock(),
+            clock,
             seed,
             self.replacement_iters,
             self.discard_threshold,
             self.perturb_eps,
             self.verbose,
         )
-        self._write(codebook)
-        with torch.no_grad():
-            self.num_replaced.add_(num_replaced)
+        if not self._counts_are_free() or replacement_due(clock, self.replacement_iters):
+            self._write(codebook)
+            with torch.no_grad():
+                self.num_replaced.add_(num_replaced)
         return codebook
 
     @torch.no_grad()
@@ -118,7 +144,8 @@ class ReplacingQuantizer(Quantizer):
             due = replacement_due(self._replacement_clock(), self.replacement_iters)
             self.codebook_usage.copy_(torch.where(due, 0, self.codebook_usage) + (counts > 0))
         if self.codebook_reset or self.init == "kmeans":
-            self.iter_counter.clamp_(min=0).add_(1)
+            self.iter_counter.clamp_(min=0)
+            self._count_step()
 
     def _repr_fields(self) -> list[str]:
         names = ["replacement_iters", "discard_threshold", "perturb_eps", "verbose", "codebook_reset", "init"]
@@ -135,5 +162,4 @@ def _before_loading(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
 def _after_loading(layer: Any, *_: Any) -> None:
     """A checkpoint may be one from before the first step; with ``assign`` it may be what takes a layer from "meta"."""
     layer._may_start = layer.init == "kmeans"
-    if layer.num_replaced.is_meta:
-        layer.num_replaced = torch.zeros_like(layer.num_replaced, device=layer.codebook.device)
+    layer._begin()

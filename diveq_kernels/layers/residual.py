@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diveq_kernels import functional, ops
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.layers.composite import CompositeDIVEQ, CompositeQuantizer, CompositeSFDIVEQ, check_num_codebooks
+from diveq_kernels.layers.composite import CompositeDIVEQ, CompositeQuantizer, CompositeSFDIVEQ
 
 
 class _Residual(CompositeQuantizer):
@@ -17,7 +17,6 @@ class _Residual(CompositeQuantizer):
 
     @staticmethod
     def _part_dim(embedding_dim: int, num_codebooks: int) -> int:
-        check_num_codebooks(num_codebooks)
         return embedding_dim
 
     def forward(
@@ -28,8 +27,8 @@ class _Residual(CompositeQuantizer):
         Args:
             z: [..., D], or [B, D, ...] with ``channel_first``; fp16, bf16, fp32 or fp64.
             mask: bool, z's shape without D. Rows where it is False are left out: z_q = z, index −1.
-            num_active: How many stages to use (quantizer dropout): an int from 1 to Q, or int32/int64 for each row
-                (z's shape without D) or each sample ([B], the first dimension of z). 0 leaves a row out.
+            num_active: How many stages to use (quantizer dropout): an int from 1 to Q, or int32/int64 for all rows
+                ([]), each row (z's shape without D) or each sample ([B], the first dimension of z). 0 leaves a row out.
 
         Returns:
             (z_q, indices, perplexity): z_q like z; indices int64 [Q, ...], −1 in stages that are not active;

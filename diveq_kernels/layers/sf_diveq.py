@@ -9,16 +9,18 @@ from torch import Tensor
 
 from diveq_kernels import _checks, functional, ops
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.codebook import sf_initialise
+from diveq_kernels._named import storable
+from diveq_kernels.codebook import collecting, sf_initialise
 from diveq_kernels.layers._arguments import (
     check_sf_schedule,
     choose_noise_std,
     warn_unusual_noise,
     warn_unusual_sf_schedule,
 )
-from diveq_kernels.layers.base import Quantizer, histogram, select
+from diveq_kernels.layers.base import Quantizer, histogram, load_as_finished, select
 
 
+@storable
 class SFCodes(NamedTuple):
     """Points of the curve: segment indices int64 [...], and positions t fp32 [...] in [0, 1] (fp64 if an input was)."""
 
@@ -80,7 +82,7 @@ class SFDIVEQ(Quantizer):
         dtype: torch.dtype | None = None,
     ) -> None:
         noise_std = choose_noise_std(noise_std, noise_var)
-        check_sf_schedule(skip_iters, avg_iters)
+        skip_iters, avg_iters = check_sf_schedule(skip_iters, avg_iters)
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -98,36 +100,46 @@ class SFDIVEQ(Quantizer):
         self.skip_iters = skip_iters
         self.avg_iters = avg_iters
         self.latents_on_cpu = latents_on_cpu
+        self.register_load_state_dict_pre_hook(load_as_finished)  # type: ignore[no-untyped-call]
         if allow_warning:
             warn_unusual_noise(noise_std)
             warn_unusual_sf_schedule(skip_iters, avg_iters)
+
+    def _first_settled_step(self) -> int:
+        return max(1, self.skip_iters)
 
     def _initialised_codebook(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """The codebook with this step's latents in it, if it is one of those that build it."""
         if self.skip_iters <= 1 or self.avg_iters == 0 or not self.codebook.requires_grad:
             return self.codebook
+        self._may_write()
         codebook: Tensor = sf_initialise(
             self.codebook, z, mask, self.iter_counter, self.skip_iters, self.avg_iters, self._synchronises()
         )
-        self._write(codebook)
+        if not self._counts_are_free() or collecting(self.iter_counter, self.skip_iters, self.avg_iters):
+            self._write(codebook)
         return codebook
 
     def _train(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         codebook: Tensor = self.codebook
-        if self._writes():
-            with torch.no_grad():
-                self.iter_counter.add_(1)
-            codebook = self._initialised_codebook(z, mask)
-        # Leaving all rows out is how the steps before S pass z through: a graph cannot branch on the counter.
-        started = (self.iter_counter >= self.skip_iters).squeeze().expand(z.shape[:-1])
-        kept = started if mask is None else started & mask
+        writes = self._writes()
+        if writes:
+            self._count_step()
+        started = None
+        if not self._is_settled(counted=True):
+            if writes:
+                codebook = self._initialised_codebook(z, mask)
+            # Leaving all rows out is how the steps before S pass z through: a graph cannot branch on the counter.
+            started = (self.iter_counter >= self.skip_iters).squeeze().expand(z.shape[:-1])
+        kept = mask if started is None else started if mask is None else started & mask
         dither = self._dither(self.num_embeddings - 1)
         seed = functional.noise_seed(z, self.noise_std, None)
         z_q, indices, counts = ops.sf_diveq(
             z, codebook, dither, kept, seed, self.noise_std, self.precision, self._backend()
         )
-        passed = ~started if mask is None else mask & ~started
-        return z_q, torch.where(passed, 0, indices), counts
+        if started is not None:
+            indices = torch.where(~started if mask is None else mask & ~started, 0, indices)
+        return z_q, indices, counts
 
     def _quantize(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         points, indices, _ = ops.project(z, self.codebook, mask, self.precision, self._backend())

@@ -1,0 +1,227 @@
+"""What layers know of their step counter: steps in which nothing is due write nothing, and later cost nothing.
+
+An accelerator's counter is not read in every step. Here the CPU's is treated as if it were one's (``counted``).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_layers_writes import CURVE, KINDS, make
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from diveq_kernels import layers
+from diveq_kernels.layers import composite, replacement, sf_diveq
+from diveq_kernels.layers.base import Quantizer
+
+CURVES = [name for name in KINDS if "SF" in name]
+START = CURVE["skip_iters"]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The counter is one that has to be waited for; the list grows with every time that this happens."""
+    reads: list[int] = []
+    monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
+    read = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: (reads.append(1), read(self))[1])
+    return reads
+
+
+def run(layer: Any, steps: torch.Tensor) -> list[torch.Tensor]:
+    """Everything that steps of training give and leave behind."""
+    seen = []
+    torch.manual_seed(1)
+    for data in steps:
+        z = data.clone().requires_grad_()
+        layer.zero_grad()
+        z_q, indices, perplexity = layer(z)
+        (z_q**2).sum().backward()
+        kept = [x for name, x in layer.state_dict().items()]
+        seen += [x.detach().clone() for x in (z_q, indices, perplexity, z.grad, layer.codebook.grad, *kept)]
+    return seen
+
+
+def assert_same(one: list[torch.Tensor], two: list[torch.Tensor]) -> None:
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_knowing_the_counter_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, steps = make(name, "random"), torch.randn(10, 40, 6)
+    others = [copy.deepcopy(layer), copy.deepcopy(layer)]
+    expected = run(layer, steps)
+    monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
+    assert_same(run(others[0], steps), expected)
+    monkeypatch.setattr(Quantizer, "_is_settled", lambda self, counted: False)
+    assert_same(run(others[1], steps), expected)
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_an_accelerator_is_asked_once(name: str, counted: list[int]) -> None:
+    layer = make(name, "random")
+    run(layer, torch.randn(START + 3, 40, 6))
+    assert len(counted) == 1 and layer._settled
+    layer.eval()(torch.randn(5, 6))
+    run(layer.train(), torch.randn(2, 40, 6))
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_layer_on_its_curve_does_nothing_else(name: str, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(name, "random")
+    run(layer, torch.randn(START, 40, 6))
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("it is over")
+
+    for module, function in ((sf_diveq, "sf_initialise"), (composite, "composite_sf_initialise")):
+        monkeypatch.setattr(module, function, refuse)
+    monkeypatch.setattr(replacement, "replace_unused", refuse)
+    monkeypatch.setattr(Quantizer, "_write", refuse)
+    run(layer, torch.randn(3, 40, 6))
+    assert layer.iter_counter == START + 3
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("how", ["loaded", "reset"])
+def test_a_layer_that_begins_again_builds_its_curve_again(name: str, how: str, counted: list[int]) -> None:
+    layer, steps = make(name, "random"), torch.randn(START + 2, 40, 6)
+    before = copy.deepcopy(layer)
+    run(layer, steps)
+    if how == "loaded":
+        layer.load_state_dict(before.state_dict())
+    else:
+        layer.reset_parameters()
+        before.load_state_dict(layer.state_dict())
+    assert_same(run(layer, steps), run(before, steps))
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_train_looks_at_a_counter_that_was_written_to(name: str, counted: list[int]) -> None:
+    layer = make(name, "random")
+    run(layer, torch.randn(1, 40, 6))
+    layer.iter_counter.fill_(START + 1)
+    layer.train()
+    assert layer._settled
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_a_repeated_forward_is_of_the_same_kind(name: str, reentrant: bool, counted: list[int]) -> None:
+    layer = make(name, "random")
+    for data in torch.randn(START + 3, 40, 6):
+        z_q, _, _ = checkpoint(layer, data.requires_grad_(), use_reentrant=reentrant)
+        z_q.sum().backward()
+    assert layer.iter_counter == START + 3
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_compiled_layer_learns_it_from_train(name: str) -> None:
+    layer = make(name, "random")
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    run(compiled, torch.randn(START + 2, 40, 6))
+    assert not layer._settled
+    layer.train()
+    assert layer._settled
+    torch.manual_seed(5)
+    expected = copy.deepcopy(layer)(torch.ones(3, 6))[0]
+    torch.manual_seed(5)
+    torch.testing.assert_close(compiled(torch.ones(3, 6))[0], expected)
+    torch._dynamo.reset()
+
+
+# ---- what else was made from the codebook ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_loss_on_the_codebook_may_come_first(name: str) -> None:
+    """In steps that write nothing: the first of these, and those after S."""
+    layer = make(name, "random")
+    for step in range(START + 3):
+        z = torch.randn(40, 6)
+        if step == 0 or (name in CURVES and step >= START):
+            (layer.codebook.square().sum() + layer(z)[0].sum()).backward()
+        else:
+            layer(z)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_evaluation_may_go_backward_after_a_training_step(name: str) -> None:
+    layer = make(name, "random")
+    first = layer.eval()(torch.randn(40, 6))[0]
+    second = layer.train()(torch.randn(40, 6, requires_grad=True))[0]
+    (first.sum() + second.sum()).backward()
+
+
+# ---- values that come from elsewhere ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_loaders_that_leave_unsaved_buffers_unset(name: str) -> None:
+    """Made on "meta", given memory, and its state copied in tensor by tensor, as Hugging Face's loaders do."""
+    source = make(name, "random")
+    run(source, torch.randn(START - 2, 40, 6))
+    with torch.device("meta"):
+        layer = make(name, "random")
+    layer.to_empty(device="cpu")
+    for buffer in layer.buffers():
+        buffer.fill_(float("nan") if buffer.is_floating_point() else 123456789)
+    with torch.no_grad():
+        for key, value in source.state_dict().items():
+            dict([*layer.named_parameters(), *layer.named_buffers()])[key].copy_(value)
+    run(layer, torch.randn(4, 40, 6))
+    assert layer.codebook.isfinite().all()
+    assert getattr(layer, "num_replaced", torch.tensor(0)) < 1000
+
+
+def test_parameters_alone_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``accelerate.init_empty_weights`` makes a module: what is not a parameter is there."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, key: str, parameter: nn.Parameter | None) -> None:
+        register(module, key, nn.Parameter(parameter.to("meta")) if parameter is not None else None)
+
+    monkeypatch.setattr(nn.Module, "register_parameter", on_meta)
+    for name in KINDS:
+        layer = make(name, "random")
+        assert layer.codebook.is_meta and not any(buffer.is_meta for buffer in layer.buffers())
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_codebook_without_a_counter_is_finished(name: str) -> None:
+    layer = make(name, "random")
+    codebook = torch.randn_like(layer.codebook)
+    layer.load_state_dict({"codebook": codebook}, strict=False)
+    run(layer, torch.randn(START + 2, 40, 6))
+    assert torch.equal(layer.codebook, codebook)
+
+
+def test_loading_counts_replacements_anew() -> None:
+    layer = make("DIVEQ", "random")
+    run(layer, torch.randn(5, 40, 6))
+    assert layer.num_replaced > 0
+    layer.load_state_dict(layer.state_dict())
+    assert layer.num_replaced == 0
+
+
+def test_draws_and_perplexities_do_not_depend_on_torch_s_default_dtype() -> None:
+    def made() -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        layer = layers.DIVEQ(300, 4, dtype=torch.float32)
+        return layer.codebook.detach(), layer(torch.randn(500, 4, dtype=torch.float32))[2]
+
+    expected = made()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, two)
