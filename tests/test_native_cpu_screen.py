@@ -52,17 +52,24 @@ def test_rounding_of_a_first_pass_that_nearly_reaches_its_bound(isa: str, what: 
     distances = oracle.sqdist(z, codebook)
     assert distances[0, 0] < distances[0, 1] and distances[0, 2:].min() > 1.02 * distances[0, 1]
     check_nearest(torch.cat([z, -z]), codebook)
+    # Where many look nearer, rows go twice over the codebook.
+    check_nearest(torch.cat([z, -z]), torch.cat([first, second.expand(200, -1), as_long, others]))
 
 
+@pytest.mark.parametrize("beside", ["zeros", "copies"])
 @pytest.mark.parametrize("dim", [16, 64, 1024])
-def test_sums_in_fp32_that_lose_what_is_small(isa: str, dim: int) -> None:
-    """A sum with the large product first loses all others, a sum with it last none: the second then looks nearer."""
+def test_sums_in_fp32_that_lose_what_is_small(isa: str, dim: int, beside: str) -> None:
+    """A sum with the large product first loses all others, a sum with it last none: the second then looks nearer.
+
+    With copies of the second, all lanes have codewords that look nearer, and rows go twice over the codebook.
+    """
     gen = generator()
     half_unit = 2.0**-25  # of a sum between 0.5 and 1
     z, first = torch.full((1, dim), 30 * half_unit**0.5), torch.full((1, dim), 0.03 * half_unit**0.5)
     second = first * (0.85 + 0.02 * torch.rand((), generator=gen))
     z[:, [0, -1]], first[:, 0], second[:, -1], first[:, -1], second[:, 0] = 1.0, 1.0, 1.0, 0.0, 0.0
-    codebook = torch.cat([second, first, torch.zeros(90, dim)])
+    others = torch.zeros(90, dim) if beside == "zeros" else second.expand(90, -1)
+    codebook = torch.cat([second, first, others])
     distances = oracle.sqdist(z, codebook)[0]
     assert distances[1] < distances[0]
     check_nearest(z, codebook)
@@ -170,8 +177,8 @@ def test_rows_beyond_codewords_that_are_nearly_equal(isa: str, dim: int) -> None
 
 
 def left_open(rows: Tensor, codebook: Tensor) -> list[int]:
-    """How many rows the first pass leaves open, and how many fp32 leaves with more than it lists."""
-    counts = torch.full((2,), -1)
+    """How many rows go twice over the first pass, how many it leaves open, and how many go twice over fp32."""
+    counts = torch.full((3,), -1)
     torch.ops.diveq_cpu.left_open(rows, codebook, counts)
     return counts.tolist()
 
@@ -185,12 +192,13 @@ def test_few_rows_are_left_open(isa: str, dim: int) -> None:
         assert max(left_open(rows, codebook)) <= 0.01 * len(rows)
 
 
-@pytest.mark.parametrize("dead", [0.02, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dead", [0.02, 0.08, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("dim", [3, 8, 64, 256])
 def test_codewords_that_lie_where_they_were_drawn(isa: str, dim: int, dead: float) -> None:
     """U(0, 1/K): all but equal, from where rows are. The others are among these, and may be far from most of them.
 
-    Where these are few, fp64 may have to find the nearest; from an eighth of all on the centre is among them.
+    From an eighth of all on the centre is among them. Where they are fewer, rows go twice over the codebook, and are
+    compared with no more than these.
     """
     gen = generator()
     codebook = torch.randn(3000, dim, generator=gen)
@@ -198,4 +206,39 @@ def test_codewords_that_lie_where_they_were_drawn(isa: str, dim: int, dead: floa
     codebook[still] = torch.rand(int(still.sum()), dim, generator=gen) / 3000
     rows = torch.randn(8000 if dim < 64 else 300, dim, generator=gen)
     check_nearest(rows, codebook)
-    assert dead == 0.02 or max(left_open(rows, codebook)) < 0.1 * len(rows)
+    again, left, again_in_fp32 = left_open(rows, codebook)
+    assert left < 0.1 * len(rows)
+    assert dead < 1 / 8 or max(again, again_in_fp32) < 0.1 * len(rows)
+
+
+@pytest.mark.parametrize("dim", [6, 20, 64, 200])
+@pytest.mark.parametrize("spread", [1e-2, 1e-4])
+def test_clusters_far_apart(isa: str, dim: int, spread: float) -> None:
+    """All codewords of a cluster are as good as equal to a first pass, or to fp32 as well, and none of the others."""
+    gen = generator()
+    places = 3 * torch.randn(4, dim, generator=gen)
+    codebook, rows = (
+        places[torch.randint(0, 4, (n,), generator=gen)] + spread * torch.randn(n, dim, generator=gen)
+        for n in (4000, 300)
+    )
+    check_nearest(rows, codebook)
+    fast = F.nearest(rows, codebook, precision="fast", backend="cpu").indices
+    distances = oracle.sqdist(rows, codebook)
+    found, lengths = distances.gather(1, fast[:, None])[:, 0], rows.norm(dim=1) + codebook[fast].norm(dim=1)
+    assert (found - distances.amin(1) <= 2.0**-7 * 2 * found.sqrt() * lengths).all()
+    if isa in ("amx", "avx512vnni") and dim > 20:  # more of them than are worth comparing one by one
+        assert left_open(rows, codebook)[1] > 0.5 * len(rows)
+
+
+@pytest.mark.parametrize("dim", [2, 16, 64])
+@pytest.mark.parametrize("copies", [17, 100, 3000])
+def test_more_copies_than_are_listed(isa: str, dim: int, copies: int) -> None:
+    """Equal distances, and one codeword that is nearer by less than fp32 tells: of each row the first is right."""
+    gen = generator()
+    codebook = torch.randn(4000, dim, generator=gen)
+    places = torch.randperm(4000, generator=gen)[:copies]
+    codebook[places] = codebook[places[0]].clone()
+    rows = codebook[places[:1]] + 0.1 * torch.randn(200, dim, generator=gen)
+    check_nearest(rows, codebook)
+    codebook[places[copies // 2], 0] *= 1 + 2.0**-23
+    check_nearest(rows, codebook)

@@ -39,10 +39,10 @@ struct PackedCurve {
   float* reaches;  // [panels] the greatest length of a codeword at a segment's end, infinite if its square is
 };
 
-// How many rows a search's first pass, where there is one, did not tell, and how many of those that were searched in fp32
-// had to be compared with more codewords in fp64 than the best of each lane.
+// How many rows, with a span of the codebook, went twice over a search's first pass, where there is one; how many it did
+// not tell; and how many of those that were searched in fp32 did so twice.
 struct Unclear {
-  int64_t in_first_pass, in_fp32;
+  int64_t again, in_first_pass, in_fp32;
 };
 
 struct Kernels {

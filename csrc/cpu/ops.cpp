@@ -22,7 +22,7 @@ void philox(Tensor seed, int64_t start, Tensor words, Tensor normals) {
   std::memcpy(data<float>(normals), made.get(), quads * 16);
 }
 
-// For tests: how many rows (of contiguous fp32) the search's first pass leaves open, and how many fp32 does (Unclear).
+// For tests: how many rows (of contiguous fp32) a search finds hard, as Unclear counts them.
 void left_open(Tensor z, Tensor codebook, Tensor counts) {
   const Kernels& k = kernels();
   const Rows rows = rows_of(z);
@@ -33,8 +33,9 @@ void left_open(Tensor z, Tensor codebook, Tensor counts) {
   std::vector<int32_t> indices(count);
   const Unclear unclear =
       k.search(codes, book.packed, true, in_place(rows, 0), rows.dim, count, indices.data(), scratch.get());
-  data<int64_t>(counts)[0] = unclear.in_first_pass;
-  data<int64_t>(counts)[1] = unclear.in_fp32;
+  data<int64_t>(counts)[0] = unclear.again;
+  data<int64_t>(counts)[1] = unclear.in_first_pass;
+  data<int64_t>(counts)[2] = unclear.in_fp32;
 }
 
 }  // namespace

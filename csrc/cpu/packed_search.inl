@@ -56,9 +56,11 @@ Unclear search(const Codes& c, const Packed& packed, bool exact, const float* z,
 #else
     const auto first_pass = screen<2, false>;
 #endif
-    const int64_t unclear = first_pass(c, packed, exact, z, ld, rows, indices, left, scratch);
-    return {unclear, unclear ? search_fp32(c, packed, exact, z, ld, left, unclear, indices, scratch) : 0};
+    Unclear unclear = first_pass(c, packed, exact, z, ld, rows, indices, left, scratch);
+    if (const int64_t rest = unclear.in_first_pass)
+      unclear.in_fp32 = search_fp32(c, packed, exact, z, ld, left, rest, indices, scratch);
+    return unclear;
   }
 #endif
-  return {0, search_fp32(c, packed, exact, z, ld, nullptr, rows, indices, scratch)};
+  return {0, 0, search_fp32(c, packed, exact, z, ld, nullptr, rows, indices, scratch)};
 }

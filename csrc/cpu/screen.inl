@@ -16,8 +16,9 @@ constexpr int64_t kBlockPanels = 64;  // at most, of which each row has a bound
 constexpr int kNumberBits = 8;
 constexpr int64_t kSpan = 1 << kNumberBits;
 constexpr int kFew = 2;  // other lanes that are looked at without asking what their scores can tell
-constexpr int kWalked = W / 2;  // lanes whose codewords are all worth comparing
-constexpr int kTies = 16;  // that fp32 does not tell apart
+constexpr int kWalked = W / 2;  // lanes of a group of rows whose codewords are all compared before it goes over all again
+constexpr int kWorthwhile = 8;  // of the codewords a part so large is compared with in fp32 rather than all multiplied
+constexpr int kTies = 16;  // that fp32 does not tell apart, at a time
 constexpr float kUnit = 0x1p-24f;
 constexpr float kBeyond = 1e38f;  // scores from here on tell nothing: the sums may have left the range of fp32,
 constexpr float kNone = 3e38f;  // or there is no finite codeword
@@ -80,6 +81,7 @@ struct Row {
   const float* z;
   float squares, length, lost;  // ‖z‖², ‖ẑ‖ and ‖e_z‖ at most; less the centre
   bool left;  // to fp32
+  unsigned more;  // lanes that may have others than those looked at
   // The nearest is no farther than `upper`, and its score no more than `most`; all that were found within that are listed.
   float upper, most;
   int ties;
@@ -101,10 +103,28 @@ inline void lower_to(Row& row, float upper) {
   row.ties = kept;
 }
 
-inline void list(Row& row, int32_t j, float distance, float lower) {
+// The nearest of those that were found. A fast search is content with fp32, in which equal codewords are equal.
+inline Choice nearest_found(const Row& row, const Codes& c, bool exact, float* scratch) {
+  Choice choice{INFINITY, INT32_MAX};
+  for (int i = 0; i < row.ties; ++i) {
+    if (row.lower[i] > row.upper) continue;
+    if (exact)
+      consider(choice, c, row.z, row.index[i], scratch);
+    else if (row.distance[i] < choice.distance || (row.distance[i] == choice.distance && row.index[i] < choice.index))
+      choice = {row.distance[i], row.index[i]};
+  }
+  return choice;
+}
+
+inline void list(Row& row, const Codes& c, bool exact, int32_t j, float distance, float lower, float* scratch) {
+  for (int i = 0; i < row.ties; ++i)
+    if (row.index[i] == j) return;
   if (row.ties == kTies) {
-    row.left = true;
-    return;
+    const Choice choice = nearest_found(row, c, exact, scratch);
+    row.distance[0] = (float)choice.distance;
+    row.lower[0] = -INFINITY;
+    row.index[0] = choice.index;
+    row.ties = 1;
   }
   row.distance[row.ties] = distance;
   row.lower[row.ties] = lower;
@@ -113,7 +133,7 @@ inline void list(Row& row, int32_t j, float distance, float lower) {
 
 // Compares the kOfLane codewords of a lane, `order` to begin with, with those that were found before.
 template <int kOfLane, bool dithered>
-inline void compare(Row& row, const Codes& c, const int32_t* order, float* scratch) {
+inline void compare(Row& row, const Codes& c, bool exact, const int32_t* order, float* scratch) {
   const __m128i numbers = kOfLane == 4 ? _mm_loadu_si128((const __m128i*)order) : _mm_loadl_epi64((const __m128i*)order);
   __m128i there = _mm_cmplt_epi32(numbers, _mm_set1_epi32((int32_t)c.count));
   if (kOfLane == 2) there = _mm_move_epi64(there);
@@ -158,7 +178,7 @@ inline void compare(Row& row, const Codes& c, const int32_t* order, float* scrat
   unsigned may = _mm_movemask_ps(_mm_cmple_ps((__m128)lower, (__m128)four(row.upper)));  // none that is not finite
   for (; may; may &= may - 1) {
     const int i = __builtin_ctz(may);
-    list(row, order[i], distance[i], lower[i]);
+    list(row, c, exact, order[i], distance[i], lower[i], scratch);
   }
 }
 
@@ -173,64 +193,57 @@ inline float error_of(const Row& row, const Packed& packed, int64_t panel, int64
   return row.lost * packed.reaches[panel] + row.length * packed.losses[panel] + own(packed.reaches[panel], dim);
 }
 
-// Looks at the codewords of a span that can be the nearest, or leaves the row to fp32 if they are many. Its numbers are
-// start .. end - 1.
-template <int kOfLane, int kKept>
-void examine(Row& row, const Codes& c, const Packed& packed, int64_t start, int64_t end, const Least<kKept>& s,
-             float* scratch) {
+// Compares with the codewords that have this number, of this lane.
+template <int kOfLane>
+inline void look_at(Row& row, const Codes& c, const Packed& packed, bool exact, int64_t number, int lane, float* scratch) {
   constexpr int kLane = kPanel / W, kParts = kLane / kOfLane;  // a lane's codewords in a panel, and their numbers
-  const auto look_at = [&](int64_t number, int lane) {
-    const int32_t* of_lane = packed.order + number / kParts * kPanel + lane * kLane + number % kParts * kOfLane;
-    c.dither ? compare<kOfLane, true>(row, c, of_lane, scratch) : compare<kOfLane, false>(row, c, of_lane, scratch);
-  };
+  const int32_t* of_lane = packed.order + number / kParts * kPanel + lane * kLane + number % kParts * kOfLane;
+  c.dither ? compare<kOfLane, true>(row, c, exact, of_lane, scratch)
+           : compare<kOfLane, false>(row, c, exact, of_lane, scratch);
+}
+
+// Looks at the codewords of a span that can be the nearest, if they are among the least of their lanes. Its numbers begin
+// with `start`.
+template <int kOfLane, int kKept>
+void examine(Row& row, const Codes& c, const Packed& packed, bool exact, int64_t start, const Least<kKept>& s,
+             float* scratch) {
+  constexpr int kParts = kPanel / (kOfLane * W);
   const auto number_of = [&](const V& keys, int lane) { return start + (((const int32_t*)&keys)[lane] & (kSpan - 1)); };
+  const auto look = [&](const V& keys, int lane) {
+    look_at<kOfLane>(row, c, packed, exact, number_of(keys, lane), lane, scratch);
+  };
+  row.more = 0;
   const float least = lowest(s.of[0]);
   float limit = limit_of(row, c.dim);
   if (!(least < kBeyond && least <= limit)) return;
   const int nearest = __builtin_ctz(at_most(s.of[0], least));  // the best first: it rules most others out
-  look_at(number_of(s.of[0], nearest), nearest);
+  look(s.of[0], nearest);
   limit = limit_of(row, c.dim);
   if (!(limit < kBeyond)) {
     row.left = true;
     return;
   }
-  unsigned may = at_most(s.of[0], limit) & ~(1u << nearest);
-  if (__builtin_popcount(may) > kFew) {
+  const auto limit_by_score = [&] {
     const float most = least + 2.04f * error_of(row, packed, number_of(s.of[0], nearest) / kParts, c.dim);
     if (most < row.most) row.most = most;
     limit = limit_of(row, c.dim);
+  };
+  unsigned may = at_most(s.of[0], limit) & ~(1u << nearest);
+  if (__builtin_popcount(may) > kFew) {
+    limit_by_score();
     may = at_most(s.of[0], limit) & ~(1u << nearest);
   }
   for (int i = 0; i < kKept - 1; ++i) {
-    for (; may && !row.left; may &= may - 1) {
+    for (; may; may &= may - 1) {
       const int lane = __builtin_ctz(may);
-      if (((const float*)&s.of[i])[lane] <= limit) look_at(number_of(s.of[i], lane), lane);
+      if (((const float*)&s.of[i])[lane] <= limit) look(s.of[i], lane);
       limit = limit_of(row, c.dim);
     }
     may = at_most(s.of[i + 1], limit);
   }
-  unsigned more = may;  // lanes that may have others still
-  if (__builtin_popcount(more) > kWalked) row.left = true;
-  for (; more && !row.left; more &= more - 1) {
-    const int lane = __builtin_ctz(more);
-    for (int64_t number = start; number < end; ++number)
-      if (number != number_of(s.of[0], lane) && (kKept < 3 || number != number_of(s.of[1], lane))) look_at(number, lane);
-  }
-}
-
-// The nearest of those that were found, or -1. A fast search is content with fp32, in which equal codewords are equal.
-int32_t settle(const Row& row, const Codes& c, bool exact, float* scratch) {
-  if (row.left || row.ties == 0) return -1;
-  if (row.ties == 1) return row.index[0];
-  Choice choice{INFINITY, INT32_MAX};
-  for (int i = 0; i < row.ties; ++i) {
-    if (row.lower[i] > row.upper) continue;
-    if (exact)
-      consider(choice, c, row.z, row.index[i], scratch);
-    else if (row.distance[i] < choice.distance || (row.distance[i] == choice.distance && row.index[i] < choice.index))
-      choice = {row.distance[i], row.index[i]};
-  }
-  return choice.index;
+  if (may == 0) return;
+  limit_by_score();
+  row.more = at_most(s.of[kKept - 1], limit);
 }
 
 int64_t screen_scratch(int64_t dim, int64_t rows) {
@@ -239,9 +252,9 @@ int64_t screen_scratch(int64_t dim, int64_t rows) {
          kRows * (kBlockPanels + 2) + 8 * dim + 128;
 }
 
-// Indices of the rows that this can tell; the numbers of the others go to `left`, and their count is returned.
+// Indices of the rows that this can tell; the numbers of the others go to `left`.
 template <int kOfLane, bool folded>
-int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
+Unclear screen(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, int64_t rows,
                int32_t* indices, int32_t* left, float* scratch) {
   const int64_t dim = c.dim, words = group_words(dim), groups = (rows + kRows - 1) / kRows;
   const int64_t panels = packed.panels, bytes = 4 * panel_words(dim);
@@ -261,6 +274,7 @@ int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z,
       row.length = length_of(squares[r]) + lost[r];
       row.lost = lost[r];
       row.left = beyond;
+      row.more = 0;
       row.upper = row.most = INFINITY;
       row.ties = 0;
     }
@@ -270,33 +284,81 @@ int64_t screen(const Codes& c, const Packed& packed, bool exact, const float* z,
   const int64_t fit = kBlockBytes / bytes, step = fit < 1 ? 1 : fit < kBlockPanels ? fit : kBlockPanels;
   constexpr int kParts = kPanel / (kOfLane * W);  // of a panel, each with a number
   constexpr int64_t span = kSpan / kParts;
+  // f(row of the group, number, lower bounds of the scores) for some panels.
+  const auto bound = [&](int64_t g, int64_t first, int64_t last, auto f) __attribute__((always_inline)) {
+    for (int r = 0; r < kRows && !folded; ++r) {
+      const Row& row = found[g * kRows + r];
+      for (int64_t p = 0; p < last - first; p += W)
+        store(errors + r * kBlockPanels + p,
+              row.lost * load(packed.reaches + first + p) + row.length * load(packed.losses + first + p));
+    }
+    sweep<kOfLane, folded>(coarse + g * words, packed, first, last, dim,
+                           [&](int64_t r, int64_t p, int part, V least) __attribute__((always_inline)) {
+                             if (!folded) least -= errors[r * kBlockPanels + p - first];
+                             f(r, p * kParts + part, least);
+                           });
+  };
+  // For rows of a group that may have more codewords than those looked at: goes over the span once more.
+  const auto compare_all_within = [&](int64_t g, int64_t start, int64_t end) {
+    float limits[kRows];
+    int64_t looks[kRows], many = 0;
+    for (int r = 0; r < kRows; ++r) {
+      const Row& row = found[g * kRows + r];
+      const bool is_one = !row.left && row.more;
+      many += is_one;
+      limits[r] = is_one ? limit_of(row, dim) : -INFINITY;
+      looks[r] = (end - start) * kParts * W / kWorthwhile;
+    }
+    for (int64_t first = start; first < end; first += step)
+      bound(g, first, first + step < end ? first + step : end,
+            [&](int64_t r, int64_t number, V least) __attribute__((always_inline)) {
+              unsigned may = at_most(least, limits[r]);
+              if (__builtin_expect(may == 0, 1)) return;
+              Row& row = found[g * kRows + r];
+              looks[r] -= __builtin_popcount(may);
+              row.left = looks[r] < 0;
+              for (; may && !row.left; may &= may - 1)
+                look_at<kOfLane>(row, c, packed, exact, number, __builtin_ctz(may), codewords);
+              limits[r] = row.left ? -INFINITY : limit_of(row, dim);
+            });
+    return many;
+  };
+  Unclear unclear{};
   for (int64_t start = 0; start < panels; start += span) {
     const int64_t end = start + span < panels ? start + span : panels;
     for (int64_t n = 0; n < groups * kRows; ++n)
       for (V& least : states[n].of) least = all(kNone);
-    for (int64_t first = start; first < end; first += step) {
-      const int64_t last = first + step < end ? first + step : end;
-      for (int64_t g = 0; g < groups; ++g) {
-        for (int r = 0; r < kRows && !folded; ++r) {
-          const Row& row = found[g * kRows + r];
-          for (int64_t p = 0; p < last - first; p += W)
-            store(errors + r * kBlockPanels + p, row.lost * load(packed.reaches + first + p) +
-                                                     row.length * load(packed.losses + first + p));
-        }
-        sweep<kOfLane, folded>(coarse + g * words, packed, first, last, dim,
-                               [&](int64_t r, int64_t p, int part, V least) __attribute__((always_inline)) {
-                                 if (!folded) least -= errors[r * kBlockPanels + p - first];
-                                 update(states[g * kRows + r], least, (int32_t)((p - start) * kParts + part));
-                               });
+    for (int64_t first = start; first < end; first += step)
+      for (int64_t g = 0; g < groups; ++g)
+        bound(g, first, first + step < end ? first + step : end,
+              [&](int64_t r, int64_t number, V least) __attribute__((always_inline)) {
+                update(states[g * kRows + r], least, (int32_t)(number - start * kParts));
+              });
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t count = rows - g * kRows < kRows ? rows - g * kRows : kRows;
+      Row* row = found + g * kRows;
+      int lanes = 0;
+      for (int64_t r = 0; r < count; ++r) {
+        if (row[r].left) continue;
+        examine<kOfLane>(row[r], c, packed, exact, start * kParts, states[g * kRows + r], codewords);
+        lanes += __builtin_popcount(row[r].more);
       }
+      if (lanes > kWalked) {
+        unclear.again += compare_all_within(g, start, end);
+        continue;
+      }
+      for (int64_t r = 0; r < count; ++r)
+        for (unsigned more = row[r].more; more; more &= more - 1)
+          for (int64_t number = start * kParts; number < end * kParts; ++number)
+            look_at<kOfLane>(row[r], c, packed, exact, number, __builtin_ctz(more), codewords);
     }
-    for (int64_t n = 0; n < rows; ++n)
-      if (!found[n].left) examine<kOfLane>(found[n], c, packed, start * kParts, end * kParts, states[n], codewords);
   }
-  int64_t unclear = 0;
   for (int64_t n = 0; n < rows; ++n) {
-    indices[n] = settle(found[n], c, exact, codewords);
-    if (indices[n] < 0) left[unclear++] = (int32_t)n;
+    const Row& row = found[n];
+    if (row.left || row.ties == 0)
+      left[unclear.in_first_pass++] = (int32_t)n;
+    else
+      indices[n] = row.ties == 1 ? row.index[0] : nearest_found(row, c, exact, codewords).index;
   }
   return unclear;
 }

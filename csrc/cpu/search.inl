@@ -2,6 +2,7 @@
 // epilogue, and fp64 for the rows whose minimum rounding could have moved.
 
 constexpr int64_t kPanelFloats = 1 << 17;
+constexpr int kFewLanes = 2;  // whose codewords a row is compared with at once
 
 // A row's running minimum per lane, the runner-up of each lane, and where the minimum was found.
 struct State {
@@ -60,47 +61,51 @@ inline void transpose_rows(const float* const* row, const float* centre, int64_t
   for (int r = 0; r < MR; ++r) to[r] = 1.0001f * sqrtf(squares[r]);
 }
 
-// The row's nearest codeword, from the minima of its lanes. Counts the row in `many` if it had to compare all of a lane.
+// The row's nearest codeword, from the minima of its lanes; or what no score of its may exceed, if more have to be compared
+// than these minima and kFewLanes others' codewords, and else -Inf.
 //
 // A computed score has its codeword's error taken off (pack.inl), and is no more than the true one. So none can be the
 // nearest whose score is higher than the least by twice the error of that one's codeword, which is no longer than
 // R = ‖z‖ + δ, at its distance δ (both less the centre), nor than the longest of all. Only where others are within this is
 // it worth while to find out how long it is. Codewords within the limit are compared in fp64.
-int32_t resolve(const Codes& c, const Packed& packed, bool exact, const float* z, float squares, const State& s,
-                int64_t& many, float* scratch) {
-  float least = s.best[0];
-  for (int l = 1; l < W; ++l) least = s.best[l] < least ? s.best[l] : least;
+float resolve(const Codes& c, const Packed& packed, bool exact, const float* z, float squares, const State& s,
+              int32_t& index, float* scratch) {
+  const float least = lowest(s.best);
   const float length = sqrtf(squares), apart = 2 * least + squares;
   const float near = 1.1f * (length + sqrtf(apart > 0 ? apart : 0.0f));
   const auto limit_of = [&](float R) {
     return least + 2.01f * (rounding(c.dim) * R * (0.5f * R + length) + (2.0f * c.dim + 32.0f) * FLT_MIN);
   };
   float limit = limit_of(near < 1.1f * packed.reach ? near : 1.1f * packed.reach);
-  Choice choice{INFINITY, INT32_MAX};
   // Beyond the range of fp32, where a finite codeword may be missing (`centred`); or no codeword, or not a finite row.
   if (!(fabsf(limit) < FLT_MAX && near < 1.8e19f)) {
-    if (!finite(z, c.dim)) return 0;
+    index = 0;
+    if (!finite(z, c.dim)) return -INFINITY;
+    Choice choice{INFINITY, 0};
     for (int64_t j = 0; j < c.count; ++j) consider(choice, c, z, j, scratch);
-    return choice.distance < INFINITY ? choice.index : 0;
+    index = choice.index;
+    return -INFINITY;
   }
-  int32_t index = INT32_MAX, candidates = 0;
-  for (int l = 0; l < W; ++l) {
-    if (s.best[l] == least && s.index[l] < index) index = s.index[l];
-    candidates += (s.best[l] <= limit) + (s.second[l] <= limit);
+  index = INT32_MAX;
+  for (unsigned lanes = at_most(s.best, least); lanes; lanes &= lanes - 1) {
+    const int32_t found = ((const int32_t*)&s.index)[__builtin_ctz(lanes)];
+    index = found < index ? found : index;
   }
-  if (!exact || candidates == 1) return index;
+  if (!exact || __builtin_popcount(at_most(s.best, limit)) + __builtin_popcount(at_most(s.second, limit)) == 1)
+    return -INFINITY;
   limit = limit_of(1.001f * sqrtf(centred(c, index, packed.centre, scratch + 2 * c.dim, scratch)));
-  bool whole = false;
-  for (int l = 0; l < W; ++l) {
-    if (s.second[l] <= limit) {
-      whole = true;
-      for (int64_t j = l; j < c.count; j += W) consider(choice, c, z, j, scratch);
-    } else if (s.best[l] <= limit) {
-      consider(choice, c, z, s.index[l], scratch);
-    }
+  const unsigned whole = at_most(s.second, limit);
+  if (__builtin_popcount(whole) > kFewLanes) return limit;
+  Choice choice{INFINITY, INT32_MAX};
+  for (unsigned lanes = at_most(s.best, limit); lanes; lanes &= lanes - 1) {
+    const int lane = __builtin_ctz(lanes);
+    if (whole >> lane & 1)
+      for (int64_t j = lane; j < c.count; j += W) consider(choice, c, z, j, scratch);
+    else
+      consider(choice, c, z, ((const int32_t*)&s.index)[lane], scratch);
   }
-  many += whole;
-  return choice.index;
+  index = choice.index;
+  return -INFINITY;
 }
 
 inline int64_t block_of_panels(int64_t dim) {
@@ -108,26 +113,19 @@ inline int64_t block_of_panels(int64_t dim) {
   return fit > 1 ? fit : 1;
 }
 
-// Floats that search_fp32 works in; with room for panels where they are not packed.
-int64_t scratch_fp32(int64_t dim, int64_t rows, bool packs) {
-  const int64_t padded = (rows + MR - 1) / MR * MR;
-  return padded * (3 * W + 2 + dim) + (NR + 2) * dim + (packs ? block_of_panels(dim) * NR * (dim + 2) : 0) + 64;
-}
-
-// The rows `list` of z, or all in turn where it is null. Returns how many of them `resolve` counts.
-int64_t search_fp32(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, const int32_t* list,
-                    int64_t rows, int32_t* indices, float* scratch) {
+// f(first row, its transposed rows, a panel's values and halves, first codeword) for all groups of MR rows and all panels:
+// of the rows `list` of z, or all in turn where it is null.
+template <class F>
+void sweep_fp32(const Codes& c, const Packed& packed, const float* z, int64_t ld, const int32_t* list, int64_t rows,
+                float* squares, float* scratch, F f) {
   const int64_t dim = c.dim, depth = dim + 1, groups = (rows + MR - 1) / MR, panels = (c.count + NR - 1) / NR;
-  State* states = (State*)aligned(scratch);
-  float* squares = (float*)(states + groups * MR);
-  float* zt = squares + groups * MR;  // [groups][depth][MR]
+  float* zt = scratch;  // [groups][depth][MR]
   float* codewords = zt + groups * depth * MR;
   for (int64_t g = 0; g < groups; ++g) {
     const float* row[MR];
     for (int r = 0; r < MR; ++r) {
       const int64_t n = g * MR + r, last = n < rows ? n : rows - 1;
       row[r] = z + (list ? list[last] : last) * ld;
-      states[n] = {all(INFINITY), all(INFINITY), I{}};
     }
     transpose_rows(row, packed.centre, dim, zt + g * depth * MR, squares + g * MR);
   }
@@ -145,13 +143,54 @@ int64_t search_fp32(const Codes& c, const Packed& packed, bool exact, const floa
     }
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t p = 0; p < last - first; ++p)
-        nearest_in_panel(zt + g * depth * MR, values + p * depth * NR, halves + p * NR, depth,
-                         (int32_t)((first + p) * NR), states + g * MR);
+        f(g * MR, zt + g * depth * MR, values + p * depth * NR, halves + p * NR, (int32_t)((first + p) * NR));
   }
+}
+
+// Floats that search_fp32 works in; with room for panels where they are not packed.
+int64_t scratch_fp32(int64_t dim, int64_t rows, bool packs) {
+  const int64_t padded = (rows + MR - 1) / MR * MR;
+  return padded * (3 * W + 8 + dim) + (NR + 4) * dim + (packs ? block_of_panels(dim) * NR * (dim + 2) : 0) + 64;
+}
+
+// The rows `list` of z, or all in turn where it is null. Rows of which many scores are as good as equal (codewords close to
+// each other and far from the centre) go over the codebook once more, to compare those codewords in fp64. Returns their count.
+int64_t search_fp32(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, const int32_t* list,
+                    int64_t rows, int32_t* indices, float* scratch) {
+  const int64_t depth = c.dim + 1, padded = (rows + MR - 1) / MR * MR;
+  State* states = (State*)aligned(scratch);
+  Choice* choices = (Choice*)(states + padded);
+  float *squares = (float*)(choices + padded), *limits = squares + padded;
+  int32_t* again = (int32_t*)(limits + padded);
+  float* rest = (float*)(again + padded);
+  for (int64_t n = 0; n < padded; ++n) states[n] = {all(INFINITY), all(INFINITY), I{}};
+  sweep_fp32(c, packed, z, ld, list, rows, squares, rest,
+             [&](int64_t n, const float* zt, const float* values, const float* halves, int32_t first) {
+               nearest_in_panel(zt, values, halves, depth, first, states + n);
+             });
   int64_t many = 0;
   for (int64_t n = 0; n < rows; ++n) {
-    const int64_t at = list ? list[n] : n;
-    indices[at] = resolve(c, packed, exact, z + at * ld, squares[n], states[n], many, codewords);
+    const int32_t at = list ? list[n] : (int32_t)n;
+    const float limit = resolve(c, packed, exact, z + at * ld, squares[n], states[n], indices[at], rest);
+    if (limit == -INFINITY) continue;
+    again[many] = at;
+    limits[many] = limit;
+    choices[many++] = {INFINITY, INT32_MAX};
   }
+  if (!many) return 0;
+  float* codewords = rest;
+  sweep_fp32(c, packed, z, ld, again, many, squares, rest + 2 * c.dim,
+             [&](int64_t n, const float* zt, const float* values, const float* halves, int32_t first) {
+               V scores[MR][2];
+               score(zt, values, halves, depth, [&](int r, V scores0, V scores1) __attribute__((always_inline)) {
+                 scores[r][0] = scores0;
+                 scores[r][1] = scores1;
+               });
+               for (int64_t r = 0; r < MR && n + r < many; ++r)
+                 for (int half = 0; half < 2; ++half)
+                   for (unsigned may = at_most(scores[r][half], limits[n + r]); may; may &= may - 1)
+                     consider(choices[n + r], c, z + again[n + r] * ld, first + half * W + __builtin_ctz(may), codewords);
+             });
+  for (int64_t i = 0; i < many; ++i) indices[again[i]] = choices[i].index;
   return many;
 }
