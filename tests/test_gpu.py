@@ -268,7 +268,7 @@ def test_no_layer_waits_for_the_device(kind: type) -> None:
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_peak_memory(name: str, precision: str) -> None:
     """Beyond results and gradients: some numbers per row and some copies of the codebook."""
-    rows, codewords, dim = 1 << 18, 4096, 64
+    rows, codewords, dim = 1 << (20 if name.startswith("residual") else 18), 4096, 64
     quantizer = {each.name: each for each in QUANTIZERS}.get(name)
     shape = quantizer.books_shape(codewords, dim) if quantizer else (codewords, dim)
     z, books = (torch.randn(size, device="cuda").requires_grad_() for size in ((rows, dim), shape))
@@ -296,7 +296,7 @@ def test_peak_memory(name: str, precision: str) -> None:
     widest = max(configuration(f"search_{each}", dim, z.device)["BLOCK_K"] for each in ("fp16", "bf16x3"))
     scores = rows * (widest + 12) if name in ("nearest", "diveq", "sf_diveq") else 0
     allowed = 48 * rows + 8 * books.numel() * 4 + residuals + scores + (1 << 22)
-    assert allowed < rows * dim * 4 + residuals  # so that N x D would be seen
+    assert allowed < rows * dim * 4  # so that N x D would be seen
     assert extra <= allowed, f"{extra / 2**20:.1f} MiB beside results and gradients, {allowed / 2**20:.1f} allowed"
 
 

@@ -190,6 +190,23 @@ def test_steps_compile_without_spills(architecture: int, dtype: torch.dtype) -> 
         check_fits(launches, architecture)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sorted_sums_compile_without_spills(architecture: int, dtype: torch.dtype) -> None:
+    """The codebook's gradient under deterministic algorithms, in every tile of its."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for entry in table(f"sm_{architecture}")["segments"]:
+            z, books = (meta(n, min(entry["max_dim"], 512), dtype=dtype) for n in (FEW_ROWS, CODEWORDS))
+            with recorded(architecture) as launches:
+                steps(z, books, "fast")
+            launches = [x for x in launches if x.kernel.__name__ == "segment_kernel"]
+            assert {x.options["ENDS"] for x in launches} == {1, 2}
+            check_fits(launches, architecture)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     ("architecture", "dtype"), [*((each, torch.float32) for each in ARCHITECTURES), (90, torch.float16)], ids=str
 )

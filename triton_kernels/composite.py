@@ -3,7 +3,7 @@
 Residual: r_0 = z, r_{q+1} = r_q − p_q, ẑ = Σ_q p_q. Product: one search per group of columns, ẑ their concatenation.
 p is the nearest codeword, or in the SF forms the nearest (1−λ_j)c_j + λ_j c_{j+1}.
 
-A program keeps its rows' residual in a tile of its own, which stays in cache, and takes row tiles until none is left:
+A program keeps its rows' residual in a tile of its own, and takes row tiles until none is left: from 2048 tiles on
 memory does not grow with N, and d = −r_Q is read from there. (Carried in registers from stage to stage, the residual
 makes Triton move every score between layouts: 11 instructions per distance in place of 6.)
 """

@@ -93,8 +93,8 @@ def look_kernel(
     begin = tl.sum(tl.where(chosen, begins, 0), axis=1)
     second = tl.min(tl.where(chosen, float("inf"), rest), axis=1)
 
-    of_x = tl.load(squares + n, mask=inside, other=float("inf"))
-    searched = live & (of_x < (LONG if EXACT else float("inf")))  # as in settle
+    square = tl.load(squares + n, mask=inside, other=float("inf"))
+    searched = live & (square < (LONG if EXACT else float("inf")))  # as in settle
     there = searched & (score < float("inf"))
     member = tl.arange(0, 8)[None, :]
 
@@ -112,14 +112,14 @@ def look_kernel(
     index = tl.where(distance < float("inf"), begin + nearest // 2 * 8 + nearest % 2, 0)
 
     if EXACT:
-        of_c, of_row = bounds(tl.where(searched, of_x, 0.0), lengths, PRODUCT, KAPPA, D)
+        of_c, of_row = bounds(tl.where(searched, square, 0.0), lengths, PRODUCT, KAPPA, D)
         above = above_score(of_members, distances, distance, of_c, of_row, lengths, D)
         limit = tl.where(there, score + above, float("inf"))
         limit = tl.where(searched, limit, float("-inf"))
         SPLITS: tl.constexpr = GROUPS // PLACES
         of_splits = n[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
         least_hidden = tl.min(tl.load(hidden + of_splits, mask=inside[:, None], other=float("inf")), axis=1)
-        undecided = is_open((second <= limit) & (second < float("inf")), limit, least_hidden, of_x, live)
+        undecided = is_open((second <= limit) & (second < float("inf")), limit, least_hidden, square, live)
         if too_wide is not None:
             undecided = undecided | ((tl.load(too_wide) != 0) & live)
     else:

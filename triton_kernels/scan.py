@@ -88,18 +88,18 @@ def bounds(squares, lengths, PRODUCT: tl.constexpr, KAPPA: tl.constexpr, D: tl.c
     s = tl.minimum(tl.maximum(length / tl.load(lengths + 1), 2.0**-12), MOST)
     r = tl.minimum(tl.load(lengths + 2), length / s)
     of_c = (KAPPA_1 * s + KAPPA_2) * 1.001  # for the rounding of this line and the next
-    of_x = KAPPA_1 * 1.001 * r * (2.0 * length - s * r) + 6.1 * 2.0**-24 * reach(lengths)
-    of_x += D * 2.0**-122  # products that underflow
+    of_row = KAPPA_1 * 1.001 * r * (2.0 * length - s * r) + 6.1 * 2.0**-24 * reach(lengths)
+    of_row += D * 2.0**-122  # products that underflow
     if PRODUCT == "fp16":
         middling = tl.load(lengths)
-        of_x += ROOT_D * 2.0**-22 * middling * scaled_length(squares, middling)
-    return of_c, of_x
+        of_row += ROOT_D * 2.0**-22 * middling * scaled_length(squares, middling)
+    return of_c, of_row
 
 
 @triton.jit
-def error(of_c, of_x, bias, lengths):
+def error(of_c, of_row, bias, lengths):
     """The most by which a codeword's score is off, with the errors from ``bounds`` and the codeword's ``bias``."""
-    return of_x + of_c * (bias + reach(lengths)) * 1.001
+    return of_row + of_c * (bias + reach(lengths)) * 1.001
 
 
 @triton.jit
@@ -270,7 +270,7 @@ def scan_kernel(
     if SPLITS > 1:
         begin = tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K * split
         end = tl.minimum(begin + tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K, count)
-    best, where, least_hidden, of_x = scan(
+    best, where, least_hidden, square = scan(
         z, starts, step, live, points, bias, centre, lengths, count, begin, end,
         PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
     )  # fmt: skip
@@ -278,6 +278,6 @@ def scan_kernel(
     to = ((n * SPLITS + split) * (BLOCK_K // 8))[:, None, None] + place
     tl.store(scores + to, best, mask=inside[:, None, None])
     tl.store(tiles + to, where, mask=inside[:, None, None])
-    tl.store(squares + n, of_x, mask=inside & (split == 0))
+    tl.store(squares + n, square, mask=inside & (split == 0))
     if EXACT:
         tl.store(hidden + n * SPLITS + split, least_hidden, mask=inside)

@@ -51,7 +51,7 @@ def _load_members(codebook, code_stride, code_step, dither, j, live, k, inside):
 
 @triton.jit
 def _measure_group(
-    begin, active, of_c, of_x, z, starts, step, codebook, code_stride, code_step, dither, bias, lengths, real,
+    begin, active, of_c, of_row, z, starts, step, codebook, code_stride, code_step, dither, bias, lengths, real,
     EXACT: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(nearest codeword, its squared distance, ``above``) of the groups that begin at ``begin`` [BN].
@@ -78,12 +78,12 @@ def _measure_group(
     nearest = begin + of_group // 2 * 8 + of_group % 2
     above = least
     if EXACT:
-        above = above_score(of_j, total, least, of_c, of_x, lengths, D)
+        above = above_score(of_j, total, least, of_c, of_row, lengths, D)
     return nearest, least, above
 
 
 @triton.jit
-def above_score(bias, distances, least, of_c, of_x, lengths, D: tl.constexpr):
+def above_score(bias, distances, least, of_c, of_row, lengths, D: tl.constexpr):
     """How far the score of the nearest codeword of measured groups can be above the group's, twice its error less.
 
     The group's score is that of one of its 8 codewords, with ``bias`` (Inf where there is none) and ``distances``
@@ -91,7 +91,7 @@ def above_score(bias, distances, least, of_c, of_x, lengths, D: tl.constexpr):
     nearer than it by what was measured, up to the rounding of that. So a long codeword beside short ones, whose error
     is large, does not count for these if it is far.
     """
-    twice = 2.0 * error(of_c[:, None], of_x[:, None], bias, lengths)
+    twice = 2.0 * error(of_c[:, None], of_row[:, None], bias, lengths)
     nearer = distances - least[:, None] - (D + 8) * 2.0**-24 * (distances + least[:, None])
     above = twice - tl.maximum(tl.where(distances < float("inf"), nearer, 0.0), 0.0)
     return tl.max(tl.where(bias < float("inf"), above, float("-inf")), axis=1)
@@ -99,7 +99,7 @@ def above_score(bias, distances, least, of_c, of_x, lengths, D: tl.constexpr):
 
 @triton.jit
 def look_again(
-    scores, where, index, distance, limit, of_c, of_x, z, starts, step,
+    scores, where, index, distance, limit, of_c, of_row, z, starts, step,
     codebook, code_stride, code_step, dither, bias, lengths, real, MOST: tl.constexpr,
     EXACT: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PLACES: tl.constexpr,
@@ -108,7 +108,7 @@ def look_again(
 
     ``scores`` [BN, GROUPS] are the least of each group, +Inf where there is none, PLACES of them of one tile; ``where``
     the first codeword of the tile that the group is from; ``index`` and ``distance`` [BN] the nearest so far. Above
-    ``limit`` [BN] a group cannot hold the nearest; it is -Inf in rows to leave alone. ``of_c`` and ``of_x`` are, for
+    ``limit`` [BN] a group cannot hold the nearest; it is -Inf in rows to leave alone. ``of_c`` and ``of_row`` are, for
     ``exact``, from ``bounds``. Rows that have more than ``MOST`` such groups (0: any number) stay ``active``.
     """
     place = tl.arange(0, GROUPS)[None, :]
@@ -125,7 +125,7 @@ def look_again(
         rest = tl.where(chosen, float("inf"), rest)
         begin = tl.sum(tl.where(chosen, begins, 0), axis=1)
         j, d, above = _measure_group(
-            begin, active, of_c, of_x, z, starts, step, codebook, code_stride, code_step, dither, bias, lengths, real,
+            begin, active, of_c, of_row, z, starts, step, codebook, code_stride, code_step, dither, bias, lengths, real,
             EXACT, D, PADDED_D, BLOCK_N,
         )  # fmt: skip
         closer = (d < distance) | ((d == distance) & (j < index))
@@ -156,12 +156,12 @@ def settle(
     distance Inf and limit -Inf.
     """
     live = live & (squares < (LONG if EXACT else float("inf")))
-    of_c, of_x = bounds(tl.where(live, squares, 0.0), lengths, PRODUCT, KAPPA, D)
+    of_c, of_row = bounds(tl.where(live, squares, 0.0), lengths, PRODUCT, KAPPA, D)
     index = tl.zeros((BLOCK_N,), tl.int32)
     distance = tl.full((BLOCK_N,), float("inf"), tl.float32)
     limit = tl.where(live, float("inf"), float("-inf"))
     return look_again(
-        scores, where, index, distance, limit, of_c, of_x, z, starts, step,
+        scores, where, index, distance, limit, of_c, of_row, z, starts, step,
         codebook, code_stride, code_step, dither, bias, lengths, real, MOST,
         EXACT, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
     )  # fmt: skip
@@ -202,10 +202,10 @@ def settle_kernel(
         group = (n * GROUPS)[:, None] + tl.arange(0, GROUPS)[None, :]
         best = tl.load(scores + group, mask=inside[:, None], other=float("inf"))
         where = tl.load(tiles + group, mask=inside[:, None], other=0)
-        of_x = tl.load(squares + n, mask=inside, other=float("inf"))
+        square = tl.load(squares + n, mask=inside, other=float("inf"))
         starts = row_starts(n, inner, outer_stride, inner_stride, D)
         index, distance, limit, undecided = settle(
-            best, where, of_x, live, z, starts, step,
+            best, where, square, live, z, starts, step,
             codebook, code_stride, code_step, dither, bias, lengths, real,
             PRODUCT, EXACT, KAPPA, MOST, D, PADDED_D, BLOCK_N, GROUPS, PLACES,
         )  # fmt: skip
@@ -222,8 +222,8 @@ def settle_kernel(
             SPLITS: tl.constexpr = GROUPS // PLACES
             of_splits = (n * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
             least_hidden = tl.min(tl.load(hidden + of_splits, mask=inside[:, None], other=float("inf")), axis=1)
-            of_x = tl.load(squares + n, mask=inside, other=0.0)
-            undecided = is_open(undecided, limit, least_hidden, of_x, live)
+            square = tl.load(squares + n, mask=inside, other=0.0)
+            undecided = is_open(undecided, limit, least_hidden, square, live)
         found = tl.where(live, index, -1)
         if left is not None:
             if too_wide is not None:
