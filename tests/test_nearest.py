@@ -75,12 +75,15 @@ def test_data_far_from_the_origin(target: Target, dtype: torch.dtype) -> None:
 
 
 @on_every_target
-def test_two_clusters_far_apart(target: Target) -> None:
-    """Centring on the codebook's mean gains nothing here."""
+@pytest.mark.parametrize(
+    ("dtype", "apart", "spread"), [(torch.float32, 1e4, 1.0), (torch.float64, 1e6, 1e-2)], ids=["float32", "float64"]
+)
+def test_two_clusters_far_apart(target: Target, dtype: torch.dtype, apart: float, spread: float) -> None:
+    """Centring on the codebook's mean gains nothing here; products in fp64 lose the digits of the second pair."""
     gen = generator()
-    sides = torch.tensor([-1e4, 1e4])
-    z = torch.randn(400, 16, generator=gen) + sides[torch.arange(400) % 2, None]
-    codebook = torch.randn(300, 16, generator=gen) + sides[torch.arange(300) % 2, None]
+    sides = torch.tensor([-apart, apart], dtype=dtype)
+    z = spread * torch.randn(400, 16, generator=gen).to(dtype) + sides[torch.arange(400) % 2, None]
+    codebook = spread * torch.randn(300, 16, generator=gen).to(dtype) + sides[torch.arange(300) % 2, None]
     found = F.nearest(z.to(target.device), codebook.to(target.device), backend=target.backend)
     assert_nearest(found, z, codebook, search_eps(target, z))
     assert torch.equal(found.indices.cpu() % 2, torch.arange(400) % 2)

@@ -120,6 +120,15 @@ def test_one_codeword_far_from_all_others(target: Target) -> None:
 
 
 @on_every_target
+def test_two_clusters_far_apart_in_fp64(target: Target) -> None:
+    """Distances within a cluster are below the last digit of products about a centre between the clusters."""
+    gen = generator()
+    sides = torch.tensor([[-1e6], [1e6]], dtype=torch.float64).repeat_interleave(60, 0)
+    codebook = sides + 1e-2 * torch.randn(120, 16, generator=gen)
+    check(target, sides.repeat(2, 1) + 1e-2 * torch.randn(240, 16, generator=gen), codebook)
+
+
+@on_every_target
 @pytest.mark.parametrize("far", [1e2, 1e5])
 def test_long_segments_pass_by(target: Target, far: float) -> None:
     """The nearest segments have both of their ends far away, in opposite directions."""

@@ -104,3 +104,15 @@ def test_rows_exactly_at_an_end(target: Target, dim: int, dtype: torch.dtype, de
         torch.use_deterministic_algorithms(False)
     assert torch.equal(again, j) and (dz == 0).all()
     assert torch.equal(f64(dc), torch.zeros_like(codebook).index_add_(0, j + (inner > 0), g).double())
+
+
+@on_every_target
+@pytest.mark.parametrize("at_end", [False, True])
+def test_near_an_end_of_a_long_segment(target: Target, at_end: bool) -> None:
+    """Inside, though t in fp32 is hardly to be told from that of the end: the point moves along with the row."""
+    gen = generator()
+    codebook = torch.zeros(2, 3)
+    codebook[0 if at_end else 1, 0] = 1e8
+    z, g = torch.rand(20, 3, generator=gen) + 0.5, torch.randn(20, 3, generator=gen)
+    _, dz, _ = gradients(target, z, codebook, g, torch.zeros(20), None)
+    torch.testing.assert_close(dz.cpu(), g * torch.tensor([1.0, 0.0, 0.0]), rtol=1e-5, atol=1e-5)

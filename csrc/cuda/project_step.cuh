@@ -7,9 +7,9 @@
 namespace diveq {
 
 // t = clamp((z - c_j)·d / ‖d‖², 0, 1), 0 on a segment without length; NaN stays NaN.
-__device__ inline float position(double along, double squared_length) {
+__device__ inline double position(double along, double squared_length) {
   const double t = squared_length == 0.0 ? 0.0 : along / squared_length;
-  return static_cast<float>(t < 0.0 ? 0.0 : t > 1.0 ? 1.0 : t);
+  return t < 0.0 ? 0.0 : t > 1.0 ? 1.0 : t;
 }
 
 __device__ inline void add_wide_products(double& total, const Quad& a, const Quad& b) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) project_step_kernel(Rows z, Codes co
       bad += static_cast<float>(not_finite(here));
     });
   }
-  float place = position(sum(sums.along, lanes), sum(sums.squared_length, lanes));
+  float place = static_cast<float>(position(sum(sums.along, lanes), sum(sums.squared_length, lanes)));
   if (sum(bad, lanes) > 0.0f) place = NAN;
   if (!at.live) return;
   if (at.lane == 0) t[at.row] = place;
@@ -100,11 +100,12 @@ __global__ void __launch_bounds__(kThreads)
     });
   }
   const double squared_length = sum(of_row.squared_length, lanes);
-  const float t = position(sum(of_row.along, lanes), squared_length);
+  const double place = position(sum(of_row.along, lanes), squared_length);
+  const float t = static_cast<float>(place);
   to_t = sum(to_t, lanes);
   const bool finite = sum(bad, lanes) == 0.0f && t == t;
   if (!at.live) return;
-  const bool inside = t > 0.0f && t < 1.0f;
+  const bool inside = place > 0.0 && place < 1.0;  // of a long segment t may round to that of its end
   const float q = j >= 0 && inside ? static_cast<float>((grad_t[at.row] + to_t) / squared_length) : 0.0f;
   if (scalars && at.lane == 0) {
     scalars[at.row] = j >= 0 && finite ? t : -1.0f;

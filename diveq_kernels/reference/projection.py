@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.reference.rows import add_rows, blocks, empty_gradients, leave_out, put
-from diveq_kernels.reference.search import argmin_over_chunks, centre_of, interpolate
+from diveq_kernels.reference.search import argmin_over_chunks, centre_of, distances, interpolate
 
 
 def _position(along: Tensor, squared_length: Tensor) -> Tensor:
@@ -22,24 +22,27 @@ def _position(along: Tensor, squared_length: Tensor) -> Tensor:
 def _nearest_segment(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
     """Index of the nearest segment for rows z [n, D] -> int64 [n]."""
     dtype = torch.float64 if precision == "exact" else compute_dtype(z, codebook)
+    by_differences = compute_dtype(z, codebook) == torch.float64  # as in search.py
     centre = centre_of(codebook)
     rows = (z.to(torch.float64) - centre).to(dtype)
 
     def cost(first: int, last: int) -> Tensor:
-        """‖z − a − τ·d̂‖² − ‖z‖², a the end nearer to the centre, d̂ the unit direction to the other, τ in [0, ‖d‖].
+        """‖z − a − τ·d̂‖², or this less ‖z‖², a the end nearer to z, d̂ the unit direction to the other, τ in [0, ‖d‖].
 
-        The squared distance from a far end, or along a long d, would lose the digits of rows near the other end.
+        Digits would be lost from the other end; and in (z − a)·d̂, if not taken from the end nearer to the centre.
         """
         c = (codebook[first : last + 1].to(torch.float64) - centre).to(dtype)
         squares = c.square().sum(dim=1)
-        start_is_near = (squares[:-1] <= squares[1:])[:, None]
-        near, far = torch.where(start_is_near, c[:-1], c[1:]), torch.where(start_is_near, c[1:], c[:-1])
+        start_is_near = squares[:-1] <= squares[1:]
+        near, far = (torch.where(at_start[:, None], c[:-1], c[1:]) for at_start in (start_is_near, ~start_is_near))
         length = torch.linalg.vector_norm(far - near, dim=1)
         unit = (far - near) / torch.where(length == 0, 1.0, length)[:, None]
-        along = torch.addmm((near * unit).sum(dim=1), rows, unit.T, beta=-1)  # (z − a)·d̂, [n, chunk]
+        along = torch.addmm((near * unit).sum(dim=1), rows, unit.T, beta=-1)  # [n, chunk]
+        to_ends = distances(rows, c).square_() if by_differences else torch.addmm(squares, rows, c.T, alpha=-2)
+        to_start, to_end = to_ends[:, :-1], to_ends[:, 1:]
+        along = torch.where((to_start <= to_end) == start_is_near, along, length - along)
         tau = along.clamp_min(0).minimum(length)
-        to_near = torch.addmm(near.square().sum(dim=1), rows, near.T, alpha=-2)
-        return to_near.addcmul_(tau, along.mul_(-2).add_(tau)).to(torch.float64)
+        return to_start.minimum(to_end).addcmul_(tau, along.mul_(-2).add_(tau)).to(torch.float64)
 
     return argmin_over_chunks(cost, z.shape[0], codebook.shape[0] - 1, z.shape[1], z.device)
 
@@ -72,20 +75,19 @@ def project_backward(
     need_z: bool,
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The derivative with the segment held fixed; t moves only strictly inside (0, 1)."""
-    dtype = compute_dtype(z, codebook)
-    grad_z, grad_codebook = empty_gradients(z, codebook, dtype, need_z, need_codebook)
+    """The derivative with the segment held fixed; t moves only strictly inside (0, 1). In float64, as t was found."""
+    grad_z, grad_codebook = empty_gradients(z, codebook, compute_dtype(z, codebook), need_z, need_codebook)
     for index, _, rows, _ in blocks(z, None):
         chosen = indices[index].reshape(-1).long()
         kept, j = (chosen >= 0)[:, None], chosen.clamp_min(0)
-        g = grad_points[index].reshape(rows.shape).to(dtype)
-        start, end = codebook[j].to(dtype), codebook[j + 1].to(dtype)
-        d, from_start = end - start, rows.to(dtype) - start
+        g = grad_points[index].reshape(rows.shape).to(torch.float64)
+        start, end = codebook[j].to(torch.float64), codebook[j + 1].to(torch.float64)
+        d, from_start = end - start, rows.to(torch.float64) - start
         squared_length = d.square().sum(dim=-1, keepdim=True)
         t = _position((from_start * d).sum(dim=-1, keepdim=True), squared_length)
         finite = (from_start.isfinite() & d.isfinite()).all(dim=-1, keepdim=True)
         inside = (t > 0) & (t < 1)
-        total = grad_t[index].reshape(-1, 1).to(dtype) + (g * d).sum(dim=-1, keepdim=True)  # ∂L/∂t
+        total = grad_t[index].reshape(-1, 1) + (g * d).sum(dim=-1, keepdim=True)  # ∂L/∂t
         through_t = torch.where(inside, total / torch.where(inside, squared_length, 1.0), 0.0)
         if need_z:
             value = torch.where(finite, through_t * d, torch.nan)

@@ -33,6 +33,11 @@ def centre_of(codebook: Tensor) -> Tensor:
     return sample.nan_to_num(0.0, 0.0, 0.0).sort(dim=0).values[(sample.shape[0] - 1) // 2]
 
 
+def distances(rows: Tensor, points: Tensor) -> Tensor:
+    """‖z_n − c_j‖ [n, chunk] from differences: slower than products by several times, and to the last digits."""
+    return torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def argmin_over_chunks(
     cost: Callable[[int, int], Tensor], rows: int, count: int, dim: int, device: torch.device
 ) -> Tensor:
@@ -66,15 +71,19 @@ def _codewords(codebook: Tensor, dither: Tensor | None, dtype: torch.dtype) -> t
 def search(z: Tensor, codebook: Tensor, dither: Tensor | None, precision: str) -> Tensor:
     """Index of the nearest codeword, or dithered codeword, for rows z [n, D] -> int64 [n].
 
-    ``exact`` works in float64. ``fast`` multiplies in z's dtype, at whatever precision torch's matmul is set to; fp16
-    in fp32, because its products overflow.
+    ``exact`` works in float64: with products, or, if an input is float64 itself and products would lose its digits, by
+    differences. ``fast`` multiplies in z's dtype, at whatever precision torch's matmul is set to; fp16 in fp32, because
+    its products overflow.
     """
     dtype = torch.float64 if precision == "exact" else torch.promote_types(z.dtype, _FAST_AT_LEAST)
+    by_differences = precision == "exact" and compute_dtype(z, codebook) == torch.float64
     chunk, count = _codewords(codebook, dither, dtype)
     centre = centre_of(codebook).to(dtype)
-    rows = z.to(dtype) - centre
+    rows = z.to(dtype) if by_differences else z.to(dtype) - centre
 
     def cost(first: int, last: int) -> Tensor:
+        if by_differences:
+            return distances(rows, chunk(first, last))
         c = chunk(first, last) - centre
         squares = c.to(torch.float64).square().sum(dim=1)
         if dtype == torch.float64:
