@@ -35,6 +35,7 @@ def _refusal(definition: Any) -> Callable:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_TRANSFORMS = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap)
 
 
 def _seen(arguments: tuple) -> bool:
@@ -102,7 +103,7 @@ class Operation:
         if torch.autograd.forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
             raise NotImplementedError(_FORWARD_MODE.format(self._name))
         transform = torch._C._functorch.peek_interpreter_stack()
-        if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
+        if transform is not None and transform.key() in _TRANSFORMS:
             return self._transformed.apply(*arguments)
         return self._definition(*arguments)
 

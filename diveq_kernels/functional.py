@@ -361,10 +361,12 @@ def _num_active(num_active: int | Tensor | None, z: Tensor, stages: int) -> Tens
         if num_active.dtype not in _checks.INTEGERS:
             raise TypeError(f"num_active must be an int, an int32 or int64 tensor or None, got {num_active.dtype}")
         _checks.check_same_device(num_active, "num_active", z)
+        if num_active.dtype == torch.int64:  # what is beyond int32 would wrap
+            num_active = num_active.clamp(0, stages).to(torch.int32)
         if num_active.dim() == 0:
             num_active = num_active.expand(z.shape[:-1])
         _checks.check_shape(num_active, "num_active", tuple(z.shape[:-1]), "z.shape[:-1]")
-        return num_active.to(torch.int32)
+        return num_active
     if isinstance(num_active, bool) or not isinstance(num_active, (int, numbers.Integral)):
         raise TypeError(f"num_active must be an int, an integer tensor or None, got {type(num_active).__name__}")
     if not 1 <= num_active <= stages:

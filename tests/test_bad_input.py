@@ -194,12 +194,13 @@ def test_num_active(function: Callable) -> None:
 
 
 @residual
-def test_num_active_out_of_range_in_a_tensor(function: Callable) -> None:
+@pytest.mark.parametrize("values", [(-5, 99), (2 - 2**32, 2**32), (-(2**63), 2**63 - 1)])
+def test_num_active_out_of_range_in_a_tensor(function: Callable, values: tuple[int, int]) -> None:
     """Values in a tensor are not looked at on the host: below 0 is like 0, above Q like Q."""
     gen = torch.Generator().manual_seed(0)
     z, books = torch.randn(2, 4, generator=gen), torch.randn(3, 5, 4, generator=gen)
     dither = {"dither": torch.rand(3, 4)} if function is F.residual_sf_diveq else {}
-    found = function(z, books, num_active=torch.tensor([-5, 99]), noise_std=0, **dither)
+    found = function(z, books, num_active=torch.tensor(values), noise_std=0, **dither)
     expected = function(z, books, num_active=torch.tensor([0, 3]), noise_std=0, **dither)
     assert torch.equal(found.z_q, expected.z_q) and torch.equal(found.indices, expected.indices)
 

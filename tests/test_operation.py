@@ -118,7 +118,6 @@ def test_tensors_without_data(where: str) -> None:
     assert (z_q.shape, indices.shape, counts.shape) == ((5, 4), (5,), (6,))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_function_transforms_meet_the_dispatcher() -> None:
     z, codebook, *others = (x.detach() if isinstance(x, Tensor) else x for x in arguments("nearest"))
     several = torch.stack([z, 2 * z])
@@ -163,6 +162,9 @@ def test_transforms_give_the_gradients_of_autograd(name: str, backend: str | Non
         assert torch.equal(mine, torch.stack(expected))
     shared = [alone(one, books) for one in several_z]
     for mine, *expected in zip(torch.vmap(gradient, (0, None))(several_z, books), *shared, strict=True):
+        assert torch.equal(mine, torch.stack(expected))
+    total = torch.func.grad(lambda *inputs: torch.vmap(of)(*inputs).sum(), argnums=(0, 1))
+    for mine, *expected in zip(total(several_z, several_books), *several, strict=True):
         assert torch.equal(mine, torch.stack(expected))
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         torch.func.grad(lambda x: torch.func.grad(of)(x, books).sum())(z)
