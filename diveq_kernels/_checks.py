@@ -105,8 +105,8 @@ def check_number(value: Any, name: str, wanted: str = "a finite number >= 0", mo
 
 
 def check_noise_std(noise_std: Any, name: str = "noise_std") -> None:
-    """Raise unless noise_std is a finite number >= 0."""
-    check_number(noise_std, name, "a finite number >= 0 (the noise's standard deviation)")
+    """Raise unless noise_std is a number from 0 to 1e15, whose noise has a length in fp32."""
+    check_number(noise_std, name, "a finite number >= 0 (the noise's standard deviation) and <= 1e15", most=1e15)
 
 
 def check_dither(dither: Any, z: Tensor, expected: tuple[int, ...], meaning: str) -> None:

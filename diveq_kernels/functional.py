@@ -302,7 +302,7 @@ def noise_seed(z: Tensor, noise_std: float, seed: int | Tensor | None) -> Tensor
 
     Raises:
         TypeError: If noise_std is no number or seed no integer.
-        ValueError: If noise_std is negative or not finite, or seed is out of range, not 0-dim or on another device.
+        ValueError: If noise_std is not from 0 to 1e15, or seed is out of range, not 0-dim or on another device.
     """
     _checks.check_noise_std(noise_std)
     if isinstance(seed, Tensor):

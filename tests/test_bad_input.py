@@ -136,7 +136,7 @@ def test_backend(function: Callable, shape: tuple[int, ...]) -> None:
 @for_every_quantizer
 def test_noise_std(quantizer: Quantizer) -> None:
     books = torch.zeros(quantizer.books_shape(5, 4))
-    for wrong in (-1e-3, -1, float("nan"), float("inf"), -float("inf")):
+    for wrong in (-1e-3, -1, float("nan"), float("inf"), -float("inf"), 1e16):
         refused(ValueError, ["noise_std", "0", str(wrong).lstrip("-")], quantizer, Z, books, noise_std=wrong)
     for wrong in ("1e-3", None, [0.1], 1j):
         name = type(wrong).__name__
