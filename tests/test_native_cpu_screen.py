@@ -54,6 +54,11 @@ def test_rounding_of_a_first_pass_that_nearly_reaches_its_bound(isa: str, what: 
     check_nearest(torch.cat([z, -z]), codebook)
     # Where many look nearer, rows go twice over the codebook.
     check_nearest(torch.cat([z, -z]), torch.cat([first, second.expand(200, -1), as_long, others]))
+    # And so few of them that they are not left to fp32 there, with none beside the first.
+    beside = as_long[:1].expand(64, -1)
+    many = torch.cat([second.expand(300, -1), beside, first, beside, as_long, others.repeat(80, 1)])
+    check_nearest(torch.cat([z, -z]), many)
+    assert isa not in ("amx", "avx512vnni") or left_open(torch.cat([z, -z]), many) == [2, 0, 0]
 
 
 @pytest.mark.parametrize("beside", ["zeros", "copies"])
@@ -228,6 +233,18 @@ def test_clusters_far_apart(isa: str, dim: int, spread: float) -> None:
     assert (found - distances.amin(1) <= 2.0**-7 * 2 * found.sqrt() * lengths).all()
     if isa in ("amx", "avx512vnni") and dim > 20:  # more of them than are worth comparing one by one
         assert left_open(rows, codebook)[1] > 0.5 * len(rows)
+
+
+@pytest.mark.parametrize("dim", [2, 8, 20, 64, 200])
+def test_rows_of_padding(isa: str, dim: int) -> None:
+    """Zeros are as far from one codeword of length 1 as from another: of equal ones a single one goes to fp64."""
+    gen = generator()
+    codebook = torch.nn.functional.normalize(torch.randn(2000, dim, generator=gen))
+    rows = torch.where(torch.rand(500, 1, generator=gen) < 0.8, 0.0, torch.randn(500, dim, generator=gen))
+    rows[torch.rand(500, generator=gen) < 0.2, 0] = 0  # equal in the beginning only
+    rows[-1] = 0
+    check_nearest(rows, codebook)
+    assert 0 < left_open(torch.zeros(500, dim), codebook)[2] < 0.1 * len(rows)
 
 
 @pytest.mark.parametrize("dim", [2, 16, 64])

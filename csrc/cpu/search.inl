@@ -154,7 +154,7 @@ int64_t scratch_fp32(int64_t dim, int64_t rows, bool packs) {
 }
 
 // The rows `list` of z, or all in turn where it is null. Rows of which many scores are as good as equal (codewords close to
-// each other and far from the centre) go over the codebook once more, to compare those codewords in fp64. Returns their count.
+// each other and far from the centre) go over the codebook once more, to compare those codewords in fp64, and are counted.
 int64_t search_fp32(const Codes& c, const Packed& packed, bool exact, const float* z, int64_t ld, const int32_t* list,
                     int64_t rows, int32_t* indices, float* scratch) {
   const int64_t depth = c.dim + 1, padded = (rows + MR - 1) / MR * MR;
@@ -168,18 +168,24 @@ int64_t search_fp32(const Codes& c, const Packed& packed, bool exact, const floa
              [&](int64_t n, const float* zt, const float* values, const float* halves, int32_t first) {
                nearest_in_panel(zt, values, halves, depth, first, states + n);
              });
+  const auto number = [&](int64_t n) { return list ? list[n] : (int32_t)n; };
+  // Rows of padding, equal to the one before: one of them is enough where every codeword is as good as equally far.
+  const auto repeats = [&](int64_t n) {
+    const float *row = z + number(n) * ld, *before = n ? z + number(n - 1) * ld : nullptr;
+    return before && *row == *before && memcmp(row, before, c.dim * sizeof(float)) == 0;
+  };
   int64_t many = 0;
   for (int64_t n = 0; n < rows; ++n) {
-    const int32_t at = list ? list[n] : (int32_t)n;
+    if (repeats(n)) continue;
+    const int32_t at = number(n);
     const float limit = resolve(c, packed, exact, z + at * ld, squares[n], states[n], indices[at], rest);
     if (limit == -INFINITY) continue;
     again[many] = at;
     limits[many] = limit;
     choices[many++] = {INFINITY, INT32_MAX};
   }
-  if (!many) return 0;
   float* codewords = rest;
-  sweep_fp32(c, packed, z, ld, again, many, squares, rest + 2 * c.dim,
+  if (many) sweep_fp32(c, packed, z, ld, again, many, squares, rest + 2 * c.dim,
              [&](int64_t n, const float* zt, const float* values, const float* halves, int32_t first) {
                V scores[MR][2];
                score(zt, values, halves, depth, [&](int r, V scores0, V scores1) __attribute__((always_inline)) {
@@ -192,5 +198,7 @@ int64_t search_fp32(const Codes& c, const Packed& packed, bool exact, const floa
                      consider(choices[n + r], c, z + again[n + r] * ld, first + half * W + __builtin_ctz(may), codewords);
              });
   for (int64_t i = 0; i < many; ++i) indices[again[i]] = choices[i].index;
+  for (int64_t n = 0; n < rows; ++n)
+    if (repeats(n)) indices[number(n)] = indices[number(n - 1)];
   return many;
 }
