@@ -45,7 +45,8 @@ inline Rows rows_of(const Tensor& t) {
       rows.strides[rows.rank - 1] = stride;
       continue;
     }
-    if (rows.rank == kMaxRank) throw std::runtime_error("a tensor has too many dimensions");
+    if (rows.rank == kMaxRank)
+      throw std::runtime_error("z (or a gradient) has more than 16 leading dimensions that cannot be merged: make it contiguous");
     rows.sizes[rows.rank] = size;
     rows.strides[rows.rank++] = stride;
   }

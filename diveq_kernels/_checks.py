@@ -17,9 +17,11 @@ PRECISIONS = ("exact", "fast")
 
 
 def check_float_tensor(x: Any, name: str) -> None:
-    """Raise TypeError unless x is a tensor of a supported floating dtype."""
+    """Raise TypeError unless x is a dense tensor of a supported floating dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense torch.Tensor, got one of layout {x.layout}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
