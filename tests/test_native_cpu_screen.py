@@ -58,7 +58,8 @@ def test_rounding_of_a_first_pass_that_nearly_reaches_its_bound(isa: str, what: 
     beside = as_long[:1].expand(64, -1)
     many = torch.cat([second.expand(300, -1), beside, first, beside, as_long, others.repeat(80, 1)])
     check_nearest(torch.cat([z, -z]), many)
-    assert isa not in ("amx", "avx512vnni") or left_open(torch.cat([z, -z]), many) == [2, 0, 0]
+    again, left, _ = left_open(torch.cat([z, -z]), many)
+    assert isa not in ("amx", "avx512vnni") or (again > 0 and left == 0)
 
 
 @pytest.mark.parametrize("beside", ["zeros", "copies"])
