@@ -38,6 +38,8 @@ OPTIONS = {
     "learned": {"learnable_codebook": True, "ema_update": False},
     "learned, synchronous": {"learnable_codebook": True, "ema_update": False, "sync_update_v": 0.2},
     "orthogonal": {"orthogonal_reg_weight": 0.1},
+    "cosine, orthogonal": {"use_cosine_sim": True, "orthogonal_reg_weight": 0.1},
+    "cosine, k-means": {"use_cosine_sim": True, "kmeans_init": True},
     "channels first": {"channel_last": False},
     # Nothing is replaced: what is drawn for it comes after the noise, and theirs draws more.
     "DiVeQ": {"directional_reparam": True, "directional_reparam_variance": 1e-16, "threshold_ema_dead_code": 1e-3},
@@ -178,6 +180,43 @@ def test_residual(options):
     compare(package.ResidualVQ(dim=8, num_quantizers=3, codebook_size=20, **options), torch.randn(4, 2, 30, 8))
 
 
+@pytest.mark.parametrize("longest", [1.0, 3.0])
+@pytest.mark.parametrize("bridged", [False, True])
+def test_cosine_of_codewords_that_are_not_of_length_1(longest, bridged):
+    """Averages of what nothing chose go to 0; k-means, a setter or a bridge makes any length. And rows of zeros."""
+    options = {"learnable_codebook": True, "ema_update": False, "vq_bridge": torch.nn.Linear(8, 8)} if bridged else {}
+    layer = package.VectorQuantize(dim=8, codebook_size=60, **options)
+    layer._codebook.use_cosine_sim, layer._codebook.transform_input = True, package.vector_quantize_pytorch.l2norm
+    embed = layer._codebook.embed.data[0]
+    embed.copy_(torch.nn.functional.normalize(torch.randn(60, 8)) * torch.linspace(0, longest, 60)[:, None])
+    embed[::7] = 0
+    layer._codebook.embed_avg.data.copy_(layer._codebook.embed.data)
+    inputs = torch.randn(4, 3, 50, 8)
+    inputs[:, :, ::9] = 0
+    compare(layer, inputs, steps=1 if bridged else 3)
+    layer.eval()
+    chosen = accelerate_vector_quantize(layer)(inputs[0])[1]
+    assert (chosen[:, ::9] == 0).all()
+
+
+@pytest.mark.parametrize("ema_update", [False, True])
+def test_gradients_of_codewords_that_are_overwritten_in_the_same_forward(ema_update):
+    options = {"learnable_codebook": not ema_update, "ema_update": ema_update, "threshold_ema_dead_code": 2}
+    theirs = package.VectorQuantize(
+        dim=8, codebook_size=64, directional_reparam=True, directional_reparam_variance=1e-16, **options
+    )
+    inputs, weights, results = torch.randn(2, 100, 8), torch.randn(2, 100, 8), []
+    before = theirs._codebook.embed.detach().clone()
+    for layer in (theirs, accelerate_vector_quantize(copy.deepcopy(theirs))):
+        x = inputs.clone().requires_grad_()
+        quantized, indices, loss = layer(x)
+        ((quantized * weights).sum() + loss).backward()
+        overwritten = (layer._codebook.embed.detach() != before).any(-1)[0][indices]
+        assert 20 < overwritten.sum()
+        results.append([quantized, indices, loss, x.grad, layer._codebook.embed.grad])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
 def test_images_and_single_tokens():
     compare(package.VectorQuantize(dim=8, codebook_size=20, accept_image_fmap=True), torch.randn(4, 2, 8, 5, 6))
     compare(package.VectorQuantize(dim=8, codebook_size=20), torch.randn(4, 9, 8))
@@ -204,6 +243,8 @@ def test_calls_that_need_all_distances():
     x, codes = torch.randn(2, 10, 8), torch.randint(0, 20, (2, 10))
     torch.testing.assert_close(ours(x, codes), theirs(x, codes))
     torch.testing.assert_close(ours(x, indices=codes), theirs(x, indices=codes))
+    mask = torch.rand(2, 10) < 0.5
+    torch.testing.assert_close(ours(x, None, mask), theirs(x, None, mask))
     for topk in (1, 3):
         torch.testing.assert_close(ours(x, topk=topk), theirs(x, topk=topk))
     assert ours._codebook.distances_wanted is False and ours.route_gradients_to_input
@@ -233,7 +274,6 @@ LEFT_ALONE = {
         "ema_update": False,
         "in_place_codebook_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     },
-    "unit length": {"use_cosine_sim": True, "orthogonal_reg_weight": 0.1},
 }
 
 
@@ -255,6 +295,39 @@ def test_a_class_of_its_own_is_left_alone(caplog):
         assert caplog.text.count("leaves 0 alone: it is a Own") == 1 and type(model[0]) is Own
         fused = accelerate_vector_quantize(accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20)))
     assert type(fused) is not package.VectorQuantize and caplog.text.count("alone") == 1
+
+
+def test_more_heads_than_codebooks():
+    theirs = package.VectorQuantize(dim=8, codebook_size=20, freeze_codebook=True)
+    x = torch.randn(3, 2, 7, 8)
+    torch.testing.assert_close(accelerate_vector_quantize(copy.deepcopy(theirs))(x), theirs(x))
+
+
+def test_indices_that_are_not_there():
+    layer = accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20))
+    before = copy.deepcopy(layer.state_dict())
+    for wrong in (20, -2, 2**40):
+        with pytest.raises(ValueError, match=f"embed_ind must hold indices from -1 to 19, got .*{wrong}"):
+            layer.update_indices(torch.randn(2, 5, 8), torch.full((2, 5), wrong))
+    torch.testing.assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_cuda_s_autocast_is_off_within():
+    class Asks(torch.nn.Linear):
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled("cuda"))
+            return super().forward(x)
+
+    seen = []
+    layer = package.VectorQuantize(
+        dim=8, codebook_size=20, vq_bridge=Asks(8, 8), learnable_codebook=True, ema_update=False
+    )
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        accelerate_vector_quantize(layer)(torch.randn(2, 5, 8))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert seen == [False]
 
 
 def test_twice_and_pickled():

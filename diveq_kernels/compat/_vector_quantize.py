@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from math import sqrt
 from types import FunctionType, SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import autocast
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook, accum_grad_, ema_inplace, gumbel_sample
 
@@ -17,6 +19,7 @@ from diveq_kernels.compat._one_pass import forget_loss, l2norm, mse_loss, rotate
 
 _logger = logging.getLogger("diveq_kernels")
 _SMALLEST_VARIANCE = 1e-5  # the package's own
+_UNIT = 1e-6  # how far from 1 the squared length of a codeword of length 1 may be
 
 
 class FusedCodebook(Codebook):  # type: ignore[misc]
@@ -26,6 +29,7 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
     distances_wanted = False
     noise_std: float | None = None
 
+    @autocast("cuda", enabled=False)  # type: ignore[untyped-decorator]
     def forward(
         self,
         x: Tensor,
@@ -40,7 +44,8 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
         update_usage: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """As in the package, but for the distances: None, as nobody asks for them. Otherwise its own forward."""
-        if self.distances_wanted or codebook_transform_fn is not None or (topk or 1) > 1:
+        one_for_several = x.dim() == 4 and len(x) != len(self.embed)
+        if self.distances_wanted or codebook_transform_fn is not None or (topk or 1) > 1 or one_for_several:
             results: tuple[Tensor, Tensor, Tensor] = super().forward(
                 x,
                 sample_codebook_temp=sample_codebook_temp,
@@ -83,15 +88,24 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
     def update_indices(self, x: Tensor, embed_ind: Tensor, mask: Tensor | None = None, **options: Any) -> None:
         """As in the package, with the sums of ``forward``, so that both leave the same state."""
         rows, mask = _flatten(x, mask)
+        if embed_ind.device.type == "cpu" and embed_ind.numel():
+            least, most = embed_ind.aminmax()
+            if least < -1 or most >= self.codebook_size:
+                wanted = f"indices from -1 to {self.codebook_size - 1}"
+                raise ValueError(f"embed_ind must hold {wanted}, got values from {least} to {most}")
         self.update_codebook(rows, embed_ind.reshape(rows.shape[:-1]).clamp_min(0), mask=mask, **options)
 
     update_ema_indices = update_indices
 
     def _quantize(self, rows: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         if self.noise_std is not None:
-            z_q, indices = F.diveq(rows, codebook, noise_std=self.noise_std)
+            # A copy, for the backward: codewords are replaced in the same forward, where autograd does not see it.
+            z_q, indices = F.diveq(rows, codebook.clone(), noise_std=self.noise_std)
             return z_q, indices
-        indices = F.nearest(rows.detach(), codebook.detach()).indices
+        if self.use_cosine_sim:
+            indices = _most_similar(rows.detach(), codebook.detach())
+        else:
+            indices = F.nearest(rows.detach(), codebook.detach()).indices
         return codebook.index_select(0, indices), indices
 
     def track_cluster_size_and_embed_avg(
@@ -120,6 +134,23 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
                 accum_grad_(average, new)
             else:
                 ema_inplace(average, new, self.decay, weight_of_update)
+
+
+def _most_similar(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the greatest z·c, int64 [N]: the nearest codeword where all have one length, and 0 for rows of zeros.
+
+    Codewords have length 1 but for those that nothing chose: their averages, and what the package makes of them, go to
+    0. One more coordinate then gives all the length of the longest. It changes no z·c, as rows have a 0 there.
+    """
+    zeros = (rows == 0).all(dim=-1)
+    squares = codebook.square().sum(dim=-1)
+    may_look = squares.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not may_look or not ((squares - 1).abs() <= _UNIT).all():
+        longest = squares.nan_to_num(0.0, 0.0, 0.0).max().clamp_min(torch.finfo(squares.dtype).tiny)
+        missing = (1 - squares / longest).clamp_min(0).sqrt()
+        codebook = torch.cat((codebook / longest.sqrt(), missing[:, None]), dim=1)
+        rows = torch.nn.functional.pad(rows, (0, 1))
+    return F.nearest(rows, codebook).indices.masked_fill(zeros, 0)
 
 
 def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
@@ -159,17 +190,21 @@ class FusedVectorQuantize(VectorQuantize):  # type: ignore[misc]
         closure=VectorQuantize.forward.__closure__,
     )
 
-    def forward(self, x: Tensor, indices: Tensor | None = None, **options: Any) -> Any:
+    _after_input = tuple(inspect.signature(VectorQuantize.forward).parameters)[2:]
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         """As in the package."""
+        options.update(zip(self._after_input, arguments, strict=False))
         codebook, routes = self._codebook, self.route_gradients_to_input
-        codebook.distances_wanted = indices is not None
+        codebook.distances_wanted = options.get("indices") is not None
         step = self.directional_reparam and self.training and x.requires_grad and routes
-        step = step and all(options.get(name) is None for name in ("topk", "codebook_transform_fn"))
-        if step and indices is None:
+        # The step finds the nearest codeword, which of codewords shorter than 1 need not be the most similar.
+        step = step and not codebook.use_cosine_sim
+        if step and all(options.get(name) is None for name in ("topk", "codebook_transform_fn", "indices")):
             # What the codebook returns is z_q already: no gradients to route.
             codebook.noise_std, self.route_gradients_to_input = sqrt(self.directional_reparam_variance), False
         try:
-            return self._package_forward(x, indices, **options)
+            return self._package_forward(x, **options)
         finally:
             forget_loss()
             codebook.distances_wanted, codebook.noise_std = False, None
@@ -191,8 +226,6 @@ def _obstacle(module: VectorQuantize) -> str | None:
         return "its diversity loss is an entropy over all distances"
     if module.in_place_codebook_optimizer is not None:
         return "its codebook is optimised within the forward (in_place_codebook_optimizer)"
-    if codebook.use_cosine_sim and codebook.learnable_codebook:
-        return "its codewords are learned and not of unit length, so similarity is no distance"
     return None
 
 
