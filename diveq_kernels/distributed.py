@@ -24,9 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
 
+def has_group() -> bool:
+    """Whether this process is in a process group, if alone."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_active() -> bool:
     """Whether there are other ranks to agree with."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return has_group() and dist.get_world_size() > 1
 
 
 # Operations of their own: a graph holds them whole, whatever collectives the compiler knows.

@@ -124,6 +124,21 @@ def test_a_training_step(kind, rng_seed):
         assert torch.equal(ours.state_dict()[name], value)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_optimizers_leave_the_codebook_alone_before_the_curve_begins(optimizer, rng_seed):
+    """Weight decay and Adam's count of steps begin with step S: its first steps would be three times as long."""
+    layers = pair(SFDIVEQ, skip_iters=200, avg_iters=20)
+    optimizers = [optimizer(layer.parameters(), lr=1e-2) for layer in layers]
+    for step in range(1, 204):
+        z = torch.randn(40, 6) + 3
+        for layer, chosen in zip(layers, optimizers, strict=True):
+            torch.manual_seed(rng_seed + step)
+            chosen.zero_grad()
+            (layer(z.clone().requires_grad_())[0] - 1).square().sum().backward()
+            chosen.step()
+    assert_close(layers[1].codebook, layers[0].codebook, rtol=1e-3, atol=1e-4)
+
+
 def test_a_training_step_of_the_class_that_is_wrong_there(rng_seed):
     """Their SFDIVEQDetach returns c_i; ours (1−λ)c_i + λ·c_{i+1}, from the same indices and dither."""
     theirs, ours = pair(SFDIVEQDetach, **at_once(SFDIVEQDetach))

@@ -42,7 +42,8 @@ def run(layer: Any, steps: torch.Tensor) -> list[torch.Tensor]:
         z_q, indices, perplexity = layer(z)
         (z_q**2).sum().backward()
         kept = [x for name, x in layer.state_dict().items()]
-        seen += [x.detach().clone() for x in (z_q, indices, perplexity, z.grad, layer.codebook.grad, *kept)]
+        gradient = torch.zeros_like(layer.codebook) if layer.codebook.grad is None else layer.codebook.grad
+        seen += [x.detach().clone() for x in (z_q, indices, perplexity, z.grad, gradient, *kept)]
     return seen
 
 

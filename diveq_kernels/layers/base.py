@@ -215,6 +215,12 @@ class Quantizer(nn.Module):
                 self._settled = self._known_steps >= needed
         return self._settled
 
+    def _known_step(self) -> int:
+        """``iter_counter``, −1 if the host does not know it, or a graph is made, which must not depend on it."""
+        if torch.compiler.is_compiling() or not is_plain(self.iter_counter) or self._is_captured():
+            return -1
+        return int(self.iter_counter) if self._counts_are_free() else self._known_steps
+
     def _first_settled_step(self) -> int:
         """The number of the step from which on all are alike, 0 if there is none."""
         return 0

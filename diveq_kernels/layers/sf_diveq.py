@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diveq_kernels import _checks, functional, ops
+from diveq_kernels import _checks, distributed, functional, ops
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels._named import storable
 from diveq_kernels.codebook import collecting, sf_initialise
@@ -37,8 +37,9 @@ class SFDIVEQ(Quantizer):
     In the state_dict: ``codebook`` [K, D], ``iter_counter`` int32 [1].
 
     Indices are those of segments, 0 to K−2, in evaluation too (the `diveq` package's ``inference`` returns those of
-    nearest codewords). In the steps that pass z through the codebook's gradient is zero, not None: an optimizer's
-    weight decay and step count include them.
+    nearest codewords). In the steps that pass z through the codebook has no gradient, as there, and optimizers leave it
+    alone; in a graph, with a process group, and where z needs no gradient, it is zero instead of None: an optimizer's
+    weight decay and step count then include these steps.
 
     Args:
         num_embeddings: K >= 2, the number of codewords.
@@ -131,6 +132,9 @@ class SFDIVEQ(Quantizer):
                 codebook = self._initialised_codebook(z, mask)
             # Leaving all rows out is how the steps before S pass z through: a graph cannot branch on the counter.
             started = (self.iter_counter >= self.skip_iters).squeeze().expand(z.shape[:-1])
+            # DistributedDataParallel waits for the gradient of every parameter.
+            if 0 <= self._known_step() < self.skip_iters and z.requires_grad and not distributed.has_group():
+                codebook = codebook.detach()
         kept = mask if started is None else started if mask is None else started & mask
         dither = self._dither(self.num_embeddings - 1)
         seed = functional.noise_seed(z, self.noise_std, None)
