@@ -61,8 +61,10 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
         _checks.check_float_tensor(t, "codes.t")
         _checks.check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
         positions = t.detach().cpu().reshape(-1).double()
-        if not bool(((positions >= 0) & (positions <= 1) | (values < 0)).all()):
-            raise ValueError("codes.t must be in [0, 1]")
+        wrong = positions[~((positions >= 0) & (positions <= 1) | (values < 0))]
+        if len(wrong):
+            why = ", of a row that is not finite" if wrong[0].isnan() else ""
+            raise ValueError(f"codes.t must be in [0, 1], got {wrong[0]}{why}")
         levels = (1 << t_bits) - 1
         body += _pack((torch.where(values < 0, 0, positions) * levels).round().long(), t_bits)
     return _START.pack(_MAGIC, zlib.crc32(body)) + body

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
 
+from diveq_kernels import _checks
 from diveq_kernels.layers.base import Quantizer
 from diveq_kernels.sharded import ShardedNearest
 
@@ -37,9 +37,8 @@ def parameter_groups(model: nn.Module, *, codebook_lr: float, **options: Any) ->
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(codebook_lr, bool) or not isinstance(codebook_lr, (int, float)):
-        raise TypeError(f"codebook_lr must be a number, got {type(codebook_lr).__name__}")
-    if not (codebook_lr > 0 and math.isfinite(codebook_lr)):
+    _checks.check_number(codebook_lr, "codebook_lr", "positive and finite")
+    if codebook_lr == 0:
         raise ValueError(f"codebook_lr must be positive and finite, got {codebook_lr}")
     layers = [module for module in model.modules() if isinstance(module, (Quantizer, ShardedNearest))]
     codebooks = {id(layer.codebook): layer.codebook for layer in layers}
@@ -47,4 +46,4 @@ def parameter_groups(model: nn.Module, *, codebook_lr: float, **options: Any) ->
         raise ValueError(f"model must contain a layer of diveq_kernels, got a {type(model).__name__} without one")
     others = [parameter for parameter in model.parameters() if id(parameter) not in codebooks]
     groups: list[dict[str, Any]] = [{"params": others}] if others else []
-    return [*groups, {**options, "params": list(codebooks.values()), "lr": codebook_lr}]
+    return [*groups, {**options, "params": list(codebooks.values()), "lr": float(codebook_lr)}]

@@ -12,7 +12,7 @@ from diveq_kernels.distributed import gather_ranks, sum_of_ranks
 from diveq_kernels.functional import Nearest, Quantized, noise_seed
 from diveq_kernels.layers._arguments import check_count
 from diveq_kernels.layers.base import select
-from diveq_kernels.sharded_search import MOST_CODEWORDS, sharded
+from diveq_kernels.sharded_search import MOST_CODEWORDS, check_indices, sharded
 
 
 class ShardedNearest(nn.Module):
@@ -162,14 +162,16 @@ class ShardedNearest(nn.Module):
 
         Raises:
             TypeError: If indices is no integer tensor.
-            ValueError: If indices is on another device.
+            ValueError: If indices is on another device, out of range, or the ranks do not call alike (these two on the
+                CPU only; elsewhere an index out of range gives zeros).
         """
         if not isinstance(indices, Tensor) or indices.dtype not in _checks.INTEGERS:
             got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
             raise TypeError(f"indices must be an int32 or int64 tensor, got {got}")
         _checks.check_same_device(indices, "indices", self.codebook)
         own = self.rows == "own"
-        local = (gather_ranks(indices, self._group) if own else indices) - self.first
+        check_indices(indices, self.num_embeddings, own, self._group)
+        local = (gather_ranks(indices.long(), self._group) if own else indices) - self.first
         local = torch.where((local >= 0) & (local < len(self.codebook)), local, -1)
         if not len(self.codebook):
             return sum_of_ranks(self.codebook.new_zeros(*local.shape, self.embedding_dim), own, self._group)

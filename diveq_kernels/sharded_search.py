@@ -113,11 +113,37 @@ def _check_ranks_agree(z: Tensor, mask: Tensor | None, own: bool, group: str) ->
     }
     if not own:
         facts["rows (rows='same' wants the same rows on every rank)"] = _checksum(z, mask)
+    _check_alike("z and mask", facts, group)
+
+
+def _check_alike(what: str, facts: dict[str, int], group: str) -> None:
+    """Raise on every rank if a fact is not the same on all."""
     values = torch.tensor([*facts.values()])
     least, most = least_of_ranks(torch.stack((values, ~values)), group)
     for name, alike in zip(facts, (least == ~most).tolist(), strict=True):
         if not alike:
-            raise ValueError(f"z and mask must agree over ranks, got different {name}")
+            raise ValueError(f"{what} must agree over ranks, got different {name}")
+
+
+def check_indices(indices: Tensor, count: int, own: bool, group: str) -> None:
+    """Raise on every rank if indices are out of −1..count−1, or not alike. On the CPU only, as for rows."""
+    if indices.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = indices.reshape(-1).long()
+    if group:
+        facts = {"numbers of them": len(values)}
+        if not own:
+            facts["ones (rows='same' wants the same on every rank)"] = _in_order(values)
+        _check_alike("indices", facts, group)
+    if len(values):
+        least, below = least_of_ranks(torch.stack((values.amin(), -values.amax())), group).tolist()
+        if least < -1 or -below >= count:
+            raise ValueError(f"indices must be from -1 to {count - 1}, got values from {least} to {-below}")
+
+
+def _in_order(values: Tensor) -> int:
+    """A number that differs where one of the values or their order does."""
+    return int((values * (2 * torch.arange(len(values)) + 1)).sum())
 
 
 def _checksum(z: Tensor, mask: Tensor | None) -> int:
@@ -126,7 +152,7 @@ def _checksum(z: Tensor, mask: Tensor | None) -> int:
     sums = bits.sum(dim=-1, dtype=torch.int64).reshape(-1)
     if mask is not None:
         sums = 2 * sums + mask.reshape(-1)
-    return int((sums * (2 * torch.arange(len(sums)) + 1)).sum())
+    return _in_order(sums)
 
 
 # ---- the operation and its gradient ----------------------------------------------------------------------------------

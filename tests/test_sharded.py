@@ -281,6 +281,20 @@ def run_others(rank, world, folder):
         for function in (layer, layer.quantize):
             with pytest.raises(ValueError, match=message):
                 function(*arguments)
+    for codes, message in (
+        (torch.zeros(2 + rank, dtype=torch.int64), "different numbers of them"),
+        (torch.tensor([0, rank]), "rows='same' wants the same on every rank"),
+        (torch.tensor([10, 5]), "indices must be from -1 to 9, got values from 5 to 10"),
+        (torch.tensor([9, -2]), "indices must be from -1 to 9, got values from -2 to 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer.decode(codes)
+    own = ShardedNearest(10, 3, rows="own")
+    with pytest.raises(ValueError, match="different numbers of them"):
+        own.decode(torch.zeros(2 + rank, dtype=torch.int64))
+    with pytest.raises(ValueError, match="indices must be from -1 to 9, got values from 0 to 10"):
+        own.decode(torch.tensor([9 + rank, 0]))
+    assert own.decode(torch.full((2,), rank, dtype=torch.int32 if rank else torch.int64)).shape == (2, 3)
     ShardedNearest(10, 3, rows="own")(z + rank)
     with pytest.raises(ValueError, match="different numbers of rows"):
         ShardedNearest(10, 3, rows="own")(torch.randn(3 + rank, 3))
