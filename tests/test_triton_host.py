@@ -186,6 +186,19 @@ def test_which_tables_architectures_have() -> None:
     assert all(table != own["default"] for name, table in own.items() if name != "default")
 
 
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (12, 0)])
+def test_gpus_that_are_too_old_are_refused(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their shared memory is smaller than many a tile."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = triton_kernels.why_unusable(torch.device("cuda", 0))
+    said = "T4 has compute capability {}.{}, and 8.0 is the least it takes".format(*capability)
+    assert reason == (said if capability < (8, 0) else None)
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # numbered otherwise
+    assert triton_kernels.why_unusable(torch.device("cuda", 0)) is None
+
+
 @pytest.mark.parametrize("kind", ["residual", "product"])
 def test_few_rows_have_smaller_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of composites, lest half of the GPU be idle; but for tiles that are being measured."""

@@ -40,6 +40,7 @@ __all__ = [
     "why_unusable",
 ]
 
+_OLDEST = (8, 0)  # compute capability
 _SYMBOLS_BREAK = torch.__version__ < (2, 13)
 
 
@@ -47,6 +48,11 @@ def why_unusable(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, or None if they can."""
     if device.type == "cpu" and not INTERPRETED:
         return "on cpu tensors Triton runs only in its interpreter (TRITON_INTERPRET=1), which is for tests"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:  # no bf16 on tensor cores, and less shared memory than the tiles are made for
+            name, wanted = torch.cuda.get_device_name(device), "{}.{}".format(*_OLDEST)
+            return f"{name} has compute capability {capability[0]}.{capability[1]}, and {wanted} is the least it takes"
     return None
 
 
