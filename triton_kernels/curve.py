@@ -83,7 +83,7 @@ def curve_kernel(
     usable = (j < count) & _is_segment(square_s, square_e, square_d)
     goes_on = (j + 1 < count) & _is_segment(square_e, square_f, square_g)
     start_is_near = square_s <= square_e
-    length = tl.where(usable, tl.sqrt(square_d), 0.0)
+    length = tl.where(usable, tl.sqrt_rn(square_d), 0.0)
     per_length = tl.where(length > 0.0, 1.0 / tl.where(length > 0.0, length, 1.0), 0.0)
 
     place = j.to(tl.int64) // TILE * (2 * PARTS * TILE) + j % TILE
@@ -107,16 +107,16 @@ def curve_kernel(
         if PARTS == 2:
             tl.store(at + 2 * TILE * PADDED_D, of_low)
             tl.store(at + 3 * TILE * PADDED_D, along_low)
-    scale = tl.where(of_v > 0.0, 1.0 / tl.sqrt(tl.where(of_v > 0.0, of_v, 1.0)), 0.0)
+    scale = tl.where(of_v > 0.0, 1.0 / tl.sqrt_rn(tl.where(of_v > 0.0, of_v, 1.0)), 0.0)
     low = tl.where(start_is_near, 0.0, -length)
     tl.store(table + SCALE * padded_count + j, scale)
     tl.store(table + SHIFT * padded_count + j, -along * scale)
     tl.store(table + LOW * padded_count + j, low)
     tl.store(table + HIGH * padded_count + j, low + length)
     tl.store(table + SQUARE * padded_count + j, tl.where(usable, of_a, float("inf")))
-    tl.store(table + NORM * padded_count + j, tl.where(usable, tl.sqrt(of_a), 0.0))
+    tl.store(table + NORM * padded_count + j, tl.where(usable, tl.sqrt_rn(of_a), 0.0))
     slack = tl.cast(slack, tl.float32)  # Inductor passes Python's floats as fp64
-    leave = low + length + 2.0 * slack * (tl.sqrt(of_a) + length)
+    leave = low + length + 2.0 * slack * (tl.sqrt_rn(of_a) + length)
     tl.store(table + LEAVE * padded_count + j, tl.where(goes_on, leave, float("inf")))
 
 

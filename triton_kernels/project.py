@@ -208,7 +208,7 @@ def _nearest_segment(
     if IN_REGISTERS > 0:
         high = held(high, 0, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), BLOCK_D, BLOCK_D).to(high.dtype)
         low = held(low, 0, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), BLOCK_D, BLOCK_D).to(high.dtype)
-    norm = tl.where(live, tl.sqrt(squares), 0.0)
+    norm = tl.where(live, tl.sqrt_rn(squares), 0.0)
     longest = tl.max(norm, axis=0)
 
     # By pairs of segments: the least score of each place in a tile, the tile that it is from, the least of the rest.
