@@ -20,7 +20,19 @@ bad_values_and_dtypes = pytest.mark.parametrize(
 @for_every_quantizer
 @bad_values_and_dtypes
 @pytest.mark.parametrize("noise_std", [0.0, 0.1])
-def test_bad_rows(
+def test_bad_rows(target: Target, quantizer: Quantizer, bad: float, dtype: torch.dtype, noise_std: float) -> None:
+    assert_spoils_itself_only(target, quantizer, bad, dtype, noise_std)
+
+
+@on_every_target
+@for_every_quantizer
+@pytest.mark.parametrize("length", [3e19, -1e25, 3e38])
+def test_rows_too_long(target: Target, quantizer: Quantizer, length: float) -> None:
+    """Each value is finite, but no distance is in fp32."""
+    assert_spoils_itself_only(target, quantizer, length, torch.float32, 0.1)
+
+
+def assert_spoils_itself_only(
     target: Target, quantizer: Quantizer, bad: float, dtype: torch.dtype, noise_std: float
 ) -> None:
     gen = generator()
@@ -201,3 +213,28 @@ def test_bad_rows_that_are_masked(target: Target, quantizer: Quantizer) -> None:
     g = torch.randn(40, 8, generator=gen).to(target.device)
     dz, dc = torch.autograd.grad(found.z_q, (z, books), g)
     assert torch.equal(dz[~mask], g[~mask]) and dz.isfinite().all() and dc.isfinite().all()
+
+
+@on_every_target
+@pytest.mark.parametrize("of", ["sqdist", "points", "t"])
+@pytest.mark.parametrize("length", [3e19, -1e25, 3e38])
+def test_rows_too_long_of_nearest_and_project(target: Target, length: float, of: str) -> None:
+    """Each value is finite, a distance is not, unless it is taken in fp64: then nothing in the codebook's gradient."""
+    gen = generator()
+    z, codebook = torch.randn(60, 8, generator=gen), torch.randn(9, 8, generator=gen)
+    spoilt = z.clone()
+    spoilt[[0, 17, 59], 3] = length
+    g = torch.randn((60, 8) if of == "points" else (60,), generator=gen).to(target.device)
+
+    def run(z: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, c = z.to(target.device).requires_grad_(), codebook.to(target.device).requires_grad_()
+        operation = F.nearest if of == "sqdist" else F.project
+        value = getattr(operation(z, c, backend=target.backend), of)
+        return value.detach(), *torch.autograd.grad(value, (z, c), g)
+
+    value, dz, dc = run(spoilt, g)
+    bad = ~value.isfinite().reshape(60, -1).all(1)
+    assert not bad[[1, 16, 18, 58]].any() and (bad[[0, 17, 59]].all() or of != "sqdist")
+    assert torch.equal(dz[~bad].isfinite(), torch.ones_like(dz[~bad], dtype=torch.bool))
+    assert dz[bad].isnan().all() or of == "sqdist"
+    torch.testing.assert_close(dc, run(spoilt, torch.where(bad.reshape(-1, *[1] * (g.ndim - 1)), 0.0, g))[2])

@@ -37,12 +37,12 @@ def nearest_backward_kernel(
     starts = row_starts(n, inner, outer_stride, inner_stride)
     a = 2.0 * tl.load(grad + n, mask=kept, other=0.0).to(tl.float32)
 
-    check = tl.zeros((BLOCK_N,), tl.float32)
+    square = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, D, BLOCK_D):
         c = load_targets(codebook, code_stride, code_step, None, index, first, D, BLOCK_D)
         d = c - load_rows(z, starts, step, kept, first, D, BLOCK_D)
-        check += tl.sum(d * 0.0, axis=1)  # 0, or NaN where a value is not finite
-    to_codebook = tl.where(kept & (check == 0.0), a, 0.0)
+        square += tl.sum(d * d, axis=1)
+    to_codebook = tl.where(kept & (square < float("inf")), a, 0.0)  # false for NaN as well
     if weights is not None:
         tl.store(weights + n, to_codebook, mask=inside)
     d_starts = row_starts(n, d_inner, d_outer_stride, d_inner_stride)

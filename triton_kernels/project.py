@@ -114,7 +114,7 @@ def position_on(
     z, starts, step, live, codebook, code_stride, code_step, j,
     D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Where on segments j rows project: (share of d from one end, which end: 0 start or 1 end), and ‖d‖².
+    """Where on segments j rows project: (share of d from one end, which end: 0 start or 1 end), ‖d‖², and ‖z − end‖².
 
     The end is the one nearer to z: from one far away, the digits of the other would be lost.
     """
@@ -134,7 +134,8 @@ def position_on(
         square += tl.sum((e - s) * (e - s), axis=1)
     base = tl.where(from_start <= from_end, 0.0, 1.0)
     share = tl.where(from_start <= from_end, along_start, along_end) / tl.where(square > 0.0, square, 1.0)
-    return tl.minimum(tl.maximum(share, -base), 1.0 - base), base, square
+    share = tl.minimum(tl.maximum(share, -base), 1.0 - base)
+    return share, base, square, tl.where(from_start <= from_end, from_start, from_end)
 
 
 @triton.jit
@@ -143,7 +144,7 @@ def _distance(
     D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Squared distance of rows to segments j, by differences."""
-    share, base, _ = position_on(
+    share, base, _, _ = position_on(
         z, starts, step, live, codebook, code_stride, code_step, j, D, BLOCK_N
     )  # fmt: skip
     distance = tl.zeros((BLOCK_N,), tl.float32)
@@ -294,7 +295,7 @@ def project_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if taken is not None:
         rows = tl.load(taken_count)
-        if tl.program_id(0) * BLOCK_N >= rows:
+        if tl.program_id(0).to(tl.int64) * BLOCK_N >= rows:
             return
     inside = at < rows
     n = at
@@ -308,10 +309,10 @@ def project_kernel(
         z, starts, step, kept, codebook, code_stride, code_step, centre, segments, table, count, slack,
         PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS, taken is not None,
     )  # fmt: skip
-    share, base, _ = position_on(
+    share, base, _, near = position_on(
         z, starts, step, found, codebook, code_stride, code_step, j, D, BLOCK_N
     )  # fmt: skip
-    t = tl.where(found, base + share, float("nan"))
+    t = tl.where(found & (near < float("inf")), base + share, float("nan"))  # the backward pass asks for both, too
     index = tl.where(kept, j, -1)
     if left is not None:
         index = tl.where(crowded, LEFT, index)

@@ -52,18 +52,15 @@ def project_backward_kernel(
     j = tl.maximum(j, 0)
     starts = row_starts(n, inner, outer_stride, inner_stride)
     g_starts = row_starts(n, g_inner, g_outer_stride, g_inner_stride)
-    share, base, square = position_on(z, starts, step, kept, codebook, code_stride, code_step, j, D, BLOCK_N)
+    share, base, square, near = position_on(z, starts, step, kept, codebook, code_stride, code_step, j, D, BLOCK_N)
+    finite = (near < float("inf")) & (square < float("inf"))  # both are false for NaN as well
     moves = (share > -base) & (share < 1.0 - base) & (square > 0.0)
     t = base + share
     through_t = tl.load(grad_t + n, mask=kept, other=0.0).to(tl.float32)
-    check = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, D, BLOCK_D):
         s = load_targets(codebook, code_stride, code_step, None, j, first, D, BLOCK_D)
         e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, BLOCK_D)
-        x = load_rows(z, starts, step, kept, first, D, BLOCK_D)
-        check += tl.sum((x - s) * 0.0 + (e - s) * 0.0, axis=1)  # 0, or NaN where a value is not finite
         through_t += tl.sum(load_rows(grad, g_starts, g_step, kept, first, D, BLOCK_D) * (e - s), axis=1)
-    finite = check == 0.0
     adds = kept & finite
     theta = tl.where(moves & finite, through_t / tl.where(moves, square, 1.0), 0.0)
     if weights is not None:

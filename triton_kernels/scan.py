@@ -254,7 +254,7 @@ def scan_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     if taken is not None:
         rows = tl.load(taken_count)
-        if tl.program_id(0) * BLOCK_N >= rows:
+        if tl.program_id(0).to(tl.int64) * BLOCK_N >= rows:
             return
     inside = at < rows
     n = at

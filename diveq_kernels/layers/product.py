@@ -80,8 +80,8 @@ class ProductDIVEQ(_Product, CompositeDIVEQ):
         verbose: Print how many codewords were replaced, on the CPU only.
         codebook_reset: Whether to replace unused codewords. Without it ``iter_counter`` and ``codebook_usage`` rest.
         noise_var: Alias of noise_std for the `diveq` package's users; it is a standard deviation there too.
-        init: "random", or "kmeans": the first training step begins with the codebook that k-means finds in its rows.
-            iter_counter counts steps then, whatever codebook_reset is.
+        init: "random", or "kmeans": the first training step begins with the codebook that k-means finds in its rows,
+            if it has any. iter_counter counts steps then, whatever codebook_reset is.
         channel_first: Take [B, D, ...] instead of [..., D].
         precision: "exact" or "fast", see ``diveq_kernels.functional``.
         backend: Name of a backend, or None to choose one.
@@ -119,7 +119,8 @@ class ProductSFDIVEQ(_Product, CompositeSFDIVEQ):
         verbose: Print how many codewords were replaced, on the CPU only.
         latents_on_cpu: Accepted for the `diveq` package's users, without effect: no latents are stored.
         noise_var: Alias of noise_std for the `diveq` package's users; it is a standard deviation there too.
-        init: "random", or "kmeans": the first training step begins with the codebook that k-means finds in its rows.
+        init: "random", or "kmeans": the first training step begins with the codebook that k-means finds in its rows,
+            if it has any.
         channel_first: Take [B, D, ...] instead of [..., D].
         precision: "exact" or "fast", see ``diveq_kernels.functional``.
         backend: Name of a backend, or None to choose one.

@@ -120,5 +120,6 @@ def nearest_backward(
         if need_z:
             put(grad_z, index, -pull)
         if need_codebook:
-            add_rows(grad_codebook, chosen, torch.where(d.isfinite().all(dim=-1, keepdim=True), pull, 0.0))
+            finite = d.square().sum(dim=-1, keepdim=True).isfinite()
+            add_rows(grad_codebook, chosen, torch.where(finite, pull, 0.0))
     return grad_z, grad_codebook.to(codebook.dtype)
