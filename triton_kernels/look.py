@@ -125,6 +125,6 @@ def look_kernel(
     else:
         undecided = there & (second <= score)
     tl.store(indices + n, tl.where(undecided, LEFT, tl.where(live, index, -1)), mask=inside)
-    inside = inside & (list_left(left, left_count, indices, n, inside, BLOCK_N) == 0)
+    inside = inside & (list_left(left, left_count, indices, n, inside) == 0)
     if sqdist is not None:
         tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)

@@ -318,7 +318,7 @@ def project_kernel(
         index = tl.where(crowded, LEFT, index)
     tl.store(indices + n, index, mask=inside)
     if left is not None:
-        list_left(left, left_count, indices, n, inside, BLOCK_N)
+        list_left(left, left_count, indices, n, inside)
     tl.store(position + n, tl.where(kept, t, 0.0), mask=inside)
     p_starts = row_starts(n, p_inner, p_outer_stride, p_inner_stride, D)
     for first in range(0, D, _STEP):

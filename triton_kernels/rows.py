@@ -151,13 +151,16 @@ def count_uses(counts, indices, kept):
 
 
 @triton.jit
-def list_left(left, left_count, indices, n, inside, BLOCK_N: tl.constexpr):
+def list_left(left, left_count, indices, n, inside):
     """Add the rows n whose index has just been stored as ``LEFT`` to those listed -> which they are.
 
-    Read back because of ``torch.compile``, as in count_uses: else it would take z and the codebook for written.
+    A program adds to the count once: one addition per row, all at the same address, would queue there. Read back
+    because of ``torch.compile``, as in count_uses: else it would take z and the codebook for written.
     """
     tl.debug_barrier()
     undecided = tl.load(indices + n, mask=inside, other=0) == LEFT
-    slot = tl.atomic_add(left_count + tl.zeros((BLOCK_N,), tl.int32), 1, mask=undecided, sem="relaxed")
-    tl.store(left + slot, n, mask=undecided)
+    number = tl.cumsum(undecided.to(tl.int32), axis=0)
+    here = tl.max(number, axis=0)
+    before = tl.atomic_add(left_count, here, mask=here > 0, sem="relaxed")
+    tl.store(left + (before + number - 1), n, mask=undecided)
     return undecided

@@ -231,6 +231,6 @@ def settle_kernel(
             found = tl.where(undecided, LEFT, found)
         tl.store(indices + n, found, mask=inside)
         if left is not None:
-            inside = inside & (list_left(left, left_count, indices, n, inside, BLOCK_N) == 0)
+            inside = inside & (list_left(left, left_count, indices, n, inside) == 0)
         if sqdist is not None:
             tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)
