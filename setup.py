@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+OLDEST_CUDA_ARCHITECTURE = 80  # the kernels copy with cp.async and multiply in bf16
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0+PTX"
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
@@ -82,7 +85,7 @@ def find_torch() -> Torch:
 
 def find_compiler() -> list[str]:
     """The C++ compiler's command."""
-    command = os.environ.get("CXX", "g++").split()
+    command = (os.environ.get("CXX") or "g++").split()
     if not shutil.which(command[0]):
         raise MissingError(f"no C++ compiler: {command[0]!r} is not on PATH")
     return command
@@ -97,20 +100,48 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def cuda_architectures() -> list[str]:
+def host_compiler_of_nvcc() -> list[str]:
+    """CXX for nvcc, which takes no wrapper and no options; without CXX, nvcc's own choice and NVCC_CCBIN."""
+    words = [word for word in os.environ.get("CXX", "").split() if not word.startswith("-")]
+    return ["-ccbin", words[-1]] if words else []
+
+
+def default_cuda_architectures(nvcc: str) -> str:
+    """Those of DEFAULT_CUDA_ARCHITECTURES that this toolkit knows, the last one with PTX for what is newer."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    names = DEFAULT_CUDA_ARCHITECTURES.removesuffix("+PTX").split(";")
+    known = [name for name in names if f"compute_{name.replace('.', '')}" in listed]
+    if not known:
+        raise MissingError(f"{nvcc} --list-gpu-arch lists none of {', '.join(names)}")
+    return ";".join(known) + "+PTX"
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
     """What TORCH_CUDA_ARCH_LIST asks for in nvcc's names: sm_80, sm_90 and compute_90 (PTX) for "8.0;9.0+PTX"."""
-    found = []
-    for name in (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES).replace(";", " ").split():
-        number = name.removesuffix("+PTX").replace(".", "")
-        found += [f"{kind}_{number}" for kind in (["sm", "compute"] if name.endswith("+PTX") else ["sm"])]
+    found, wished = [], os.environ.get("TORCH_CUDA_ARCH_LIST") or default_cuda_architectures(nvcc)
+    for name in wished.replace(";", " ").split():
+        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if not parts:
+            raise MissingError(f"TORCH_CUDA_ARCH_LIST has {name!r}, which is no compute capability like 9.0 or 9.0+PTX")
+        if int(parts[1] + parts[2]) < OLDEST_CUDA_ARCHITECTURE:
+            print(f"\nwarning: GPUs of compute capability {name} are left out: the kernels need 8.0\n", file=sys.stderr)
+            continue
+        number = "".join(parts.group(1, 2, 3))
+        found += [f"{kind}_{number}" for kind in (["sm", "compute"] if parts[4] else ["sm"])]
+    if not found:
+        raise MissingError(f"TORCH_CUDA_ARCH_LIST is {wished!r}, and the kernels need compute capability 8.0 or later")
     return found
+
+
+# Free-threaded Pythons have no limited API that a wheel could be named after.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 class NativeExtension(Extension):
     """A library that registers operations with torch when it is loaded: no Python in it, so one for every Python."""
 
     def __init__(self, name: str, switches: tuple[str, ...], sources: list[str]) -> None:
-        super().__init__(name, sources, py_limited_api=True)
+        super().__init__(name, sources, py_limited_api=LIMITED_API)
         self.switches = switches
 
 
@@ -135,7 +166,7 @@ class BuildNative(build_ext):
         torch, compiler = find_torch().folder, find_compiler()
         nvcc = find_nvcc() if any(source.endswith(".cu") for source in ext.sources) else None
         include = ["-Icsrc", f"-I{torch}/include"]
-        architectures = cuda_architectures() if nvcc else []
+        architectures = cuda_architectures(nvcc) if nvcc else []
         folder = Path(self.build_temp, ext.name)
         folder.mkdir(parents=True, exist_ok=True)
         commands, objects = [], []
@@ -145,7 +176,7 @@ class BuildNative(build_ext):
             if source.endswith(".cu"):
                 flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
                 flags += [f"-gencode=arch=compute_{name.partition('_')[2]},code={name}" for name in architectures]
-                command = [nvcc, *flags, f"--threads={JOBS}", *include, "-ccbin", compiler[0]]
+                command = [nvcc, *flags, f"--threads={JOBS}", *include, *host_compiler_of_nvcc()]
             else:
                 isa = ISA_FLAGS.get(Path(source).stem.removeprefix("kernels_"), [])
                 if platform.machine() not in ("x86_64", "AMD64"):
@@ -159,7 +190,7 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         libraries = [*objects, "-o", str(target), f"-L{torch}/lib", "-ltorch_cpu"]
         if nvcc:  # it knows where its runtime is
-            linker = [nvcc, "-shared", "-cudart=static", "-ccbin", compiler[0], "-Xlinker=-s,--no-undefined"]
+            linker = [nvcc, "-shared", "-cudart=static", *host_compiler_of_nvcc(), "-Xlinker=-s,--no-undefined"]
         else:
             linker = [*compiler, "-shared", "-Wl,-s,--no-undefined"]
         self.run_all([[*linker, *libraries]])
@@ -208,7 +239,7 @@ def extensions() -> list[NativeExtension]:
         try:
             torch, _ = find_torch(), find_compiler()
             if ext.name.endswith("_cuda"):
-                find_nvcc()
+                cuda_architectures(find_nvcc())
                 if not torch.has_cuda and not cuda:
                     raise MissingError(f"torch {torch.version} has no CUDA; DIVEQ_BUILD_CUDA=1 builds it all the same")
         except MissingError as error:
@@ -228,5 +259,5 @@ setup(
     package_data={"diveq_kernels.triton_kernels": ["configs/*.json"]},  # py.typed is included without asking
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS and LIMITED_API else {},
 )

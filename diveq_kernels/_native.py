@@ -28,5 +28,5 @@ def load(name: str) -> Path:
     tool = {"cpu": "a compiler", "cuda": "nvcc"}[name]
     raise ImportError(
         f"this installation has no library {folder / f'_{name}'}: it was built without {tool}, without torch, or with "
-        f"DIVEQ_BUILD_{variable}=0"
+        f"DIVEQ_BUILD_{variable}=0, or it did not compile, which pip says with -v only"
     )

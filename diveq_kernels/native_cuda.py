@@ -58,8 +58,14 @@ def why_unusable(device: torch.device) -> str | None:
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch finds no GPU"
     with _disable_current_modes():  # whoever asks first may be tracing a graph, whose tensors are not real ones
-        if torch.ops.diveq_cuda.can_run_on(torch.empty(0, device=device)):
+        reason: str = torch.ops.diveq_cuda.why_not_on(torch.empty(0, device=device))
+        if not reason:
             return None
+        if reason != "no kernels":
+            return (
+                f"CUDA says: {reason}; the kernels bring the runtime of the CUDA toolkit that they were built with, "
+                "which must not be newer than the driver"
+            )
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         return (
             f"this installation has no kernels for {name} (compute capability {capability[0]}.{capability[1]}): it was "

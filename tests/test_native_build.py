@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,40 @@ def test_no_toolkit_is_an_error_if_demanded(tmp_path: Path) -> None:
     done = set_up(DIVEQ_BUILD_CUDA="1", CUDA_HOME=str(tmp_path))
     assert done.returncode != 0
     assert f"no CUDA toolkit: nvcc is not in {tmp_path}/bin (DIVEQ_BUILD_CUDA is 1)" in done.stderr
+
+
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+
+
+@needs_nvcc
+def test_gpus_that_the_kernels_cannot_run_on_are_left_out() -> None:
+    done = set_up(DIVEQ_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="5.2 7.5;8.0 9.0a+PTX")
+    assert done.returncode == 0, done.stderr
+    for name in ("5.2", "7.5"):
+        assert f"GPUs of compute capability {name} are left out: the kernels need 8.0" in done.stderr
+    assert "8.0 are left out" not in done.stderr
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("names", "told"), [("7.0 7.5", "'7.0 7.5', and the kernels need compute"), ("Ampere", "'Ampere', which is no")]
+)
+def test_lists_without_a_gpu_that_will_do(names: str, told: str) -> None:
+    done = set_up(DIVEQ_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST=names)
+    assert done.returncode != 0 and told in done.stderr and "DIVEQ_BUILD_CUDA is 1" in done.stderr
+
+
+def test_an_older_toolkit_builds_what_it_knows(tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-arch ] && printf "compute_%s\\n" 50 80 86 90\n')
+    nvcc.chmod(0o755)
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "temp"]
+    chosen = {"DIVEQ_BUILD_CUDA": "1", "DIVEQ_BUILD_NATIVE": "0", "CUDA_HOME": str(tmp_path), "CXX": "env g++"}
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    done = subprocess.run(command, cwd=ROOT, env=environment | chosen, capture_output=True, text=True, check=False)
+    (line,) = (line for line in done.stdout.splitlines() if "search.cu " in line)
+    assert re.findall(r",code=(\w+)", line) == ["sm_80", "sm_86", "sm_90", "compute_90"] and "-ccbin g++ " in line
 
 
 def test_no_toolkit_leaves_the_cuda_library_out(tmp_path: Path) -> None:

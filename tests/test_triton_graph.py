@@ -188,6 +188,7 @@ def test_other_cases_stay_one_operation(name: str, why: str) -> None:
             assert len(opaque(graph)) == 1 and not launched(graph)[0]
 
 
+@needs_symbols
 def test_deterministic_gradients() -> None:
     """Kernels that add up sorted rows; those of composites stay one operation."""
     torch.use_deterministic_algorithms(True)

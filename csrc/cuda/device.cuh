@@ -8,6 +8,14 @@
 
 #include "launch.h"
 
+namespace diveq {
+
+// The most dynamic shared memory that a launch asks for, in bytes. Every launch above 32 KiB sets it as the kernel's
+// limit, the same each time, as another thread may be about to launch that kernel with more.
+constexpr int kMostShared = 96 << 10;
+
+}  // namespace diveq
+
 #if defined(DIVEQ_EMULATE)
 
 #include "emulator/emulator.h"
@@ -21,8 +29,8 @@
   static int64_t name##_block = -1;                              \
   ::diveq::emulator::poison(name, sizeof name, name##_block)
 
-// Whether the current device can run the kernel: it was compiled for it, or for something that can be translated.
-#define DIVEQ_CAN_RUN(kernel) true
+// Why the current device cannot run the kernel; empty if it was compiled for it, or for what can be translated.
+#define DIVEQ_WHY_NOT(kernel) std::string()
 
 #define DIVEQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), ::diveq::emulator::launch(#kernel, kernel, grid, block, shared_bytes, __VA_ARGS__))
@@ -32,7 +40,6 @@
 #include <cuda_runtime.h>
 
 #include <stdexcept>
-#include <string>
 
 #define DIVEQ_SHARED(T, name)                                     \
   extern __shared__ __align__(16) unsigned char diveq_shared[];   \
@@ -40,7 +47,7 @@
 
 #define DIVEQ_SHARED_ARRAY(T, name, size) __shared__ __align__(16) T name[size]
 
-#define DIVEQ_CAN_RUN(kernel) ::diveq::can_run(kernel)
+#define DIVEQ_WHY_NOT(kernel) ::diveq::why_not(kernel)
 
 #define DIVEQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::diveq::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
@@ -53,18 +60,20 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 template <class... P>
-bool can_run(void (*kernel)(P...)) {
+std::string why_not(void (*kernel)(P...)) {
   cudaFuncAttributes attributes;
-  const bool can = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
-  if (!can) cudaGetLastError();  // or the next launch would report it
-  return can;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // or the next launch would report it
+  const bool none = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+  return none ? "no kernels" : cudaGetErrorString(error);
 }
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
             A... arguments) {
   if (shared_bytes > 32 << 10)  // above 48 KiB it is needed, to which the kernel's own arrays count
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared), name);
   kernel<<<grid, block, shared_bytes, stream>>>(P(arguments)...);
   check(cudaGetLastError(), name);
 }

@@ -197,10 +197,10 @@ void project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor
 // What this library was compiled for, in nvcc's names, as setup.py gave them: sm_... or, for PTX, compute_...
 std::string architectures() { return DIVEQ_CUDA_ARCHITECTURES; }
 
-// Whether the device of a tensor runs that.
-bool can_run_on(Tensor t) {
+// Why the device of a tensor does not run that: empty, "no kernels" for it, or what CUDA says.
+std::string why_not_on(Tensor t) {
   const Scope scope(t);
-  return can_run();
+  return why_not();
 }
 
 // For tests: words and normals of consecutive counters.
@@ -226,7 +226,7 @@ STABLE_TORCH_LIBRARY(diveq_cuda, m) {
       "project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices,"
       " Tensor(a!)? grad_z, Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
   m.def("architectures() -> str");
-  m.def("can_run_on(Tensor t) -> bool");
+  m.def("why_not_on(Tensor t) -> str");
   m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
 }
 
@@ -237,6 +237,6 @@ STABLE_TORCH_LIBRARY_IMPL(diveq_cuda, CompositeExplicitAutograd, m) {
   m.impl("sf_diveq_backward_sorted", TORCH_BOX(&diveq::sf_diveq_backward_sorted));
   m.impl("project_backward_sorted", TORCH_BOX(&diveq::project_backward_sorted));
   m.impl("architectures", TORCH_BOX(&diveq::architectures));
-  m.impl("can_run_on", TORCH_BOX(&diveq::can_run_on));
+  m.impl("why_not_on", TORCH_BOX(&diveq::why_not_on));
   m.impl("philox", TORCH_BOX(&diveq::philox));
 }

@@ -7,6 +7,7 @@ namespace diveq {
 namespace {
 
 constexpr size_t kMostResident = 64 << 10;  // bytes of rows' fragments that are kept for a whole search
+static_assert(4 * 2 * 2 * kColumnsChunk + kMostResident <= kMostShared);
 
 Packed plan(const Search& search, char* workspace) {
   const Books& books = search.books;

@@ -15,6 +15,12 @@ __device__ inline float square_of_difference(const float4& x, const float4& c) {
   return d[0] * d[0] + d[1] * d[1] + d[2] * d[2] + d[3] * d[3];
 }
 
+constexpr float kShrink = 0x1p-70f;  // no square of what this shrinks is beyond fp32's range
+
+__device__ inline float4 shrunk(const float4& x) {
+  return make_float4(kShrink * x.x, kShrink * x.y, kShrink * x.z, kShrink * x.w);
+}
+
 // To a + τu.
 __device__ inline float square_to_segment(const float4& x, const float4& a, const float4& u, const float2& range) {
   const float w[4] = {x.x - a.x, x.y - a.y, x.z - a.z, x.w - a.w}, v[4] = {u.x, u.y, u.z, u.w};
@@ -63,6 +69,18 @@ __global__ void __launch_bounds__(kThreads, 4) search_direct_kernel(Search searc
       if (distance < least) {
         least = distance;
         index = first + i;
+      }
+    }
+  }
+  if (kSegments && live && !(least < INFINITY)) {
+    // No square of a distance is in fp32. The point is made in fp64, so its segment is to be the nearest all the same.
+    x = shrunk(x);
+    for (int32_t j = 0; j < count; ++j) {
+      const float2 range = make_float2(kShrink * all_ranges[j].x, kShrink * all_ranges[j].y);
+      const float distance = square_to_segment(x, shrunk(all[2 * j]), all[2 * j + 1], range);
+      if (distance < least) {
+        least = distance;
+        index = j;
       }
     }
   }

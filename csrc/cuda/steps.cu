@@ -133,7 +133,7 @@ void launch_project_gradient(const Rows& grad_points, const float* grad_t, const
   launch_sums(ProjectShares{grad_points, z, codes, indices, to.scalars, rows}, to, codes.count, 1, stream);
 }
 
-bool can_run() { return DIVEQ_CAN_RUN(philox_kernel); }
+std::string why_not() { return DIVEQ_WHY_NOT(philox_kernel); }
 
 void launch_philox(const int64_t* seed, int64_t start, int64_t quads, int32_t* words, float* normals, Stream stream) {
   const auto blocks = static_cast<unsigned>((quads + kThreads - 1) / kThreads);

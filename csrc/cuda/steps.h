@@ -1,6 +1,8 @@
 // Launchers of what follows a search: steps, distances, points, and their gradients. As in launch.h, no torch, no CUDA.
 #pragma once
 
+#include <string>
+
 #include "launch.h"
 
 namespace diveq {
@@ -48,7 +50,7 @@ void launch_project_gradient(const Rows& grad_points, const float* grad_t, const
                              const int32_t* indices, int64_t rows, const Gradients& to, Stream);
 
 // Whether the current device runs what this library was compiled for.
-bool can_run();
+std::string why_not();
 
 // For tests: the words and the standard normals of consecutive counters, [quads, 4] each.
 void launch_philox(const int64_t* seed, int64_t start, int64_t quads, int32_t* words, float* normals, Stream);
