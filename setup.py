@@ -6,6 +6,7 @@ where the tools are there), TORCH_CUDA_ARCH_LIST, CXX, CUDA_HOME, MAX_JOBS.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -116,6 +117,7 @@ def default_cuda_architectures(nvcc: str) -> str:
     return ";".join(known) + "+PTX"
 
 
+@functools.cache  # asked before a build and in it, and to warn once
 def cuda_architectures(nvcc: str) -> list[str]:
     """What TORCH_CUDA_ARCH_LIST asks for in nvcc's names: sm_80, sm_90 and compute_90 (PTX) for "8.0;9.0+PTX"."""
     found, wished = [], os.environ.get("TORCH_CUDA_ARCH_LIST") or default_cuda_architectures(nvcc)
@@ -239,9 +241,10 @@ def extensions() -> list[NativeExtension]:
         try:
             torch, _ = find_torch(), find_compiler()
             if ext.name.endswith("_cuda"):
-                cuda_architectures(find_nvcc())
+                nvcc = find_nvcc()
                 if not torch.has_cuda and not cuda:
                     raise MissingError(f"torch {torch.version} has no CUDA; DIVEQ_BUILD_CUDA=1 builds it all the same")
+                cuda_architectures(nvcc)
         except MissingError as error:
             if any(wanted(switch) for switch in ext.switches):
                 raise SystemExit(f"{ext.name} cannot be built: {error} ({' or '.join(ext.switches)} is 1)") from error

@@ -49,7 +49,7 @@ void launch_project_step(const Rows& z, const Codes& codes, const int32_t* indic
 void launch_project_gradient(const Rows& grad_points, const float* grad_t, const Rows& z, const Codes& codes,
                              const int32_t* indices, int64_t rows, const Gradients& to, Stream);
 
-// Whether the current device runs what this library was compiled for.
+// Why the current device does not run what this library was compiled for: empty, "no kernels" or what CUDA says.
 std::string why_not();
 
 // For tests: the words and the standard normals of consecutive counters, [quads, 4] each.
