@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.utils._device import DeviceContext
 
 from diveq_kernels import backends
 
@@ -38,12 +39,18 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _TRANSFORMS = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap)
 
 
+def _has_function_mode() -> bool:
+    """Whether a mode sees calls, other than that of a default device, which no operation asks for."""
+    modes = torch._C._len_torch_function_stack()
+    return modes > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(modes))
+
+
 def _seen(arguments: tuple) -> bool:
     """Whether somebody wants to see the operation pass: a compiler, tracer, mode, transform, profiler or subclass."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or _has_function_mode()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0

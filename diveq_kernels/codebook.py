@@ -319,5 +319,37 @@ def pass_on(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return grad, *([None] * ctx.others)
 
 
+class _PassOn(torch.autograd.Function):
+    """``pass_on`` as torch.func's transforms take it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(codebook: Tensor, edited: Tensor) -> Tensor:
+        return edited.view_as(edited)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def edit(operation: Any, codebook: Tensor, *others: Any) -> Any:
+    """``operation(codebook, *others)``, one of those whose gradient is ``pass_on``: a codebook, or one and more.
+
+    torch.func does not differentiate operations that are written in Python, so there the gradient goes past it.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return operation(codebook, *others)
+    with torch.no_grad():
+        edited = operation(codebook, *others)
+    alone = isinstance(edited, Tensor)
+    passing_on = _PassOn.apply(codebook, edited if alone else edited[0])  # type: ignore[no-untyped-call]
+    return passing_on if alone else (passing_on, *edited[1:])
+
+
 replace_unused.register_autograd(pass_on, setup_context=save_arity)
 sf_initialise.register_autograd(pass_on, setup_context=save_arity)

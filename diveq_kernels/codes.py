@@ -122,7 +122,7 @@ def _pack(values: Tensor, bits: int) -> bytes:
     if not packed:
         return b""
     out = torch.frombuffer(packed, dtype=torch.uint8)
-    shifts, weights = torch.arange(bits), 1 << torch.arange(8)
+    shifts, weights = torch.arange(bits, device="cpu"), 1 << torch.arange(8, device="cpu")
     for i in range(0, len(values), _BLOCK):
         split = (values[i : i + _BLOCK, None] >> shifts & 1).reshape(-1)
         split = torch.nn.functional.pad(split, (0, -len(split) % 8)).view(-1, 8)
@@ -132,11 +132,11 @@ def _pack(values: Tensor, bits: int) -> bytes:
 
 def _unpack(packed: bytes, bits: int, count: int) -> Tensor:
     """``count`` int64 values of ``bits`` each."""
-    values = torch.zeros(count, dtype=torch.int64)
+    values = torch.zeros(count, dtype=torch.int64, device="cpu")
     if not packed:
         return values
     data = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-    shifts, weights = torch.arange(8), 1 << torch.arange(bits)
+    shifts, weights = torch.arange(8, device="cpu"), 1 << torch.arange(bits, device="cpu")
     for i in range(0, count, _BLOCK):
         n = min(_BLOCK, count - i)
         block = data[i * bits // 8 :][: _bytes(n, bits)].long()

@@ -100,6 +100,12 @@ def _average_gradient(codebook: Tensor) -> None:
         codebook.grad /= dist.get_world_size()
 
 
+def is_made_of_others(layer: nn.Module) -> bool:
+    """Whether a layer's codebook is no parameter, but made from some."""
+    # The older torch.nn.utils.weight_norm and spectral_norm make it from parameters of these names.
+    return is_parametrized(layer, "codebook") or bool(layer._parameters.keys() & {"codebook_g", "codebook_orig"})
+
+
 def check_written_is_kept(layer: nn.Module) -> None:
     """Raise if a layer's codebook is not its own tensor, so that what is about to be written to it would be lost."""
     # FSDP marks the modules that it manages, and gives them another tensor for the time of their forward.
@@ -109,8 +115,7 @@ def check_written_is_kept(layer: nn.Module) -> None:
             "codebook must stay whole under FSDP, which would lose what the layer writes to it: "
             "fully_shard(model, ignored_params=diveq_kernels.distributed.replicate(model))"
         )
-    # The older torch.nn.utils.weight_norm and spectral_norm make it from parameters of these names.
-    if is_parametrized(layer, "codebook") or layer._parameters.keys() & {"codebook_g", "codebook_orig"}:
+    if is_made_of_others(layer):
         raise RuntimeError(
             "codebook must be no parametrization (torch.nn.utils.parametrize, weight_norm), which would lose what the "
             "layer writes to it: with codebook_reset=False and init='random', or skip_iters=0, a layer writes nothing"

@@ -86,7 +86,7 @@ def commit(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         target: Like x in shape.
     """
     out = torch.empty_like(x, dtype=torch.result_type(x, target))
-    distances = torch.empty(x.shape[:-1], dtype=torch.float32)
+    distances = torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu")
     torch.ops.diveq_cpu.commit(x, target, out, distances)
     return out, distances
 

@@ -28,8 +28,8 @@ def parameter_groups(model: nn.Module, *, codebook_lr: float, **options: Any) ->
         **options: Other options of the codebooks' group, such as ``weight_decay=0.0``.
 
     Returns:
-        The group of all other parameters, if there are any, and that of the codebooks. A shared parameter is in one
-        of them once.
+        The group of all other parameters, if there are any, and that of the codebooks, or of what they are made from
+        (torch.nn.utils.parametrize). A shared parameter is in one of them once.
 
     Raises:
         TypeError: ``model`` is not a module, or ``codebook_lr`` not a number.
@@ -41,9 +41,15 @@ def parameter_groups(model: nn.Module, *, codebook_lr: float, **options: Any) ->
     if codebook_lr == 0:
         raise ValueError(f"codebook_lr must be positive and finite, got {codebook_lr}")
     layers = [module for module in model.modules() if isinstance(module, (Quantizer, ShardedNearest))]
-    codebooks = {id(layer.codebook): layer.codebook for layer in layers}
+    codebooks = {id(parameter): parameter for layer in layers for parameter in _codebook_parameters(layer)}
     if not codebooks:
         raise ValueError(f"model must contain a layer of diveq_kernels, got a {type(model).__name__} without one")
     others = [parameter for parameter in model.parameters() if id(parameter) not in codebooks]
     groups: list[dict[str, Any]] = [{"params": others}] if others else []
     return [*groups, {**options, "params": list(codebooks.values()), "lr": float(codebook_lr)}]
+
+
+def _codebook_parameters(layer: nn.Module) -> list[nn.Parameter]:
+    """The layer's codebook, or the parameters that a parametrization or the older weight_norm makes it from."""
+    names = ("codebook_", "parametrizations.codebook.")
+    return [p for name, p in layer.named_parameters() if name == "codebook" or name.startswith(names)]

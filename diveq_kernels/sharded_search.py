@@ -118,7 +118,7 @@ def _check_ranks_agree(z: Tensor, mask: Tensor | None, own: bool, group: str) ->
 
 def _check_alike(what: str, facts: dict[str, int], group: str) -> None:
     """Raise on every rank if a fact is not the same on all."""
-    values = torch.tensor([*facts.values()])
+    values = torch.tensor([*facts.values()], device="cpu")
     least, most = least_of_ranks(torch.stack((values, ~values)), group)
     for name, alike in zip(facts, (least == ~most).tolist(), strict=True):
         if not alike:
@@ -143,7 +143,7 @@ def check_indices(indices: Tensor, count: int, own: bool, group: str) -> None:
 
 def _in_order(values: Tensor) -> int:
     """A number that differs where one of the values or their order does."""
-    return int((values * (2 * torch.arange(len(values)) + 1)).sum())
+    return int((values * (2 * torch.arange(len(values), device=values.device) + 1)).sum())
 
 
 def _checksum(z: Tensor, mask: Tensor | None) -> int:

@@ -123,3 +123,22 @@ def test_inductor(kind):
     with torch._dynamo.config.patch(error_on_recompile=True):
         # Inductor's exp and log round differently.
         train_both(eager, compiled, owner, [9, 14, 3, 30, 8], used_tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", [DIVEQ, SFDIVEQ])
+def test_another_noise_std(kind):
+    """It is a constant of the graph: each value has a graph of its own, which is used again."""
+    eager = make(kind)
+    owner = copy.deepcopy(eager)
+    compiled = torch.compile(owner, fullgraph=True, backend="aot_eager")
+    z, found = torch.randn(9, 5), []
+    for noise_std in (1e-3, 0.5, 0.0, 1e-3, 0.5):
+        eager.noise_std = owner.noise_std = noise_std
+        for layer in (eager, compiled):
+            torch.manual_seed(0)
+            found.append(layer(z)[0])
+        assert torch.equal(*found[-2:])
+    assert not torch.equal(found[0], found[2]) and torch.equal(found[2], found[8])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        owner.noise_std = 0.0
+        compiled(z)

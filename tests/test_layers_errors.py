@@ -165,7 +165,9 @@ def test_strings_are_no_bools(kind):
     for name in ("uniform_init", "allow_warning", "channel_first"):
         with pytest.raises(TypeError, match=f"{name} must be a bool, got str"):
             make(kind, **{name: "False"})
-        assert getattr(make(kind, **{name: np.bool_(True)}), name)
+        with pytest.raises(TypeError, match=f"{name} must be a bool, got int 100"):  # such as an argument too far on
+            make(kind, **{name: 100})
+        assert getattr(make(kind, **{name: np.bool_(True)}), name) and getattr(make(kind, **{name: 1}), name)
 
 
 @for_replacing_layers

@@ -9,8 +9,9 @@ import pickle
 import pytest
 import torch
 from layer_cases import busy, for_every_layer, make
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from diveq_kernels.layers import DIVEQ, SFDIVEQ
+from diveq_kernels.layers import DIVEQ, SFDIVEQ, ResidualSFDIVEQ
 
 
 @for_every_layer
@@ -69,3 +70,33 @@ def test_repr_shows_the_arguments():
     for part in ("num_embeddings=12", "embedding_dim=5", "noise_std=0.005", "replacement_iters=77", "_first=True"):
         assert part in text
     assert "skip_iters=1, avg_iters=1" in repr(make(SFDIVEQ, skip_iters=1, avg_iters=1))
+
+
+CHANGES_EARLY = [
+    (SFDIVEQ, {"skip_iters": 4, "avg_iters": 2}),
+    (DIVEQ, {"init": "kmeans", "codebook_reset": False}),
+    (ResidualSFDIVEQ, {"num_codebooks": 2, "skip_iters": 4, "avg_iters": 2, "replacement_iters": 2, "init": "kmeans"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "schedule"), CHANGES_EARLY, ids=["SFDIVEQ", "DIVEQ", "ResidualSFDIVEQ"])
+@pytest.mark.parametrize("how", ["AveragedModel", "buffers copied"])
+def test_training_on_from_an_average(kind, schedule, how):
+    """With the model's buffers, an average of its parameters does not lay its curve, or find its codewords, anew."""
+    model = kind(12, 5, allow_warning=False, **schedule)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)) if how == "AveragedModel" else None
+    copied = average.module if average else copy.deepcopy(model)
+    for _ in range(8):
+        model(torch.randn(40, 5))
+        if average:
+            average.update_parameters(model)
+        else:
+            with torch.no_grad():
+                copied.codebook.lerp_(model.codebook, 0.5)
+                for mine, original in zip(copied.buffers(), model.buffers(), strict=True):
+                    mine.copy_(original)
+    assert int(copied.iter_counter) == 8
+    before = copied.codebook.detach().clone()
+    for _ in range(6):
+        copied.train()(torch.randn(40, 5))
+    assert torch.equal(copied.codebook, before)

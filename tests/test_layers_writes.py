@@ -141,6 +141,10 @@ def test_a_parametrized_codebook_is_refused_where_it_is_written(name: str, init:
         getattr(nn.utils, how)(layer, "codebook")
     with pytest.raises(RuntimeError, match="codebook must be no parametrization .*codebook_reset=False"):
         layer(torch.randn(40, 6))
+    before = layer.codebook.clone()
+    with pytest.raises(RuntimeError, match="codebook must be no parametrization .* to be drawn anew"):
+        layer.reset_parameters()
+    assert torch.equal(layer.codebook, before)
     layer.eval()(torch.randn(40, 6))
 
 

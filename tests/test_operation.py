@@ -55,13 +55,17 @@ def test_both_ways_give_the_same(name: str, autocast: bool) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_eager_calls_do_not_meet_the_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("default_device", [None, "meta"])
+def test_eager_calls_do_not_meet_the_dispatcher(
+    name: str, default_device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for one in (name, f"{name}_backward"):
         monkeypatch.setattr(getattr(ops, one), "_definition", None)
     inputs = arguments(name)
-    gradients(inputs, getattr(ops, name)(*inputs))
-    with torch.no_grad():
-        assert not any(output.requires_grad for output in getattr(ops, name)(*inputs))
+    with torch.device(default_device) if default_device else contextlib.nullcontext():
+        gradients(inputs, getattr(ops, name)(*inputs))
+        with torch.no_grad():
+            assert not any(output.requires_grad for output in getattr(ops, name)(*inputs))
 
 
 def noting(mode: type, method: str) -> Any:
@@ -93,7 +97,9 @@ def test_modes_see_the_operation() -> None:
     assert {"diveq.diveq.default", "diveq.diveq_backward.default"} <= set(seen.names)
     with noting(TorchFunctionMode, "__torch_function__") as seen:
         ops.diveq(*inputs)
-    assert "diveq.diveq.default" in seen.names
+        with torch.device("meta"):
+            ops.diveq(*inputs)
+    assert seen.names.count("diveq.diveq.default") == 2
 
 
 def test_subclasses_see_the_operation() -> None:

@@ -58,3 +58,22 @@ def test_a_layer_alone_and_one_that_is_shared() -> None:
 def test_bad_input(made: Any, lr: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         parameter_groups(made, codebook_lr=lr)
+
+
+@pytest.mark.parametrize("how", ["parametrization", "weight_norm", "old weight_norm"])
+def test_what_a_codebook_is_made_from(how: str) -> None:
+    layer = nn.Sequential(nn.Linear(4, 4), DIVEQ(8, 4, codebook_reset=False, **QUIET))
+    made = {"weight_norm": nn.utils.parametrizations.weight_norm, "old weight_norm": nn.utils.weight_norm}
+    if how == "parametrization":
+        nn.utils.parametrize.register_parametrization(layer[1], "codebook", nn.Tanh())
+    else:
+        made[how](layer[1], "codebook")
+    others, codebooks = parameter_groups(layer, codebook_lr=0.5)
+    assert [id(p) for p in others["params"]] == [id(p) for p in layer[0].parameters()]
+    assert [id(p) for p in codebooks["params"]] == [id(p) for p in layer[1].parameters()]
+    optimizer = torch.optim.SGD([others, codebooks], lr=1e-3)
+    before = layer[1].codebook.detach().clone()
+    layer(torch.randn(50, 4))[0].square().sum().backward()
+    optimizer.step()
+    layer.eval()(torch.randn(2, 4))  # where the older weight_norm makes it
+    assert not torch.equal(layer[1].codebook, before)

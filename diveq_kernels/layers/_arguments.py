@@ -27,10 +27,10 @@ def check_count(value: Any, name: str, least: int, most: float = math.inf) -> in
 
 
 def check_flags(**flags: Any) -> None:
-    """Raise unless all are bools, or as good as: a string from a configuration would be true whatever it says."""
+    """Raise unless all are bools, NumPy's among them, 0 or 1: a string would be true whatever it says."""
     for name, value in flags.items():
-        if not (isinstance(value, (bool, int)) or type(value).__name__ in ("bool", "bool_")):
-            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+        if type(value).__name__ not in ("bool", "bool_") and not (isinstance(value, int) and value in (0, 1)):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
 
 
 def choose_noise_std(noise_std: float | None, noise_var: float | None) -> float:

@@ -92,7 +92,16 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0."""
+        """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0.
+
+        Raises:
+            RuntimeError: If the codebook is a parametrization, to which what is drawn would be lost.
+        """
+        if distributed.is_made_of_others(self):
+            raise RuntimeError(
+                "codebook must be no parametrization (torch.nn.utils.parametrize, weight_norm) to be drawn anew: "
+                "set the parameters that it is made from"
+            )
         draw = torch.rand if self.uniform_init else torch.randn
         drawn = draw(self.codebook.shape, dtype=torch.float32, device=self.codebook.device)
         self.codebook.copy_(drawn * (1 / self.num_embeddings))
@@ -174,6 +183,15 @@ class Quantizer(nn.Module):
     def _writes(self) -> bool:
         """Whether this step may change the codebook and count: not where checkpointing repeats a forward."""
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+    def _is_frozen(self) -> bool:
+        """Whether the codebook is one with ``requires_grad_(False)``, which within torch.vmap all seem to be."""
+        codebook: Tensor = self.codebook
+        while not codebook.requires_grad:
+            if torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(codebook):
+                return True
+            codebook = torch._C._functorch.get_unwrapped(codebook)
+        return False
 
     def _may_write(self) -> None:
         """Raise in a step of a kind that writes to the codebook, if what it writes would be lost."""

@@ -279,7 +279,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         if self._is_settled(counted=not writes):
             return self._train_curve(z, mask, active)
         step = self.iter_counter.clamp_min(0) + int(writes)  # where a forward is repeated it has been counted
-        if self._builds_curve and writes and self.codebook.requires_grad:
+        if self._builds_curve and writes and not self._is_frozen():
             self._may_write()
             if not self._counts_are_free() or step == self.skip_iters:
                 self._write(torch.where(step == self.skip_iters, self.curve, self.codebook.detach()))

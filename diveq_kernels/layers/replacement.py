@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diveq_kernels import distributed
-from diveq_kernels.codebook import replace_unused, replacement_due
+from diveq_kernels.codebook import edit, replace_unused, replacement_due
 from diveq_kernels.kmeans import kmeans_start
 from diveq_kernels.layers._arguments import check_flags, check_init, check_replacement, warn_unusual_replacement
 from diveq_kernels.layers.base import Quantizer
@@ -94,6 +94,11 @@ class ReplacingQuantizer(Quantizer):
         if self._may_start:
             self.iter_counter.fill_(-1)
 
+    def _start_may_be_due(self) -> bool:
+        if self._counts_are_free():
+            return self.init == "kmeans" and int(self.iter_counter) < 0
+        return self._may_start
+
     def _replacement_clock(self) -> Tensor:
         """Steps so far, int32 [1]; 0 where no replacement shall follow."""
         return self.iter_counter
@@ -102,22 +107,25 @@ class ReplacingQuantizer(Quantizer):
         """The codebook to quantize with: after the start by k-means or the replacement, if one is due."""
         self._begin_if_unmade()
         codebook: Tensor = self.codebook
-        if not (self._writes() and codebook.requires_grad):
+        if self._is_frozen() or not self._writes():
             return codebook
-        if self._may_start or self.codebook_reset:
+        may_start = self._start_may_be_due()
+        if may_start or self.codebook_reset:
             self._may_write()
-        if self._may_start:
-            codebook = kmeans_start(
-                self.codebook, z.detach(), mask, self.iter_counter, self._synchronises(), self._backend()
+        if may_start:
+            codebook = edit(
+                kmeans_start, self.codebook, z.detach(), mask, self.iter_counter, self._synchronises(), self._backend()
             )
             self._write(codebook)
-            self._may_start = False
+            # A transform of torch.func has a state of its own.
+            self._may_start = torch._C._functorch.peek_interpreter_stack() is not None
         if not self.codebook_reset:
             return codebook
         clock = self._replacement_clock()
         # Nothing is drawn from torch's generator: its stream would depend on this, and ranks would have to agree on it.
         seed = self.iter_counter.squeeze().long()
-        codebook, num_replaced = replace_unused(
+        codebook, num_replaced = edit(
+            replace_unused,
             codebook,
             self.codebook_usage,
             clock,

@@ -10,7 +10,7 @@ from torch import Tensor
 from diveq_kernels import _checks, distributed, functional, ops
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels._named import storable
-from diveq_kernels.codebook import collecting, sf_initialise
+from diveq_kernels.codebook import collecting, edit, sf_initialise
 from diveq_kernels.layers._arguments import (
     check_sf_schedule,
     choose_noise_std,
@@ -111,12 +111,11 @@ class SFDIVEQ(Quantizer):
 
     def _initialised_codebook(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """The codebook with this step's latents in it, if it is one of those that build it."""
-        if self.skip_iters <= 1 or self.avg_iters == 0 or not self.codebook.requires_grad:
+        if self.skip_iters <= 1 or self.avg_iters == 0 or self._is_frozen():
             return self.codebook
         self._may_write()
-        codebook: Tensor = sf_initialise(
-            self.codebook, z, mask, self.iter_counter, self.skip_iters, self.avg_iters, self._synchronises()
-        )
+        schedule = self.iter_counter, self.skip_iters, self.avg_iters
+        codebook: Tensor = edit(sf_initialise, self.codebook, z, mask, *schedule, self._synchronises())
         if not self._counts_are_free() or collecting(self.iter_counter, self.skip_iters, self.avg_iters):
             self._write(codebook)
         return codebook
