@@ -233,7 +233,8 @@ def moved_products(z: Tensor, codebook: Tensor) -> Any:
     Instead of what the product's own rounding costs, which the bound has in it.
     """
     original = scan.multiply
-    centre, (typical, *_) = (x[0].double() for x in middle(codebook[None], codebook.shape[1]))
+    around = middle(codebook[None], codebook.shape[1])
+    centre, typical = around.centre[0].double(), around.squares[0].sum(0).sort()[0][16].double().sqrt()
     rows, codewords = z.double() - centre, codebook.double() - centre
 
     def multiply(high: Any, low: Any, points: Any, part: Any, row: Any, first: Any, along: Any, *shape: Any) -> Any:

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from diveq_kernels.triton_kernels import INTERPRETED, composite, exhaust, pack, search  # noqa: E402
 from diveq_kernels.triton_kernels.launch import forced  # noqa: E402
-from diveq_kernels.triton_kernels.middle import middle  # noqa: E402
+from diveq_kernels.triton_kernels.middle import Middle, middle  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (TRITON_INTERPRET=1)"),
@@ -129,16 +129,36 @@ def test_any_middle_and_middling_length_are_right(
     codebook[::2] = codebook[torch.arange(150) % 5 * 2] + 0.02 * torch.randn(150, 12, generator=gen)
     z[::2] = codebook[torch.randint(0, 150, (45,), generator=gen) * 2] + 0.02 * torch.randn(45, 12, generator=gen)
 
-    def moved(*arguments: Any) -> tuple[Tensor, Tensor]:
-        centre, typical = middle(*arguments)
+    def moved(*arguments: Any) -> Middle:
+        centre, squares, lengths = middle(*arguments)
         beside = torch.randn(12, generator=gen)
-        return centre + torch.nn.functional.pad(beside, (0, centre.shape[1] - 12)), typical * times
+        return Middle(centre + torch.nn.functional.pad(beside, (0, centre.shape[1] - 12)), squares * times**2, lengths)
 
     monkeypatch.setattr(pack, "middle", moved)
     find(z, codebook)
     assert left[0]  # at any other than the middling length, or in clusters
     monkeypatch.setattr(search, "MANY_ROWS", 1 << 16)
     find(z, codebook)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(("dim", "padded_dim"), [(12, 16), (70, 80), (96, 96)])
+def test_where_codebooks_lie(dim: int, padded_dim: int, centred: bool, target: str) -> None:
+    """The median of 32 codewords by columns, and the distances that half and an eighth of them are below."""
+    scale = torch.tensor([1e-3, 1.0, 20.0])
+    codebooks = (torch.randn(dim, 50, 3, generator=generator()) * scale).permute(2, 1, 0)
+    sample = codebooks[:, torch.arange(32) * 50 // 32]
+    expected = sample.sort(dim=1)[0][:, 16] if centred else torch.zeros(3, dim)
+    distances = (sample - expected[:, None]).norm(dim=2).sort(dim=1)[0]
+    product = "bf16x3" if centred else "bf16x2"
+    packed = pack.pack(codebooks, None, product, True, {"BLOCK_D": 16, "BLOCK_K": 64})
+    assert torch.equal(packed.centre, torch.nn.functional.pad(expected, (0, padded_dim - dim)))
+    torch.testing.assert_close(packed.lengths[:, :2], distances[:, [16, 4]])
+    longest = (codebooks - expected[:, None]).norm(dim=2).amax(1)
+    assert (packed.lengths[:, 2] >= longest).all() and (packed.lengths[:, 2] < 1.01 * longest).all()
+    again = pack.pack(codebooks, None, product, True, {"BLOCK_D": 128, "BLOCK_K": 64}, packed.around)
+    torch.testing.assert_close(again.lengths, packed.lengths)
+    assert torch.equal(again.centre[:, :padded_dim], packed.centre) and not again.centre[:, padded_dim:].any()
 
 
 @pytest.mark.parametrize("groups", [3, 4, 5])
@@ -254,7 +274,7 @@ def test_rows_of_any_length_about_the_centre(left: list[set[int]], target: str) 
     gen = generator()
     codebook = torch.randn(300, 12, generator=gen)
     codebook[3] = 0.0  # near the middle
-    centre = middle(codebook[None], 16)[0][0, :12]
+    centre = middle(codebook[None], 16).centre[0, :12]
     z = centre + torch.randn(120, 12, generator=gen) * torch.logspace(-7, 3, 120)[:, None]
     z[7] = centre
     find(z, codebook)

@@ -140,7 +140,7 @@ def pack_curve(codebook: Tensor, product: str, tiles: dict[str, int], kappa: flo
     curve = Curve(
         torch.empty(shape, dtype=dtype, device=device),
         torch.empty((_TABLE_ROWS, padded_count), dtype=torch.float32, device=device),
-        middle(codebook[None], padded_dim)[0][0],
+        middle(codebook[None], padded_dim).centre[0],
     )
     tile = configuration("curve", dim, device)
     launch(

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
-from diveq_kernels.triton_kernels.middle import middle
+from diveq_kernels.triton_kernels.middle import Middle, middle, middling_and_short
 from diveq_kernels.triton_kernels.product import scale_of, split
 from diveq_kernels.triton_kernels.rows import load_targets
 from diveq_kernels.triton_kernels.scan import BEYOND, reach
@@ -40,6 +40,11 @@ class Packed(NamedTuple):
     # [S, 3]: a middling ‖c‖; one that an eighth are below; if exact, one that none of a square in fp32 is above.
     lengths: Tensor
 
+    @property
+    def around(self) -> Middle:
+        """Of the codebook, for another product of it."""
+        return Middle(self.centre, None, self.lengths)
+
 
 def is_centred(product: str, exact: bool) -> bool:
     """Whether the centre is not 0."""
@@ -54,9 +59,9 @@ def _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D
 
 @triton.jit
 def pack_kernel(
-    codebook, stage_stride, code_stride, code_step, dither, dither_stride, centre, points, bias, lengths, too_wide,
-    count, padded_count,
-    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    codebook, stage_stride, code_stride, code_step, dither, dither_stride,
+    centre, sampled, lengths, points, bias, too_wide, count, padded_count,
+    PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr, CHUNKS: tl.constexpr, PADDED_CHUNKS: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Centre, split and measure BLOCK_K searched points of one codebook."""
@@ -68,6 +73,14 @@ def pack_kernel(
     if dither is not None:
         dither += stage * dither_stride
     centre += stage * PADDED_D
+    lengths += 3 * stage
+    if sampled is not None:
+        middling, short = middling_and_short(sampled, stage, CHUNKS, PADDED_CHUNKS)
+        if tl.program_id(0) == 0:
+            tl.store(lengths, middling)
+            tl.store(lengths + 1, short)
+    else:
+        middling, short = tl.load(lengths), tl.load(lengths + 1)
 
     squares = tl.zeros((BLOCK_K,), tl.float32)
     spoilt = tl.zeros((BLOCK_K,), tl.float32)
@@ -84,16 +97,15 @@ def pack_kernel(
             squares += 2.0 * tl.sum(c * tl.load(centre + first + tl.arange(0, BLOCK_D))[None, :], axis=1)
     usable = live & (squares < float("inf")) & (spoilt == 0.0)
     scale = 1.0
-    middling = tl.load(lengths + 3 * stage)
     if PRODUCT == "fp16":
         scale = scale_of(middling)
         fits = (middling > 2.0**-40) & (middling < 2.0**40)
     of_c = tl.where(usable, squares, float("inf"))
     if EXACT:
-        of_c = tl.where((squares == float("inf")) & (spoilt == 0.0) & live, BEYOND, of_c) - reach(lengths + 3 * stage)
+        of_c = tl.where((squares == float("inf")) & (spoilt == 0.0) & live, BEYOND, of_c) - reach(short)
         longest = tl.max(tl.where(usable, squares, 1e-36), axis=0)  # what is less may be rounded to 0
         longest = tl.sqrt(longest) * (1.001 + D * 2.0**-24)  # for the rounding of both
-        tl.atomic_max(lengths + 3 * stage + 2, longest, sem="relaxed")
+        tl.atomic_max(lengths + 2, longest, sem="relaxed")
     tl.store(bias + stage * padded_count + j, of_c)
     for first in range(0, PADDED_D, BLOCK_D):
         c = _centred(codebook, code_stride, code_step, dither, centre, j, live, first, D, BLOCK_D)
@@ -116,7 +128,7 @@ def pack(
     product: str,
     exact: bool,
     tiles: dict[str, int],
-    around: tuple[Tensor, Tensor] | None = None,
+    around: Middle | None = None,
     too_wide: Tensor | None = None,
 ) -> Packed:
     """Codebooks [S, K, D] (any strides), or their dithered points, ready to be searched.
@@ -137,12 +149,17 @@ def pack(
     padded_count = triton.cdiv(count, tiles["BLOCK_K"]) * tiles["BLOCK_K"]
     parts = 2 if product in ("bf16x3", "bf16x2") else 1
     dither = None if dither is None else dither.contiguous()
-    if around is not None and around[0].shape[-1] < padded_dim:  # another product's tiles pad less
-        around = (torch.nn.functional.pad(around[0], (0, padded_dim - around[0].shape[-1])), around[1])
+    if around is None:
+        around = middle(codebooks, padded_dim, is_centred(product, exact))
+    elif around.centre.shape[-1] < padded_dim:  # another product's tiles pad less
+        wider = torch.nn.functional.pad(around.centre, (0, padded_dim - around.centre.shape[-1]))
+        around = around._replace(centre=wider)
+    chunks = 1 if around.squares is None else around.squares.shape[1]
     packed = Packed(
         torch.empty((stages, parts, padded_count, padded_dim), dtype=dtype_of(product), device=device),
         torch.empty((stages, padded_count), dtype=torch.float32, device=device),
-        *(around or middle(codebooks, padded_dim, is_centred(product, exact))),
+        around.centre,
+        around.lengths,
     )
     tile = configuration("pack", dim, device)
     launch(
@@ -150,7 +167,8 @@ def pack(
         (triton.cdiv(padded_count, tile["BLOCK_K"]), stages),
         device,
         codebooks, *codebooks.stride(), dither, 0 if dither is None else dither.stride(0),
-        packed.centre, packed.points, packed.bias, packed.lengths, too_wide, count, padded_count,
+        *around, packed.points, packed.bias, too_wide, count, padded_count,
+        CHUNKS=chunks, PADDED_CHUNKS=triton.next_power_of_2(chunks),
         PRODUCT=product, EXACT=exact, UPCAST=INTERPRETED, D=dim, PADDED_D=padded_dim,
         BLOCK_D=min(tiles["BLOCK_D"], 64), **tile,
     )  # fmt: skip

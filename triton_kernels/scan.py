@@ -68,9 +68,8 @@ NONE = tl.constexpr(0x80000000)
 
 
 @triton.jit
-def reach(lengths):
+def reach(short):
     """R: only what has ‖c‖² − 2 x·c below it counts in an ``exact`` search. Far below ``BEYOND``."""
-    short = tl.load(lengths + 1)
     return tl.minimum(tl.maximum(16.0 * short * short, 1e-36), 1e36)
 
 
@@ -85,10 +84,11 @@ def bounds(squares, lengths, PRODUCT: tl.constexpr, KAPPA: tl.constexpr, D: tl.c
     KAPPA_2: tl.constexpr = (D + ROOT_D + 9) * 2.0**-24
     MOST: tl.constexpr = 2.0**-7 / KAPPA_1
     length = tl.sqrt(squares)
-    s = tl.minimum(tl.maximum(length / tl.load(lengths + 1), 2.0**-12), MOST)
+    short = tl.load(lengths + 1)
+    s = tl.minimum(tl.maximum(length / short, 2.0**-12), MOST)
     r = tl.minimum(tl.load(lengths + 2), length / s)
     of_c = (KAPPA_1 * s + KAPPA_2) * 1.001  # for the rounding of this line and the next
-    of_row = KAPPA_1 * 1.001 * r * (2.0 * length - s * r) + 6.1 * 2.0**-24 * reach(lengths)
+    of_row = KAPPA_1 * 1.001 * r * (2.0 * length - s * r) + 6.1 * 2.0**-24 * reach(short)
     of_row += D * 2.0**-122  # products that underflow
     if PRODUCT == "fp16":
         middling = tl.load(lengths)
@@ -99,7 +99,7 @@ def bounds(squares, lengths, PRODUCT: tl.constexpr, KAPPA: tl.constexpr, D: tl.c
 @triton.jit
 def error(of_c, of_row, bias, lengths):
     """The most by which a codeword's score is off, with the errors from ``bounds`` and the codeword's ``bias``."""
-    return of_row + of_c * (bias + reach(lengths)) * 1.001
+    return of_row + of_c * (bias + reach(tl.load(lengths + 1))) * 1.001
 
 
 @triton.jit

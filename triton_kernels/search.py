@@ -26,6 +26,7 @@ from diveq_kernels.triton_kernels import exhaust, settle
 from diveq_kernels.triton_kernels.exhaust import exhaust_kernel
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch, multiprocessors
 from diveq_kernels.triton_kernels.look import look_kernel
+from diveq_kernels.triton_kernels.middle import Middle
 from diveq_kernels.triton_kernels.pack import Packed, pack
 from diveq_kernels.triton_kernels.product import error_bound, product_for
 from diveq_kernels.triton_kernels.rows import ALL, Listed, dense, none_yet, rows_of
@@ -48,7 +49,7 @@ class Search:
         dither: Tensor | None,
         precision: str,
         kind: str = "search",
-        around: tuple[Tensor, Tensor] | None = None,
+        around: Middle | None = None,
         too_wide: Tensor | None = None,
         rows: int | None = None,
     ) -> None:
@@ -200,7 +201,7 @@ def find(
         open_rows, too_wide = problem.no_rows_yet(), problem.counter()
         coarse = problem.packed("fp16", "exact", too_wide=too_wide)
         problem.decide(coarse, ALL, open_rows, _LOOKS, too_wide)
-        search = problem.packed("bf16x3", "exact", around=(coarse.packed.centre, coarse.packed.lengths))
+        search = problem.packed("bf16x3", "exact", around=coarse.packed.around)
         problem.decide(search, open_rows, hard_rows)
     else:
         search = problem.packed(product, precision)
