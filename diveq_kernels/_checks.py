@@ -20,8 +20,9 @@ def check_float_tensor(x: Any, name: str) -> None:
     """Raise TypeError unless x is a dense tensor of a supported floating dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense torch.Tensor, got one of layout {x.layout}")
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested one" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 

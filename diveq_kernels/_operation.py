@@ -55,7 +55,12 @@ def _seen(arguments: tuple) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._autograd._profiler_enabled()
-        or any(isinstance(value, Tensor) and (type(value) not in _PLAIN or value.is_meta) for value in arguments)
+        or any(
+            # Batched where autograd.grad has is_grads_batched; that vmap is not one of torch.func's.
+            type(value) not in _PLAIN or value.is_meta or torch._C._functorch.is_legacy_batchedtensor(value)
+            for value in arguments
+            if isinstance(value, Tensor)
+        )
     )
 
 

@@ -97,6 +97,8 @@ def unpack_codes(packed: bytes | bytearray | memoryview) -> Tensor | SFCodes:
         raise ValueError("packed is corrupted: its checksum does not match")
     if len(packed) != expected:
         raise ValueError(f"packed must have {expected} bytes, got {len(packed)}: it is truncated or corrupted")
+    if offset > 1 or t_bits > _MOST_T_BITS or index_bits != _bits(num_codes + offset) or count >= 2**63:
+        raise ValueError("packed holds numbers that pack_codes never writes: it did not make it")
     values = _unpack(packed[start:index_end], index_bits, count) - offset
     if values.numel() and int(values.max()) >= num_codes:
         raise ValueError(f"packed holds an index of {int(values.max())}, which is not below K = {num_codes}")

@@ -73,7 +73,7 @@ def replicate(module: nn.Module) -> set[nn.Parameter]:
 
     Returns:
         The codebooks: the ``ignored_params`` of ``torch.distributed.fsdp.fully_shard``. Codebooks that take their place
-        (``to_empty``, ``load_state_dict(assign=True)``) are averaged too; frozen ones have no gradients.
+        (``to_empty``, ``load_state_dict(assign=True)``) are averaged too, and frozen ones once they learn again.
     """
     from diveq_kernels.layers.base import Quantizer
 
@@ -86,11 +86,13 @@ def replicate(module: nn.Module) -> set[nn.Parameter]:
 
 def keep_replicated(layer: Any) -> None:
     """Mark the codebook of a layer that `replicate` was given, now or again: its parameter may have been exchanged."""
-    codebook = layer.codebook
-    if not layer._replicated or getattr(codebook, "_diveq_replicated", False):
+    if not layer._replicated:
         return
+    codebook = layer.codebook
     codebook._diveq_replicated = True
-    if codebook.requires_grad:
+    # Copies and pickles have the mark, and no hook; a frozen one can have none until it learns again.
+    hooks = codebook._post_accumulate_grad_hooks or {}
+    if codebook.requires_grad and _average_gradient not in hooks.values():
         codebook.register_post_accumulate_grad_hook(_average_gradient)
 
 

@@ -46,6 +46,7 @@ def test_not_a_tensor(function: Callable, shape: tuple[int, ...]) -> None:
     refused(TypeError, ["z", "Tensor", "NoneType"], function, None, books)
     refused(TypeError, [books_name(shape), "Tensor", "list"], function, Z, books.tolist())
     refused(TypeError, ["z", "dense", "sparse_coo"], function, Z.to_sparse(), books)
+    refused(TypeError, ["z", "dense", "nested"], function, torch.nested.nested_tensor([Z, Z[:2]]), books)
     refused(TypeError, [books_name(shape), "dense", "sparse_coo"], function, Z, books.to_sparse())
 
 

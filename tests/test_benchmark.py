@@ -89,6 +89,12 @@ def test_draws_may_lie_on_another_device(operation: str) -> None:
     assert verify.judge(case, inputs, who, prepared._replace(noise=lambda _: noise), output, draws).wrong == ""
 
 
+def test_gradients_of_which_nothing_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    """With D = 1 all of the gradient goes to the codeword: what z gets is rounding."""
+    assert main([*BENCH, "--backend", "cpu", "--n", "64", "--k", "8", "--d", "1", "--operation", "train"]) == 0
+    assert own_lines(capsys.readouterr().out) and "WRONG" not in capsys.readouterr().out
+
+
 # ---- wrong results ---------------------------------------------------------------------------------------------------
 
 

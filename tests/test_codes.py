@@ -103,3 +103,14 @@ def test_bad_arguments():
         pack_codes((torch.zeros(2, dtype=torch.int64), torch.zeros(3)), 2)
     with pytest.raises(TypeError, match="packed must be bytes, got str"):
         unpack_codes("abc")
+
+
+@pytest.mark.parametrize(
+    ("header", "shape"),
+    [((3, 0, 0, 2, 8), (2**40, 2**40)), ((4, 0, 0, 1, 8), (0,)), ((3, 0, 2, 1, 8), (0,)), ((3, 99, 0, 1, 8), (0,)),
+     ((0, 0, 0, 1, 1), (2**63,)), ((255, 0, 0, 1, 8), (0,))],
+)  # fmt: skip
+def test_numbers_that_are_never_packed(header, shape):
+    body = codes._HEADER.pack(*header) + b"".join(n.to_bytes(8, "little") for n in shape)
+    with pytest.raises(ValueError, match="^packed "):
+        unpack_codes(codes._START.pack(b"DVQ1", zlib.crc32(body)) + body)

@@ -128,3 +128,10 @@ def test_layers_pickle_while_patched():
     with patch_diveq():
         copy = pickle.loads(pickle.dumps(diveq.ResidualSFDIVEQ(4, 2, 2, allow_warning=False)))
     assert type(copy) is ours.ResidualSFDIVEQ
+
+
+def test_a_pickle_of_the_package_s_own_class_is_refused():
+    """Its attributes are not ours; the state_dict is what goes across."""
+    pickled = pickle.dumps(diveq.DIVEQ(8, 4))
+    with patch_diveq(), pytest.raises(TypeError, match="pickled DIVEQ must be one of diveq_kernels.* state_dict"):
+        pickle.loads(pickled)

@@ -247,7 +247,7 @@ def test_calls_that_need_all_distances():
     torch.testing.assert_close(ours(x, None, mask), theirs(x, None, mask))
     for topk in (1, 3):
         torch.testing.assert_close(ours(x, topk=topk), theirs(x, topk=topk))
-    assert ours._codebook.distances_wanted is False and ours.route_gradients_to_input
+    assert ours._codebook.distances_wanted is True and ours.route_gradients_to_input
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -335,3 +335,67 @@ def test_twice_and_pickled():
     again = pickle.loads(pickle.dumps(model.eval()))
     x = torch.randn(2, 10, 8)
     assert torch.equal(again(x)[0], model(x)[0]) and type(again) is type(model)
+
+
+def in_forward_mode(f, x, v):
+    with torch.autograd.forward_ad.dual_level():
+        return torch.autograd.forward_ad.unpack_dual(f(torch.autograd.forward_ad.make_dual(x, v))).tangent
+
+
+TRANSFORMS = {
+    "jacobian": lambda f, x, v: torch.autograd.functional.jacobian(lambda y: f(y).sum(-1), x, vectorize=True),
+    "batched": lambda f, x, v: torch.autograd.grad(f(x), x, torch.stack((v, 2 * v, v * v)), is_grads_batched=True)[0],
+    "forward mode": in_forward_mode,
+    "grad": lambda f, x, v: torch.func.grad(lambda y: (f(y) * v).sum())(x.detach()),
+    "vmap": lambda f, x, v: torch.vmap(f)(torch.stack((x, x + v))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"rotation_trick": False}], ids=str)
+@pytest.mark.parametrize("how", TRANSFORMS)
+@pytest.mark.parametrize("output", [0, 2], ids=["z_q", "loss"])
+def test_transforms_of_a_frozen_quantizer(how, options, output):
+    theirs = package.VectorQuantize(dim=8, codebook_size=20, freeze_codebook=True, **options)
+    theirs.train(how not in ("grad", "vmap"))  # where the package does not take part in training either
+    ours = accelerate_vector_quantize(copy.deepcopy(theirs))
+    x = torch.randn(2, 10, 8)
+    found, expected = (
+        TRANSFORMS[how](lambda y, m=model: m(y)[output] + 0 * y, x.clone().requires_grad_(), x.cos())
+        for model in (ours, theirs)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_codebook_that_another_layer_shares():
+    """What calls it without the accelerated layer gets distances, as from the package."""
+    accelerated = package.VectorQuantize(dim=8, codebook_size=20)
+    other = package.VectorQuantize(dim=8, codebook_size=20, codebook_diversity_loss_weight=0.1)
+    other._codebook = accelerated._codebook
+    x = torch.randn(2, 10, 8)
+    torch.manual_seed(0)
+    expected = copy.deepcopy(other).eval()(x), copy.deepcopy(accelerated).eval()._codebook(x)[2]
+    accelerate_vector_quantize(accelerated)
+    torch.manual_seed(0)
+    found = other.eval()(x), accelerated.eval()._codebook(x)[2]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-13, 1e-11, 1e-7, 1.0, 1e15])
+def test_cosine_of_rows_of_any_length(scale):
+    theirs = package.VectorQuantize(dim=8, codebook_size=200, use_cosine_sim=True).eval()
+    ours = accelerate_vector_quantize(copy.deepcopy(theirs))
+    x = torch.randn(1, 300, 8)
+    x[0, ::3] *= scale
+    codewords = torch.nn.functional.normalize(theirs._codebook.embed[0].double(), dim=-1)
+    similarities = torch.nn.functional.normalize(x[0].double(), dim=-1) @ codewords.T
+    chosen = similarities.gather(1, ours(x)[1][0][:, None])[:, 0]
+    assert (chosen >= similarities.amax(1) - 1e-6).all()
+
+
+def test_an_input_transform_of_its_own_stays():
+    theirs = package.VectorQuantize(dim=8, codebook_size=20, use_cosine_sim=True).eval()
+    theirs._codebook.transform_input = torch.tanh
+    ours = accelerate_vector_quantize(copy.deepcopy(theirs))
+    x = 3 * torch.randn(1, 50, 8)
+    assert torch.equal(ours(x)[1], theirs(x)[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import time
 
 import pytest
@@ -218,7 +219,7 @@ def test_one_of_four_is_killed(tmp_path):
 
 
 def test_codebooks_that_take_the_place_of_replicated_ones() -> None:
-    """They are averaged too, once; frozen ones have nothing to average."""
+    """They are averaged too, once."""
     with torch.device("meta"):
         layer = DIVEQ(8, 4, codebook_reset=False)
     before = layer.codebook
@@ -231,5 +232,18 @@ def test_codebooks_that_take_the_place_of_replicated_ones() -> None:
         assert len(layer.codebook._post_accumulate_grad_hooks) == 1
         before = layer.codebook
         layer.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+
+
+def test_replicated_codebooks_that_were_frozen_or_pickled() -> None:
     frozen = DIVEQ(8, 4).requires_grad_(False)
     assert replicate(frozen) == {frozen.codebook}
+    frozen(torch.randn(9, 4))
+    assert not frozen.codebook._post_accumulate_grad_hooks
+    frozen.requires_grad_(True)
+    for _ in range(2):
+        frozen(torch.randn(9, 4))
+        assert len(frozen.codebook._post_accumulate_grad_hooks) == 1
+    for copied in (pickle.loads(pickle.dumps(frozen)), copy.deepcopy(frozen)):
+        copied(torch.randn(9, 4))
+        assert len(copied.codebook._post_accumulate_grad_hooks) == 1
+        assert replicate(copied) == {copied.codebook} and len(copied.codebook._post_accumulate_grad_hooks) == 1

@@ -176,6 +176,20 @@ def test_transforms_give_the_gradients_of_autograd(name: str, backend: str | Non
         torch.func.grad(lambda x: torch.func.grad(of)(x, books).sum())(z)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("name", NAMES)
+def test_several_gradients_at_once(name: str, backend: str | None) -> None:
+    """``is_grads_batched``, by which ``torch.autograd.functional.jacobian(vectorize=True)`` works too."""
+    inputs = arguments(name, backend or "")
+    outputs = [x for x in getattr(ops, name)(*inputs) if x.is_floating_point()]
+    several = [torch.randn(3, *x.shape) for x in outputs]
+    found = torch.autograd.grad(outputs, inputs[:2], several, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        expected = torch.autograd.grad(outputs, inputs[:2], [x[i] for x in several], retain_graph=True)
+        assert all(torch.equal(mine[i], one) for mine, one in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_mode_is_refused(name: str) -> None:
     """Where a tangent arrives; it would be 0 behind the operation."""

@@ -26,6 +26,7 @@ from diveq_kernels.benchmark.contestants import Contestant, Draws, Output, Prepa
 from diveq_kernels.benchmark.peers import chunked_search
 from diveq_kernels.reference.search import interpolate
 
+_LEAST_LEFT = 2.0**-7  # of a gradient, what counts at least as left to z
 _SLACK = 8.0
 _CLOSE_LOOK = 1 << 31  # multiplications in float64 that one search may cost
 _BLOCK = 1 << 24  # float64 numbers at once
@@ -121,29 +122,35 @@ def expected(
     return z_q.detach(), *torch.autograd.grad(z_q, (z, books), inputs.grad.double())
 
 
-def _relative(found: Tensor | None, gold: Tensor) -> float:
+def _relative(found: Tensor | None, gold: Tensor, least: float = 1e-300) -> float:
+    """‖found − gold‖ over ‖gold‖, or over ``least`` if that is more."""
     if found is None or found.shape != gold.shape:
         return float("inf")
-    return float((found.double() - gold).norm() / gold.norm().clamp_min(1e-300))
+    return float((found.double() - gold).norm() / gold.norm().clamp_min(least))
 
 
-def _worst_row(found: Tensor, gold: Tensor) -> tuple[float, int]:
-    """The largest ‖found − gold‖ of a row, over the row's norm and that of a middling row; and which row."""
+def _worst_row(found: Tensor, gold: Tensor, least: float = 1e-300) -> tuple[float, int]:
+    """The largest ‖found − gold‖ of a row, over the row's norm and that of a middling row; and which row.
+
+    ``least`` is the least norm that all rows together count with.
+    """
     found, gold = (x.double().reshape(-1, x.shape[-1]) for x in (found, gold))
     norms = gold.norm(dim=1)
-    middling = norms.square().mean().sqrt()
+    middling = norms.square().mean().sqrt().clamp_min(least / len(gold) ** 0.5)
     errors = (found - gold).norm(dim=1) / (norms + middling).clamp_min(1e-300)
     worst = int(errors.nan_to_num(nan=math.inf).argmax())
     return float(errors[worst]), worst
 
 
-def _off(name: str, found: Tensor | None, gold: Tensor, tolerance: float, of_row: float) -> tuple[str, float]:
+def _off(
+    name: str, found: Tensor | None, gold: Tensor, tolerance: float, of_row: float, least: float = 1e-300
+) -> tuple[str, float]:
     """(what is wrong with a tensor of rows, or ""; its relative error)."""
-    error = _relative(found, gold)
+    error = _relative(found, gold, least)
     if not error <= tolerance:
         return f"{name} is off by {error:.1e} (relative to its norm), more than {tolerance:.1e}", error
     assert found is not None
-    worst, row = _worst_row(found, gold)
+    worst, row = _worst_row(found, gold, least)
     if not worst <= of_row:
         return f"{name} is off by {worst:.1e} in row {row}, more than {of_row:.1e}", error
     return "", error
@@ -306,7 +313,9 @@ def judge(
     of_gradients = whole + float(turned.square().mean().sqrt()), of_row + float(turned.max())
     errors = []
     for name, found, value in zip(_TENSORS, output[1:4], gold, strict=False):
-        wrong, error = _off(name, found, value, *((whole, of_row) if name == "z_q" else of_gradients))
+        # What is left of a gradient may be rounding alone: with D = 1, all of it goes to the codeword.
+        floor = max(_LEAST_LEFT * float(inputs.grad.double().norm()), 1e-300) if name == "∂L/∂z" else 1e-300
+        wrong, error = _off(name, found, value, *((whole, of_row) if name == "z_q" else of_gradients), floor)
         if wrong:
             return Verdict(wrong, inexact)
         errors.append(error)

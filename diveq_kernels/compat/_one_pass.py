@@ -85,11 +85,28 @@ def _takes(operation: str, *tensors: Tensor) -> bool:
     device = tensors[0].device
     return (
         not torch.compiler.is_compiling()
+        and not is_transformed()
         and all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype in _DTYPES and t.numel() > 0 for t in tensors)
         and all(t.dim() > 0 and t.device == device for t in tensors)
         and backends.check_name(None) in ("", "cpu")
         and backends.why_unavailable("cpu", device, operation) is None
     )
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether a transform of torch.func, or another that is not a plain backward, looks on."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+    )
+
+
+def _differentiated(function: Any, x: Tensor, *gradients: Tensor) -> Tensor:
+    """The gradient to x of a function that the package has, where it is to be differentiated again, or transformed."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        return torch.autograd.grad(function(x), x, gradients, create_graph=again)[0]
 
 
 def _native(operation: str, *arguments: Any) -> Any:
@@ -106,8 +123,8 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x: Tensor = ctx.saved_tensors[0]
-        if torch.is_grad_enabled():  # it is to be differentiated again
-            return torch.autograd.grad(package.l2norm(x), x, grad, create_graph=True)[0]
+        if torch.is_grad_enabled() or is_transformed(grad):
+            return _differentiated(package.l2norm, x, grad)
         result: Tensor = _native("unit", x, grad)
         return result
 
@@ -127,6 +144,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         source, target = ctx.saved_tensors
+        if is_transformed(grad) and not ctx.transposed:
+            return _differentiated(lambda x: package.rotate_to(x, target), source, grad), None, None, None
         return _rotated(grad, source.detach(), target, not ctx.transposed), None, None, None
 
 
@@ -148,9 +167,12 @@ class _Committed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, of_loss: Tensor) -> tuple[Tensor, None, None, None]:
         source, target = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it is to be differentiated again
-            x = package.l2norm(source) if ctx.of_unit else source
-            outputs = package.rotate_to(x, target), torch.nn.functional.mse_loss(target, x)
-            return *torch.autograd.grad(outputs, source, (grad, of_loss), create_graph=True), None, None, None
+        if torch.is_grad_enabled() or is_transformed(grad, of_loss):
+
+            def outputs(source: Tensor) -> tuple[Tensor, Tensor]:
+                x = package.l2norm(source) if ctx.of_unit else source
+                return package.rotate_to(x, target), torch.nn.functional.mse_loss(target, x)
+
+            return _differentiated(outputs, source, grad, of_loss), None, None, None
         factor = 2 / source.numel() * float(of_loss)
         return _native("commit_backward", grad, factor, source, target, ctx.of_unit), None, None, None

@@ -13,20 +13,22 @@ from torch import Tensor
 from torch.amp import autocast
 from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import Codebook, accum_grad_, ema_inplace, gumbel_sample
+from vector_quantize_pytorch.vector_quantize_pytorch import l2norm as package_l2norm
 
 import diveq_kernels.functional as F
-from diveq_kernels.compat._one_pass import forget_loss, l2norm, mse_loss, rotate_to, sums_of_codewords
+from diveq_kernels.compat._one_pass import forget_loss, is_transformed, l2norm, mse_loss, rotate_to, sums_of_codewords
 
 _logger = logging.getLogger("diveq_kernels")
 _SMALLEST_VARIANCE = 1e-5  # the package's own
+_SHORT = 1e-3  # a row of length 1 has no coordinates that are all less, up to D = 10^6
 _UNIT = 1e-6  # how far from 1 the squared length of a codeword of length 1 may be
 
 
 class FusedCodebook(Codebook):  # type: ignore[misc]
     """Finds codewords without the matrix of distances, and counts them without a one-hot."""
 
-    # Set by FusedVectorQuantize for the length of one forward.
-    distances_wanted = False
+    # Set by FusedVectorQuantize for the length of one forward; who else calls this gets what the package returns.
+    distances_wanted = True
     noise_std: float | None = None
 
     @autocast("cuda", enabled=False)  # type: ignore[untyped-decorator]
@@ -139,12 +141,16 @@ class FusedCodebook(Codebook):  # type: ignore[misc]
 def _most_similar(rows: Tensor, codebook: Tensor) -> Tensor:
     """Index of the greatest z·c, int64 [N]: the nearest codeword where all have one length, and 0 for rows of zeros.
 
+    Rows are not as short as l2norm leaves those shorter than 1e-6, whose similarities all distances would drown.
     Codewords have length 1 but for those that nothing chose: their averages, and what the package makes of them, go to
     0. One more coordinate then gives all the length of the longest. It changes no z·c, as rows have a 0 there.
     """
-    zeros = (rows == 0).all(dim=-1)
+    longest_coordinate = torch.linalg.vector_norm(rows, float("inf"), dim=-1)
+    zeros = longest_coordinate == 0
     squares = codebook.square().sum(dim=-1)
-    may_look = squares.device.type == "cpu" and not torch.compiler.is_compiling()
+    may_look = squares.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed(rows)
+    if not may_look or (longest_coordinate < _SHORT).any():
+        rows = rows / longest_coordinate.clamp_min(torch.finfo(rows.dtype).tiny)[:, None]
     if not may_look or not ((squares - 1).abs() <= _UNIT).all():
         longest = squares.nan_to_num(0.0, 0.0, 0.0).max().clamp_min(torch.finfo(squares.dtype).tiny)
         missing = (1 - squares / longest).clamp_min(0).sqrt()
@@ -207,7 +213,7 @@ class FusedVectorQuantize(VectorQuantize):  # type: ignore[misc]
             return self._package_forward(x, **options)
         finally:
             forget_loss()
-            codebook.distances_wanted, codebook.noise_std = False, None
+            codebook.distances_wanted, codebook.noise_std = True, None
             self.route_gradients_to_input = routes
 
 
@@ -244,5 +250,5 @@ def accelerate(module: torch.nn.Module) -> None:
             continue
         layer.__class__ = FusedVectorQuantize
         layer._codebook.__class__ = FusedCodebook
-        if layer._codebook.use_cosine_sim:
+        if layer._codebook.transform_input is package_l2norm:
             layer._codebook.transform_input = l2norm

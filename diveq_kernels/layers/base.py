@@ -32,15 +32,25 @@ def select(table: Tensor, indices: Tensor) -> Tensor:
     return torch.where((indices >= 0)[..., None], table[indices.clamp_min(0)], 0)
 
 
+def _is_of_several_sizes(*sizes: int) -> bool:
+    """Whether a graph is compiled for any such sizes."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long, and needs SymPy
+
+    return not all(has_static_value(size) for size in sizes)
+
+
 class Quantizer(nn.Module):
     """Base of the quantizer layers.
 
     A subclass says how rows z [..., D] are quantized in training (``_train``) and outside of it (``_quantize``), and
     what its codes are (``_encode``, ``decode``). The codebook is [K, D], or [Q, K, D]: one per stage or group.
 
-    A codebook with ``requires_grad_(False)`` is frozen: in training, too, the layer writes nothing to it. A forward
-    that activation checkpointing repeats in the backward changes nothing either. Not under ``torch.compile``: leave
-    quantizers out of what is checkpointed there, or the repeated forward may be that of another step.
+    A codebook with ``requires_grad_(False)`` is frozen: in training, too, the layer writes nothing to it, and counts no
+    step, so that a discriminator's turn leaves the generator's schedule alone. A forward that activation checkpointing
+    repeats in the backward changes nothing either. Not under ``torch.compile``: leave quantizers out of what is
+    checkpointed there, or the repeated forward may be that of another step.
     """
 
     codebook: nn.Parameter
@@ -126,6 +136,8 @@ class Quantizer(nn.Module):
             RuntimeError: If what the layer writes to its codebook would be lost, see ``diveq_kernels.distributed``.
         """
         rows = self._rows(z, mask)
+        if self._replicated and self.training and not torch.compiler.is_compiling():
+            distributed.keep_replicated(self)  # the codebook may have been frozen until now
         z_q, indices, counts = self._train(rows, mask) if self.training else self._quantize(rows, mask)
         return self._as_input(z_q), indices.long(), perplexity(counts)
 
@@ -169,6 +181,9 @@ class Quantizer(nn.Module):
         if self.channel_first and z.dim() < 2:
             raise ValueError(f"z must have shape [B, D, ...] (channel_first), got {tuple(z.shape)}")
         rows = z.movedim(1, -1) if self.channel_first else z
+        if self.channel_first and z.dim() > 3 and _is_of_several_sizes(*z.shape[2:]):
+            # For Inductor, which fails at views of images that it keeps for a convolution's backward.
+            rows = z.contiguous().movedim(1, -1).contiguous()
         if z.dim() < 1 or rows.shape[-1] != self.embedding_dim:
             layout = "[B, D, ...]" if self.channel_first else "[..., D]"
             raise ValueError(f"z must have shape {layout} with D = {self.embedding_dim}, got {tuple(z.shape)}")
@@ -178,11 +193,14 @@ class Quantizer(nn.Module):
 
     def _as_input(self, rows: Tensor) -> Tensor:
         """Rows [..., D] in the layout of the input."""
-        return rows.movedim(-1, 1) if self.channel_first else rows
+        if not self.channel_first:
+            return rows
+        z = rows.movedim(-1, 1)
+        return z.contiguous() if rows.dim() > 3 and _is_of_several_sizes(*rows.shape[1:-1]) else z
 
     def _writes(self) -> bool:
-        """Whether this step may change the codebook and count: not where checkpointing repeats a forward."""
-        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+        """Whether this step changes codebook and counts: not if frozen, nor where checkpointing repeats a forward."""
+        return not self._is_frozen() and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
 
     def _is_frozen(self) -> bool:
         """Whether the codebook is one with ``requires_grad_(False)``, which within torch.vmap all seem to be."""
@@ -286,6 +304,14 @@ class Quantizer(nn.Module):
         least, most = indices.aminmax()
         if least < -1 or most >= count:
             raise ValueError(f"codes must hold indices from -1 to {count - 1}, got values from {least} to {most}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "channel_first" not in state:
+            raise TypeError(
+                f"a pickled {type(self).__name__} must be one of diveq_kernels, got another class's or version's: "
+                "save the state_dict of the layer that was pickled, and load it into a new one"
+            )
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

@@ -278,8 +278,8 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         writes = self._writes()
         if self._is_settled(counted=not writes):
             return self._train_curve(z, mask, active)
-        step = self.iter_counter.clamp_min(0) + int(writes)  # where a forward is repeated it has been counted
-        if self._builds_curve and writes and not self._is_frozen():
+        step = self.iter_counter.clamp_min(0) + int(writes)  # a forward that is repeated has been counted
+        if self._builds_curve and writes:
             self._may_write()
             if not self._counts_are_free() or step == self.skip_iters:
                 self._write(torch.where(step == self.skip_iters, self.curve, self.codebook.detach()))

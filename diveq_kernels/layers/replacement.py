@@ -107,7 +107,7 @@ class ReplacingQuantizer(Quantizer):
         """The codebook to quantize with: after the start by k-means or the replacement, if one is due."""
         self._begin_if_unmade()
         codebook: Tensor = self.codebook
-        if self._is_frozen() or not self._writes():
+        if not self._writes():
             return codebook
         may_start = self._start_may_be_due()
         if may_start or self.codebook_reset:

@@ -57,6 +57,8 @@ class SFDIVEQ(Quantizer):
         device: Of the codebook.
         dtype: Of the codebook.
 
+    A frozen codebook counts no steps: to train the rest of a model with one from the start, set skip_iters to 0.
+
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, or noise_std and noise_var are both given.
@@ -111,7 +113,7 @@ class SFDIVEQ(Quantizer):
 
     def _initialised_codebook(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """The codebook with this step's latents in it, if it is one of those that build it."""
-        if self.skip_iters <= 1 or self.avg_iters == 0 or self._is_frozen():
+        if self.skip_iters <= 1 or self.avg_iters == 0:
             return self.codebook
         self._may_write()
         schedule = self.iter_counter, self.skip_iters, self.avg_iters
