@@ -32,6 +32,9 @@ class ShardedNearest(nn.Module):
             DistributedDataParallel's are. A rank with fewer rows pads, and masks the padding. Row n of rank r is row
             r·N + n of the noise.
 
+    A ``state_dict`` has the rank's own part, and notes which; it is an error to load another. ``gather_codebook`` and
+    ``load_codebook`` go from one number of ranks to another.
+
     DistributedDataParallel and FSDP must not touch the shards: ``diveq_kernels.distributed.keep_shards(model)``.
     Unused codewords are not replaced.
 
@@ -97,6 +100,13 @@ class ShardedNearest(nn.Module):
         self.codebook = nn.Parameter(torch.empty(self._sizes[rank], embedding_dim, device=device, dtype=dtype))
         _checks.check_float_tensor(self.codebook, "codebook (argument dtype)")
         self.reset_parameters()
+        self.register_state_dict_post_hook(_note_part)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_check_part)  # type: ignore[no-untyped-call]
+
+    @property
+    def _part(self) -> tuple[int, int, int]:
+        """Which codewords this rank has: the first, the one after the last, and K."""
+        return self.first, self.first + len(self.codebook), self.num_embeddings
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -227,3 +237,19 @@ class ShardedNearest(nn.Module):
         """The constructor's arguments."""
         names = ["num_embeddings", "embedding_dim", "noise_std", "rows", "uniform_init", "precision", "backend"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _note_part(layer: ShardedNearest, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    metadata["part"] = layer._part
+
+
+def _check_part(layer: ShardedNearest, state: Any, prefix: str, metadata: dict[str, Any], *lists: Any) -> None:
+    """With every rank's parts of one shape, nothing else tells rank 0's file from the others'."""
+    part = tuple(metadata.get("part", layer._part))
+    if part != layer._part:
+        errors = lists[-1]
+        wanted, got = (f"{first} to {end - 1} of {count}" for first, end, count in (layer._part, part))
+        errors.append(
+            f"{prefix}codebook must hold codewords {wanted}, got {got}: each rank loads what it saved, or the whole by "
+            "load_codebook"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from layer_cases import CURVES, alike, for_every_layer, make
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @for_every_layer
@@ -15,6 +16,17 @@ def test_decoding_what_was_encoded(kind):
     assert alike(kind, layer.decode(codes), layer.inference(z)[0])
     indices = codes.indices if kind in CURVES else codes
     assert indices.dtype == torch.int64 and torch.equal(indices, layer.inference(z)[1])
+
+
+@for_every_layer
+def test_decoding_where_there_are_no_values_to_look_at(kind):
+    layer = make(kind)
+    several = layer.encode(torch.randn(3, 9, 5))
+    decoded = torch.vmap(lambda *codes: layer.decode(codes if kind in CURVES else codes[0]))
+    assert torch.equal(decoded(*(several if kind in CURVES else (several,))), layer.decode(several))
+    with FakeTensorMode():
+        fake = make(kind)
+        assert fake.decode(fake.encode(torch.randn(9, 5))).shape == (9, 5)
 
 
 @for_every_layer

@@ -259,6 +259,17 @@ def run_others(rank, world, folder):
     torch.manual_seed(4)
     alone = torch.cat([torch.rand(len(part), 3) for part in whole.tensor_split(world)]) * (1 / 10)
     assert torch.equal(whole, alone)
+    # Each rank loads what it saved; the other's part has the same shape.
+    saved = torch.nn.Sequential(layer)
+    torch.save(saved.state_dict(), f"{folder}/part{rank}.pt")
+    dist.barrier()
+    mine, other = (torch.load(f"{folder}/part{r}.pt") for r in (rank, 1 - rank))
+    wrong = f"0.codebook must hold codewords {5 * rank} to {5 * rank + 4} of 10, got {5 - 5 * rank} to"
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=wrong):
+            saved.load_state_dict(other, strict=strict)
+    saved.load_state_dict(mine)
+    assert torch.equal(layer.gather_codebook(), whole)
     # Without a seed: the noise of rank 0 for all, another in each call; none in evaluation.
     torch.manual_seed(rank)
     z = torch.ones(5, 3)

@@ -154,7 +154,7 @@ def pack(
     elif around.centre.shape[-1] < padded_dim:  # another product's tiles pad less
         wider = torch.nn.functional.pad(around.centre, (0, padded_dim - around.centre.shape[-1]))
         around = around._replace(centre=wider)
-    chunks = 1 if around.squares is None else around.squares.shape[1]
+    chunks = 1 if around.squares is None else int(around.squares.shape[1])
     packed = Packed(
         torch.empty((stages, parts, padded_count, padded_dim), dtype=dtype_of(product), device=device),
         torch.empty((stages, padded_count), dtype=torch.float32, device=device),

@@ -299,7 +299,7 @@ class Quantizer(nn.Module):
             raise TypeError(f"codes must hold an int32 or int64 tensor of indices, got {got}")
         if indices.device != self.codebook.device:
             raise ValueError(f"codes must be on the layer's device, {self.codebook.device}, got {indices.device}")
-        if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
+        if indices.device.type != "cpu" or not is_plain(indices) or indices.numel() == 0:
             return
         least, most = indices.aminmax()
         if least < -1 or most >= count:
