@@ -86,8 +86,13 @@ def test_grad_of_a_step_in_training(name: str) -> None:
 def test_a_transform_leaves_no_trace_in_the_layer(name: str) -> None:
     used = layer(name)
     untouched = copy.deepcopy(used)
-    parameters, buffers = state(used)
-    grad(lambda p, b: loss(functional_call(used, (p, b), (rows(used, 0),))[0]))(parameters, buffers)
+    begun = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        parameters, buffers = state(used)
+        grad(lambda p, b: loss(functional_call(used, (p, b), (rows(used, 0),))[0]))(parameters, buffers)
+        begun.append([parameters["codebook"], *buffers.values()])
+    assert all(map(torch.equal, *begun))
     for i in range(STEPS):
         torch.manual_seed(i)
         found = used(rows(used, i))
