@@ -51,5 +51,6 @@ def parameter_groups(model: nn.Module, *, codebook_lr: float, **options: Any) ->
 
 def _codebook_parameters(layer: nn.Module) -> list[nn.Parameter]:
     """The layer's codebook, or the parameters that a parametrization or the older weight_norm makes it from."""
-    names = ("codebook_", "parametrizations.codebook.")
-    return [p for name, p in layer.named_parameters() if name == "codebook" or name.startswith(names)]
+    names = ("codebook", "codebook_g", "codebook_v", "codebook_orig")
+    parametrized = "parametrizations.codebook."
+    return [p for name, p in layer.named_parameters() if name in names or name.startswith(parametrized)]
