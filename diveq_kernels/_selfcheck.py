@@ -1,11 +1,15 @@
 """What ``python -m diveq_kernels check`` runs: every available backend against the reference in float64.
 
 Inputs are fresh random numbers. A row whose index differs passes only where float64 finds the backend's choice as near,
-up to the rounding of the input; such rows are then left out of the other comparisons.
+up to the rounding of the input; such rows are then left out of the other comparisons. An operation that raises fails
+its check, and the others go on.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,7 +25,10 @@ _GROUPS = 2
 
 
 class Result(NamedTuple):
-    """One line of the table: rows with a wrong index, and relative errors ‖x − ref‖/‖ref‖ against float64."""
+    """One line of the table: rows with a wrong index, and relative errors ‖x − ref‖/‖ref‖ against float64.
+
+    ``raised`` is the traceback of an operation that gave no result; the errors are NaN then.
+    """
 
     backend: str
     device: str
@@ -31,6 +38,7 @@ class Result(NamedTuple):
     error_output: float
     error_grad_z: float
     error_grad_codebook: float
+    raised: str = ""
 
     @property
     def passed(self) -> bool:
@@ -173,6 +181,16 @@ def check(name: str, backend: str, device: str, dtype: torch.dtype, shape: tuple
     return _check(op, backend, device, dtype, shape)
 
 
+def _worst(op: _Operation, backend: str, device: str, dtype: torch.dtype) -> Result:
+    """The worst of all shapes."""
+    try:
+        each = [_check(op, backend, device, dtype, shape) for shape in _SHAPES]
+    except Exception:  # of whatever kind: a compiler's, a driver's
+        return Result(backend, device, op.name, dtype, 0, math.nan, math.nan, math.nan, traceback.format_exc())
+    worst = [max(values, key=lambda v: (v != v, v)) for values in zip(*(r[4:8] for r in each), strict=True)]
+    return Result(backend, device, op.name, dtype, *worst)
+
+
 def results(only: str | None = None) -> Iterator[Result]:
     """Check every operation, dtype and available backend on every device of this machine; the worst of some shapes.
 
@@ -192,22 +210,26 @@ def results(only: str | None = None) -> Iterator[Result]:
                 if backends.why_unavailable(backend, device, op.op) is not None:
                     continue
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                    each = [_check(op, backend, device, dtype, shape) for shape in _SHAPES]
-                    worst = [max(values, key=lambda v: (v != v, v)) for values in list(zip(*each, strict=True))[4:]]
-                    yield Result(backend, device, op.name, dtype, *worst)
+                    yield _worst(op, backend, device, dtype)
 
 
 def report(only: str | None = None) -> bool:
     """Print the table line by line, of one backend or all; whether everything passed."""
     print("errors are ‖x − ref‖/‖ref‖ against float64; wrong: rows whose index is not a nearest one\n")
     print(f"{'backend':<10} {'device':<6} {'operation':<20} {'dtype':<9} wrong    output     ∂L/∂z     ∂L/∂C")
-    failed = 0
+    failed, told = 0, {}
     for result in results(only):
         failed += not result.passed
+        line = f"{result.backend:<10} {result.device:<6} {result.op:<20} {str(result.dtype)[6:]:<9}"
+        if result.raised:
+            told[result.raised.rstrip().rpartition("\n")[2]] = result.raised  # one kernel's error is that of many
+            print(f"{line} {'raised an error':<36} FAIL")
+            continue
         print(
-            f"{result.backend:<10} {result.device:<6} {result.op:<20} {str(result.dtype)[6:]:<9}"
-            f" {result.wrong_indices:>5} {result.error_output:>9.1e} {result.error_grad_z:>9.1e}"
+            f"{line} {result.wrong_indices:>5} {result.error_output:>9.1e} {result.error_grad_z:>9.1e}"
             f" {result.error_grad_codebook:>9.1e}  {'pass' if result.passed else 'FAIL'}"
         )
     print(f"\n{'all passed' if not failed else f'{failed} failed'}")
+    for raised in told.values():
+        print(f"\n{raised}", file=sys.stderr, end="")
     return not failed

@@ -116,3 +116,18 @@ def test_check_finds_output_that_was_never_written(broken_backend: types.ModuleT
 
     broken_backend.product = unwritten  # type: ignore[attr-defined]
     assert failures() == {"product_diveq", "product_sf_diveq"}
+
+
+def test_check_goes_on_after_an_operation_that_raises(
+    broken_backend: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*args: object) -> None:
+        raise RuntimeError("no such tile")
+
+    broken_backend.product = refused  # type: ignore[attr-defined]
+    assert main(["check", "--backend", "cpu"]) == 1
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("cpu ")]
+    assert [line.endswith(" FAIL") for line in lines] == [" product_" in line for line in lines]
+    assert printed.out.endswith("\n6 failed\n")
+    assert printed.err.count("RuntimeError: no such tile") == 1
