@@ -32,6 +32,10 @@ _POINTERS = {
 }
 
 
+# Whether launches list no constants but strings among the attributes, which are part of the key in the cache.
+_LISTS_STRINGS_ONLY = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+
+
 class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
@@ -101,6 +105,10 @@ def _signature(launch: Launch, floats: str) -> tuple[dict[str, str], dict[tuple,
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
+    if _LISTS_STRINGS_ONLY:
+        for place in constants.keys() & attributes.keys():
+            if not isinstance(constants[place], str):
+                del attributes[place]
     return signature, constants, attributes
 
 
