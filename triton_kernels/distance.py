@@ -52,7 +52,7 @@ def nearest_backward_kernel(
         if grad_z is not None:
             store_rows(grad_z, d_starts, d_step, inside, first, tl.where(kept[:, None], -pull, 0.0), D, BLOCK_D)
         if grad_codebook is not None:
-            add_pull(grad_codebook, index, to_codebook, pull, first, D, BLOCK_D)
+            add_pull(grad_codebook, index, to_codebook != 0.0, pull, first, D, BLOCK_D)
 
 
 def nearest_backward(

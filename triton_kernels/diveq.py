@@ -141,7 +141,7 @@ def diveq_backward_kernel(
             value = tl.where((m < float("inf"))[:, None], g - pull, float("nan"))
             store_rows(grad_z, d_starts, d_step, inside, first, tl.where(kept[:, None], value, g), D, BLOCK_D)
         if grad_codebook is not None:
-            add_pull(grad_codebook, index, a, pull, first, D, BLOCK_D)
+            add_pull(grad_codebook, index, a != 0.0, pull, first, D, BLOCK_D)
 
 
 def diveq_backward(

@@ -39,11 +39,11 @@ def end_of_row(
 
 
 @triton.jit
-def add_pull(grad_codebook, index, a, pull, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Add rows' contributions to their codewords' gradient [K, D], with atomics."""
+def add_pull(grad_codebook, index, adds, pull, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Add what rows pull, of those that do, to their codewords' gradient [K, D], with atomics."""
     k = first + tl.arange(0, BLOCK_D)
     at = index.to(tl.int64)[:, None] * D + k[None, :]
-    tl.atomic_add(grad_codebook + at, pull, mask=(a != 0.0)[:, None] & (k < D)[None, :], sem="relaxed")
+    tl.atomic_add(grad_codebook + at, pull, mask=adds[:, None] & (k < D)[None, :], sem="relaxed")
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diveq_kernels import reference
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.triton_kernels.gradients import run_of, sorted_rows
+from diveq_kernels.triton_kernels.gradients import add_pull, run_of, sorted_rows
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.project import position_on
 from diveq_kernels.triton_kernels.rows import (
@@ -27,14 +27,6 @@ from diveq_kernels.triton_kernels.rows import (
     rows_of,
     store_rows,
 )
-
-
-@triton.jit
-def _add(grad_codebook, j, adds, pull, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Add rows' contributions to codewords j, with atomics."""
-    k = first + tl.arange(0, BLOCK_D)
-    at = j.to(tl.int64)[:, None] * D + k[None, :]
-    tl.atomic_add(grad_codebook + at, pull, mask=adds[:, None] & (k < D)[None, :], sem="relaxed")
 
 
 @triton.jit
@@ -78,8 +70,8 @@ def project_backward_kernel(
             w = load_rows(z, starts, step, kept, first, D, BLOCK_D) - s
             to_start = ((1.0 - base) - share)[:, None] * g - theta[:, None] * (w + (1.0 - 2.0 * t)[:, None] * d)
             to_end = t[:, None] * g + theta[:, None] * (w - (2.0 * t)[:, None] * d)
-            _add(grad_codebook, j, adds, to_start, first, D, BLOCK_D)
-            _add(grad_codebook, j + 1, adds, to_end, first, D, BLOCK_D)
+            add_pull(grad_codebook, j, adds, to_start, first, D, BLOCK_D)
+            add_pull(grad_codebook, j + 1, adds, to_end, first, D, BLOCK_D)
 
 
 @triton.jit

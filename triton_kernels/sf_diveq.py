@@ -142,8 +142,8 @@ def sf_diveq_backward_kernel(
             value = tl.where(finite[:, None], g - pull1 - pull2, float("nan"))
             store_rows(grad_z, d_starts, d_step, inside, first, tl.where(kept[:, None], value, g), D, BLOCK_D)
         if grad_codebook is not None:
-            add_pull(grad_codebook, i, a1, pull1, first, D, BLOCK_D)
-            add_pull(grad_codebook, i + 1, a2, pull2, first, D, BLOCK_D)
+            add_pull(grad_codebook, i, a1 != 0.0, pull1, first, D, BLOCK_D)
+            add_pull(grad_codebook, i + 1, a2 != 0.0, pull2, first, D, BLOCK_D)
 
 
 def sf_diveq_backward(
