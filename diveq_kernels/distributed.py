@@ -2,7 +2,8 @@
 
 Under DistributedDataParallel nothing needs to be done: in training the layers sum use over ranks, take λ from rank 0,
 and build their curves from all ranks' latents, whenever a default process group of more than one rank exists. All ranks
-must then take the same training steps. ``layer.sync_ranks = False`` makes a layer keep to itself.
+must then take the same training steps: where they may run out of inputs at different times, leave the loop together,
+by ``model.join(throw_on_early_termination=True)``. ``layer.sync_ranks = False`` makes a layer keep to itself.
 
 Under FSDP a codebook must stay whole, since the layers write to it (replaced codewords, the start by k-means,
 SF-DiVeQ's first curve): ``fully_shard(model, ignored_params=replicate(model))``. A layer whose codebook is sharded
