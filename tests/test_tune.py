@@ -346,7 +346,7 @@ def test_a_gpu_finds_in_the_cache_what_is_compiled_ahead(name: str, operation: s
         patch.setattr(triton.runtime.driver, "_active", Driver())
         arguments, options = map(mocked, found.arguments), {key: mocked(x) for key, x in found.options.items()}
         just_in_time = found.kernel.warmup(*arguments, grid=found.grid, **options)
-    assert just_in_time.hash == triton_aot.build_for(found, 90).hash
+    assert just_in_time.hash == triton_aot.build_for(found, triton_aot.nvidia(90)).hash
 
 
 def test_dry_run_compiles_and_drops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

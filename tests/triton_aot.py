@@ -120,16 +120,20 @@ def _source(launch: Launch, floats: str = "fp32") -> tuple[ASTSource, dict[str, 
     return ASTSource(launch.kernel, signature, constants, attributes), options
 
 
-def build_for(launch: Launch, architecture: int) -> Any:
+def nvidia(architecture: int) -> GPUTarget:
+    return GPUTarget("cuda", architecture, 32)
+
+
+def build_for(launch: Launch, target: GPUTarget) -> Any:
     """Triton's compiled kernel."""
     source, options = _source(launch)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=target, options=options)
 
 
 def translate(launch: Launch, architecture: int, floats: str = "fp32") -> str:
     """The kernel in Triton's own IR: the first step of compiling it, in which arguments that are constants show."""
     source, options = _source(launch, floats)
-    target = GPUTarget("cuda", architecture, 32)
+    target = nvidia(architecture)
     backend = make_backend(target)
     parsed = backend.parse_options({**options, **source.parse_options()})
     context = ir.context()
@@ -140,7 +144,7 @@ def translate(launch: Launch, architecture: int, floats: str = "fp32") -> str:
 
 
 def compile_for(launch: Launch, architecture: int) -> Compiled:
-    built = build_for(launch, architecture)
+    built = build_for(launch, nvidia(architecture))
     usage = _usage(built.asm["cubin"])
     return Compiled(launch.kernel.__name__, built.asm["ptx"], built.asm["cubin"], *usage, built.metadata.shared)
 

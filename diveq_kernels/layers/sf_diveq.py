@@ -57,7 +57,8 @@ class SFDIVEQ(Quantizer):
         device: Of the codebook.
         dtype: Of the codebook.
 
-    A frozen codebook counts no steps: to train the rest of a model with one from the start, set skip_iters and avg_iters to 0.
+    A frozen codebook counts no steps: to train the rest of a model with one from the start, set skip_iters and
+    avg_iters to 0.
 
     Raises:
         TypeError: If an argument has the wrong type.
