@@ -154,7 +154,7 @@ def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor, syn
     share_so_far = begin[1:] - j[:-1] * steps
     # Row p of n lies at (p + 1/2)/n of the step's interval: the first row at or after `begin` is ceil(x·n/K − 1/2).
     first = -((K - 2 * (begin - step * K) * n) // (2 * K))
-    first = torch.where(active, first.clamp_min(0).minimum(n), 0)  # without work all bags are empty, and cost nothing
+    first = torch.where(active, first.clamp_min(0).minimum(n), 0)
     middle = ((begin[:-1] + begin[1:] - 2 * step * K) * n // (2 * K)).clamp_max(n - 1).clamp_min(0)
     return _Chunks(
         order,
@@ -172,9 +172,15 @@ def _chunk_sums(table: Tensor, chosen: Tensor, chunks: _Chunks) -> Tensor:
 
     chosen is in the chunks' order.
     """
+    K = len(chunks.middle)
     if len(chosen) == 0:
-        return table.new_zeros(len(chunks.middle), table.shape[1])
-    sums = torch.nn.functional.embedding_bag(chosen, table, chunks.first, mode="sum", include_last_offset=True)
+        return table.new_zeros(K, table.shape[1])
+    # The last bag takes all rows that are left, on CUDA even with `include_last_offset`: those that belong to nobody go
+    # into K more bags, short ones since each is summed in turn.
+    end = chunks.first[-1:]
+    others = end + (len(chosen) - end) * torch.arange(K, device=end.device) // K
+    first = torch.cat([chunks.first[:-1], others])
+    sums = torch.nn.functional.embedding_bag(chosen, table, first, mode="sum")[:K]
     middle = torch.where(chunks.has_middle, table[chosen[chunks.middle]], 0)
     return torch.where(chunks.number > 0, sums, middle)
 

@@ -29,6 +29,7 @@ LIMIT = 600.0  # seconds, for everything
 # Every contract once per backend; the sizes of CPU tests suffice, as test_gpu.py has the large ones.
 FILES = ("test_nearest.py", "test_ties.py", "test_quantize.py", "test_gradients.py", "test_nonfinite.py")
 FILES += ("test_mask.py", "test_project.py", "test_project_gradients.py", "test_deterministic.py")
+FILES += ("test_layers_initialisation.py",)
 
 
 class Plan(NamedTuple):
@@ -56,7 +57,8 @@ def commands(name: str, processes: int) -> list[list[str]]:
     """What to run for a backend, the most telling first."""
     workers = ["-n", str(processes), "--dist", "loadgroup"] if processes > 1 else ["-p", "no:xdist"]
     # All files in one command, so that no process waits for the last tests of one of them.
-    tests = ["-q", "-rs", "-p", "gpu", *workers, "test_gpu.py", *FILES, "-k", f"test_gpu.py or {name}-cuda"]
+    wanted = f"test_gpu.py or {name}-cuda or (on_every_device and cuda)"
+    tests = ["-q", "-rs", "-p", "gpu", *workers, "test_gpu.py", *FILES, "-k", wanted]
     return [
         [sys.executable, "-m", "diveq_kernels", "check", "--backend", name],
         [sys.executable, "-m", "pytest", *tests],

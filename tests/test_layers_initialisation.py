@@ -9,8 +9,9 @@ import pytest
 import torch
 from layer_cases import for_curve_layers, make
 
-from diveq_kernels.codebook import sf_initialise
-from diveq_kernels.layers import SFDIVEQ
+from diveq_kernels import codebook as module
+from diveq_kernels.codebook import finite_rows, sf_initialise
+from diveq_kernels.layers import SFDIVEQ, ProductSFDIVEQ, ResidualSFDIVEQ
 
 
 def plain_initialisation(steps: list[torch.Tensor], codewords: int) -> torch.Tensor:
@@ -74,6 +75,51 @@ def test_leading_shape_and_channels_do_not_matter():
     torch.testing.assert_close(run(first, [z]), expected, rtol=1e-5, atol=1e-6)
 
 
+def bags_of_cuda(chosen, table, first, mode, include_last_offset=False):
+    """What ``embedding_bag`` is on CUDA: there ``include_last_offset`` says nothing of where the last bag ends."""
+    assert mode == "sum"
+    bounds = [*first[: len(first) - include_last_offset].tolist(), len(chosen)]
+    rows = [table[chosen[begin:end]] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    bags_of_cuda.longest = max(map(len, rows))
+    return torch.stack([each.sum(dim=0) for each in rows])
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def bags(request, monkeypatch):
+    if request.param == "cuda":
+        monkeypatch.setattr(torch.nn.functional, "embedding_bag", bags_of_cuda)
+
+
+def test_rows_that_are_nobody_s_are_never_in_one_bag(monkeypatch):
+    """They would be added up one after another; all rows of a step are nobody's where no curve is built."""
+    monkeypatch.setattr(torch.nn.functional, "embedding_bag", bags_of_cuda)
+    rows = torch.randn(1000, 5)
+    kept, step, nothing = finite_rows(rows, None), torch.tensor(0), torch.tensor(False)
+    chunks = module._cut(kept, 8, 4, step, nothing, False)
+    module._chunk_sums(rows, chunks.order, chunks)
+    assert bags_of_cuda.longest == 125
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", [SFDIVEQ, ResidualSFDIVEQ, ProductSFDIVEQ], ids=lambda kind: kind.__name__)
+def test_curves_are_alike_on_every_device(kind, device, monkeypatch):
+    """With rows left out and rows that are not finite; "cpu" is the CPU with CUDA's bags."""
+    more = {} if kind is SFDIVEQ else {"num_codebooks": 2, "replacement_iters": 2, "verbose": False}
+    layer = kind(9, 6, noise_std=0.0, skip_iters=5, avg_iters=4, allow_warning=False, **more)
+    torch.nn.init.normal_(layer.codebook)
+    other = copy.deepcopy(layer).to(device)
+    steps, masks = torch.randn(4, 15, 6), torch.rand(4, 15) < 0.8
+    steps[1, 3, 2], steps[2, 7] = torch.nan, torch.inf
+    expected = run(layer, steps, masks)
+    with monkeypatch.context() as patch:
+        if device == "cpu":
+            patch.setattr(torch.nn.functional, "embedding_bag", bags_of_cuda)
+        found = run(other, steps.to(device), masks.to(device))
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("bags")
 def test_rows_left_out_and_rows_that_are_not_finite_do_not_count():
     steps = list(torch.randn(4, 15, 5))
     masks = [torch.rand(15) < 0.6 for _ in steps]
