@@ -138,6 +138,27 @@ def test_a_compiled_layer_learns_it_from_train(name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("graph", ["compiled", "captured"])
+def test_steps_that_a_graph_took_are_not_forgotten(graph: str, counted: list[int]) -> None:
+    """An eager step after them trains the codebook: the host's number of steps is too small to say that none does."""
+    layer = make("SFDIVEQ", "random")
+    z = torch.randn(40, 6, requires_grad=True)
+    layer(z)[0].sum().backward()
+    assert layer.codebook.grad is None and 0 < layer._known_step() < START
+    if graph == "compiled":
+        run(torch.compile(layer, backend="eager", fullgraph=True), torch.randn(START, 40, 6))
+        torch._dynamo.reset()
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Quantizer, "_is_captured", lambda self: True)
+            layer(z)
+        layer.iter_counter.add_(START)  # replays
+    layer.zero_grad()
+    z_q = layer(z)[0]
+    z_q.square().sum().backward()
+    assert not torch.equal(z_q, z) and layer.codebook.grad.count_nonzero() > 0
+
+
 # ---- what else was made from the codebook ----------------------------------------------------------------------------
 
 

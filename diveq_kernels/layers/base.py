@@ -57,8 +57,10 @@ class Quantizer(nn.Module):
     iter_counter: Tensor
     # Whether training agrees with other ranks, see ``diveq_kernels.distributed``.
     sync_ranks: bool = True
-    # What the host knows of ``iter_counter`` (``_is_settled``): steps at least, or −1 if it has yet to look.
+    # What the host knows of ``iter_counter`` (``_is_settled``): steps at least, or −1 if it has yet to look; and
+    # whether there may be more, which graphs count on the device alone.
     _known_steps: int = -1
+    _graphs_count: bool = False
     _settled: bool = False
     _replicated: bool = False  # by ``diveq_kernels.distributed.replicate``
 
@@ -228,7 +230,9 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _count_step(self) -> None:
         self.iter_counter.add_(1)
-        if not torch.compiler.is_compiling() and self._known_steps >= 0 and not self._is_captured():
+        if torch.compiler.is_compiling() or self._is_captured():
+            self._graphs_count = True
+        elif self._known_steps >= 0:
             self._known_steps += 1
 
     def _is_settled(self, counted: bool) -> bool:
@@ -255,7 +259,9 @@ class Quantizer(nn.Module):
         """``iter_counter``, −1 if the host does not know it, or a graph is made, which must not depend on it."""
         if torch.compiler.is_compiling() or not is_plain(self.iter_counter) or self._is_captured():
             return -1
-        return int(self.iter_counter) if self._counts_are_free() else self._known_steps
+        if self._counts_are_free():
+            return int(self.iter_counter)
+        return -1 if self._graphs_count else self._known_steps
 
     def _first_settled_step(self) -> int:
         """The number of the step from which on all are alike, 0 if there is none."""
