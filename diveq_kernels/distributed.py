@@ -3,7 +3,8 @@
 Under DistributedDataParallel nothing needs to be done: in training the layers sum use over ranks, take λ from rank 0,
 and build their curves from all ranks' latents, whenever a default process group of more than one rank exists. All ranks
 must then take the same training steps: where they may run out of inputs at different times, leave the loop together,
-by ``model.join(throw_on_early_termination=True)``. ``layer.sync_ranks = False`` makes a layer keep to itself.
+by ``model.join(throw_on_early_termination=True)``. Compile after the group is there: a graph from before it knows of
+one rank only. ``layer.sync_ranks = False`` makes a layer keep to itself.
 
 Under FSDP a codebook must stay whole, since the layers write to it (replaced codewords, the start by k-means,
 SF-DiVeQ's first curve): ``fully_shard(model, ignored_params=replicate(model))``. A layer whose codebook is sharded
@@ -35,10 +36,22 @@ def is_active() -> bool:
     return has_group() and dist.get_world_size() > 1
 
 
+def _check_all_take_part() -> None:
+    """Raise in a forward that goes on when other ranks have run out of inputs: it would wait for them."""
+    parallel = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    join = getattr(parallel, "_join_config", None)
+    if join is not None and join.enable and not join.throw_on_early_termination:
+        raise RuntimeError(
+            "ranks that are out of inputs take no part in what a quantizer's ranks agree on: "
+            "use model.join(throw_on_early_termination=True), got model.join() without it"
+        )
+
+
 # Operations of their own: a graph holds them whole, whatever collectives the compiler knows.
 @torch.library.custom_op("diveq::sum_over_ranks", mutates_args=())
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum over all ranks of tensors of one shape; bit-identical on every rank."""
+    _check_all_take_part()
     total = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
@@ -47,6 +60,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 @torch.library.custom_op("diveq::from_first_rank", mutates_args=())
 def from_first_rank(values: Tensor, group: str = "") -> Tensor:
     """The tensor of rank 0 of a group (the default one), on every rank."""
+    _check_all_take_part()
     received = values.clone(memory_format=torch.contiguous_format)
     dist.broadcast(received, group_src=0, group=_named(group))
     return received
@@ -60,6 +74,7 @@ def _(values: Tensor, group: str = "") -> Tensor:
 
 def place_among_ranks(count: Tensor) -> tuple[Tensor, Tensor]:
     """(how many rows lie on earlier ranks, how many on all), int64 [], from this rank's number int64 []."""
+    _check_all_take_part()
     counts = count.new_zeros(dist.get_world_size())
     counts[dist.get_rank()] = count
     dist.all_reduce(counts)

@@ -115,6 +115,28 @@ def test_data_parallel(world, tmp_path):
     assert all(torch.equal(ranks[0]["empty"][0], other["empty"][0]) for other in ranks[1:])
 
 
+def run_out_of_inputs(rank, world, folder):
+    start(rank, world, folder)
+    for kind in ("DIVEQ", "SFDIVEQ"):
+        told = []
+        for together in (False, True):
+            model = Model(kind)
+            parallel = DistributedDataParallel(model)
+            try:
+                with parallel.join(throw_on_early_termination=together):
+                    train(parallel, model.quantizer, world, rank, range(4 + 4 * rank))
+            except RuntimeError as error:
+                told.append(str(error))
+        assert "use model.join(throw_on_early_termination=True)" in told[0], told
+        assert "exhausted" in told[1] and model.quantizer.iter_counter == 4, told
+    dist.destroy_process_group()
+
+
+def test_ranks_that_run_out_of_inputs(tmp_path):
+    """They leave together, or are told to; waiting for one that is gone would end with the group's timeout."""
+    assert spawn(run_out_of_inputs, 2, tmp_path) == [0, 0]
+
+
 # ---- sharded parameters ----------------------------------------------------------------------------------------------
 
 
