@@ -29,12 +29,21 @@ def _devices() -> Iterator[str]:
         )
 
 
+def _kernels(name: str) -> tuple[str | None, bool]:
+    """(what a backend says of its kernels, whether they run)."""
+    try:
+        return backends.describe(name), True
+    except RuntimeError as error:
+        return str(error).splitlines()[0], False
+
+
 def _backend_lines(device_type: str) -> Iterator[str]:
     chosen_name = backends._default or backends.available(device_type)[0]
     for name in backends.BACKENDS:
         reason = backends.why_unavailable(name, device_type)
         if reason is None:
-            chosen = "  <- chosen when no backend is named" if name == chosen_name else ""
+            chosen = "" if _kernels(name)[1] else ", but operations raise"
+            chosen += "  <- chosen when no backend is named" if name == chosen_name else ""
             yield f"  {name:<10} available{chosen}"
         else:
             chosen = ", and chosen by DIVEQ_BACKEND: operations raise" if name == chosen_name else ""
@@ -45,7 +54,7 @@ def _backend_lines(device_type: str) -> Iterator[str]:
 
 def describe() -> str:
     """The report as text."""
-    kernels = {name: backends.describe(name) for name in backends.BACKENDS}
+    kernels = {name: _kernels(name)[0] for name in backends.BACKENDS}
     lines = [
         f"diveq-kernels {__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}",
         f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}), triton {_version_of('triton')}",

@@ -168,12 +168,12 @@ def describe(name: str) -> str | None:
 
     Args:
         name: A key of ``BACKENDS``.
+
+    Raises:
+        RuntimeError: If all of its operations raise, as with a DIVEQ_CPU_ISA that the processor does not have.
     """
     description = getattr(_load(check_name(name)), "describe", None)
-    try:
-        return description() if description else None
-    except RuntimeError as error:  # a forced instruction set that is not there
-        return str(error).splitlines()[0]
+    return description() if description else None
 
 
 def available(device: torch.device | str = "cpu") -> list[str]:

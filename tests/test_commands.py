@@ -42,6 +42,7 @@ def test_info_says_which_kernels_of_the_cpu_run(forced: str, told: str) -> None:
         text=True,
     ).stdout
     assert f"\nkernels of cpu: {told}" in text
+    assert ("  cpu        available, but operations raise" in text) == (forced == "mmx")
 
 
 @pytest.mark.parametrize(
