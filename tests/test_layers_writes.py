@@ -55,13 +55,22 @@ def train(layer: Any, steps: torch.Tensor, run: Any) -> list[torch.Tensor]:
     return seen
 
 
+def repeated(layer: Any, how: str) -> Any:
+    """The layer, for ``train``, in a checkpoint."""
+    if how == "compiled within":
+        layer = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    run = lambda _, z: checkpoint(layer, z, use_reentrant=how == "reentrant")  # noqa: E731
+    return torch.compile(run, backend="aot_eager", fullgraph=True) if how == "compiled" else run
+
+
 @every
-@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-def test_a_repeated_forward_is_the_same_step(name: str, init: str, reentrant: bool) -> None:
+@pytest.mark.parametrize("how", ["", "reentrant", "compiled", "compiled within"])
+def test_a_repeated_forward_is_the_same_step(name: str, init: str, how: str) -> None:
     layer = make(name, init, noise_std=0.01) if "Detach" not in name else make(name, init)
     other, steps = copy.deepcopy(layer), torch.randn(8, 40, 6)
     expected = train(layer, steps, lambda layer, z: layer(z))
-    got = train(other, steps, lambda layer, z: checkpoint(layer, z, use_reentrant=reentrant))
+    got = train(other, steps, repeated(other, how))
+    torch._dynamo.reset()
     assert len(got) == len(expected)
     for one, two in zip(got, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from diveq_kernels import _checks, backends, distributed
 from diveq_kernels._operation import is_plain
+from diveq_kernels.codebook import in_forward
 from diveq_kernels.layers._arguments import check_count, check_flags
 
 
@@ -32,6 +33,11 @@ def select(table: Tensor, indices: Tensor) -> Tensor:
     return torch.where((indices >= 0)[..., None], table[indices.clamp_min(0)], 0)
 
 
+def in_step(values: Tensor, is_step: Tensor | int) -> Tensor:
+    """The values in a step, else 0."""
+    return values * is_step if isinstance(is_step, Tensor) else values
+
+
 def _is_of_several_sizes(*sizes: int) -> bool:
     """Whether a graph is compiled for any such sizes."""
     if not torch.compiler.is_compiling():
@@ -49,17 +55,17 @@ class Quantizer(nn.Module):
 
     A codebook with ``requires_grad_(False)`` is frozen: in training, too, the layer writes nothing to it, and counts no
     step, so that a discriminator's turn leaves the generator's schedule alone. A forward that activation checkpointing
-    repeats in the backward changes nothing either. Not under ``torch.compile``: leave quantizers out of what is
-    checkpointed there, or the repeated forward may be that of another step.
+    repeats in the backward changes nothing either.
     """
 
     codebook: nn.Parameter
     iter_counter: Tensor
     # Whether training agrees with other ranks, see ``diveq_kernels.distributed``.
     sync_ranks: bool = True
-    # What the host knows of ``iter_counter`` (``_is_settled``): steps at least, or −1 if it has yet to look; and
-    # whether there may be more, which graphs count on the device alone.
+    # What the host knows of ``iter_counter`` (``_is_settled``): steps at least, or −1 if it has yet to look; the
+    # tensor's version then; and whether there may be more steps, counted by graphs.
     _known_steps: int = -1
+    _known_version: int = -1
     _graphs_count: bool = False
     _settled: bool = False
     _replicated: bool = False  # by ``diveq_kernels.distributed.replicate``
@@ -204,6 +210,10 @@ class Quantizer(nn.Module):
         """Whether this step changes codebook and counts: not if frozen, nor where checkpointing repeats a forward."""
         return not self._is_frozen() and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
 
+    def _is_step(self) -> Tensor | int:
+        """In a forward that ``_writes``: 1 for a step, 0 for a repetition, which a graph finds out as it runs."""
+        return in_forward(self.iter_counter) if torch.compiler.is_compiling() else 1
+
     def _is_frozen(self) -> bool:
         """Whether the codebook is one with ``requires_grad_(False)``, which within torch.vmap all seem to be."""
         codebook: Tensor = self.codebook
@@ -228,12 +238,17 @@ class Quantizer(nn.Module):
         return self.iter_counter.device.type == "cpu" and is_plain(self.iter_counter)
 
     @torch.no_grad()
-    def _count_step(self) -> None:
-        self.iter_counter.add_(1)
-        if torch.compiler.is_compiling() or self._is_captured():
+    def _count_step(self, is_step: Tensor | int) -> None:
+        if torch.compiler.is_compiling():
+            self.iter_counter.add_(is_step)
+            return
+        captured = self._is_captured()
+        if captured or (self._known_steps >= 0 and self.iter_counter._version != self._known_version):
             self._graphs_count = True
-        elif self._known_steps >= 0:
+        self.iter_counter.add_(is_step)
+        if self._known_steps >= 0 and not captured:
             self._known_steps += 1
+            self._known_version = self.iter_counter._version
 
     def _is_settled(self, counted: bool) -> bool:
         """Whether the steps that differ from all later ones are known to be over, and what they do can be left out.
@@ -251,7 +266,7 @@ class Quantizer(nn.Module):
                 self._settled = int(self.iter_counter) >= needed
             elif not self._settled and not self._is_captured():
                 if self._known_steps < 0:
-                    self._known_steps = int(self.iter_counter)
+                    self._known_steps, self._known_version = int(self.iter_counter), self.iter_counter._version
                 self._settled = self._known_steps >= needed
         return self._settled
 

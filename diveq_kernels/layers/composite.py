@@ -18,7 +18,7 @@ from diveq_kernels.layers._arguments import (
     warn_unusual_noise,
     warn_unusual_sf_schedule,
 )
-from diveq_kernels.layers.base import histogram, load_as_finished, perplexity, select
+from diveq_kernels.layers.base import histogram, in_step, load_as_finished, perplexity, select
 from diveq_kernels.layers.replacement import ReplacingQuantizer
 from diveq_kernels.layers.sf_diveq import SFCodes
 
@@ -278,7 +278,8 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         writes = self._writes()
         if self._is_settled(counted=not writes):
             return self._train_curve(z, mask, active)
-        step = self.iter_counter.clamp_min(0) + int(writes)  # a forward that is repeated has been counted
+        is_step = self._is_step() if writes else 0
+        step = self.iter_counter.clamp_min(0) + is_step  # a forward that is repeated has been counted
         if self._builds_curve and writes:
             self._may_write()
             if not self._counts_are_free() or step == self.skip_iters:
@@ -302,7 +303,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
                         z,
                         indices,
                         mask,
-                        step,
+                        in_step(step, is_step),
                         self.skip_iters,
                         self.avg_iters,
                         self._synchronises(),
@@ -322,7 +323,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         seed = functional.noise_seed(z, self.noise_std, None)
         z_q, indices, counts = self._step(z, self.codebook, dither, mask, active, seed, self.noise_std)
         if self._writes():
-            self._count_step()
+            self._count_step(self._is_step())
         return z_q, indices, counts
 
     def _quantize_composite(

@@ -11,7 +11,7 @@ from diveq_kernels import distributed
 from diveq_kernels.codebook import edit, replace_unused, replacement_due
 from diveq_kernels.kmeans import kmeans_start
 from diveq_kernels.layers._arguments import check_flags, check_init, check_replacement, warn_unusual_replacement
-from diveq_kernels.layers.base import Quantizer
+from diveq_kernels.layers.base import Quantizer, in_step
 
 
 class ReplacingQuantizer(Quantizer):
@@ -109,19 +109,21 @@ class ReplacingQuantizer(Quantizer):
         codebook: Tensor = self.codebook
         if not self._writes():
             return codebook
+        is_step = self._is_step()
         may_start = self._start_may_be_due()
         if may_start or self.codebook_reset:
             self._may_write()
         if may_start:
+            counter = in_step(self.iter_counter, is_step)
             codebook = edit(
-                kmeans_start, self.codebook, z.detach(), mask, self.iter_counter, self._synchronises(), self._backend()
+                kmeans_start, self.codebook, z.detach(), mask, counter, self._synchronises(), self._backend()
             )
             self._write(codebook)
             # A transform of torch.func has a state of its own.
             self._may_start = torch._C._functorch.peek_interpreter_stack() is not None
         if not self.codebook_reset:
             return codebook
-        clock = self._replacement_clock()
+        clock = in_step(self._replacement_clock(), is_step)
         # Nothing is drawn from torch's generator: its stream would depend on this, and ranks would have to agree on it.
         seed = self.iter_counter.squeeze().long()
         codebook, num_replaced = edit(
@@ -146,14 +148,15 @@ class ReplacingQuantizer(Quantizer):
         """Count the step, and the codewords that it used; counts has ``codebook_usage``'s shape."""
         if not self._writes():
             return
+        is_step = self._is_step()
         if self.codebook_reset:
             if self._synchronises():
                 counts = distributed.sum_over_ranks(counts)
-            due = replacement_due(self._replacement_clock(), self.replacement_iters)
-            self.codebook_usage.copy_(torch.where(due, 0, self.codebook_usage) + (counts > 0))
+            due = replacement_due(in_step(self._replacement_clock(), is_step), self.replacement_iters)
+            self.codebook_usage.copy_(torch.where(due, 0, self.codebook_usage) + in_step(counts > 0, is_step))
         if self.codebook_reset or self.init == "kmeans":
             self.iter_counter.clamp_(min=0)
-            self._count_step()
+            self._count_step(is_step)
 
     def _repr_fields(self) -> list[str]:
         names = ["replacement_iters", "discard_threshold", "perturb_eps", "verbose", "codebook_reset", "init"]

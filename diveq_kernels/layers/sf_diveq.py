@@ -17,7 +17,7 @@ from diveq_kernels.layers._arguments import (
     warn_unusual_noise,
     warn_unusual_sf_schedule,
 )
-from diveq_kernels.layers.base import Quantizer, histogram, load_as_finished, select
+from diveq_kernels.layers.base import Quantizer, histogram, in_step, load_as_finished, select
 
 
 @storable
@@ -112,12 +112,12 @@ class SFDIVEQ(Quantizer):
     def _first_settled_step(self) -> int:
         return max(1, self.skip_iters)
 
-    def _initialised_codebook(self, z: Tensor, mask: Tensor | None) -> Tensor:
+    def _initialised_codebook(self, z: Tensor, mask: Tensor | None, is_step: Tensor | int) -> Tensor:
         """The codebook with this step's latents in it, if it is one of those that build it."""
         if self.skip_iters <= 1 or self.avg_iters == 0:
             return self.codebook
         self._may_write()
-        schedule = self.iter_counter, self.skip_iters, self.avg_iters
+        schedule = in_step(self.iter_counter, is_step), self.skip_iters, self.avg_iters
         codebook: Tensor = edit(sf_initialise, self.codebook, z, mask, *schedule, self._synchronises())
         if not self._counts_are_free() or collecting(self.iter_counter, self.skip_iters, self.avg_iters):
             self._write(codebook)
@@ -125,13 +125,13 @@ class SFDIVEQ(Quantizer):
 
     def _train(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         codebook: Tensor = self.codebook
-        writes = self._writes()
-        if writes:
-            self._count_step()
+        is_step = self._is_step() if self._writes() else None
+        if is_step is not None:
+            self._count_step(is_step)
         started = None
         if not self._is_settled(counted=True):
-            if writes:
-                codebook = self._initialised_codebook(z, mask)
+            if is_step is not None:
+                codebook = self._initialised_codebook(z, mask, is_step)
             # Leaving all rows out is how the steps before S pass z through: a graph cannot branch on the counter.
             started = (self.iter_counter >= self.skip_iters).squeeze().expand(z.shape[:-1])
             # DistributedDataParallel waits for the gradient of every parameter.
