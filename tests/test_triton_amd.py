@@ -22,9 +22,8 @@ SHARED_LIMIT = 64 * 1024
 
 
 @pytest.fixture(autouse=True)
-def _torch_is_one_for_amd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _torch_is_one_for_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    yield
 
 
 def search_and_project(dim: int, precision: str, dtype: torch.dtype) -> None:
