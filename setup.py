@@ -23,9 +23,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
-OLDEST_CUDA_ARCHITECTURE = 80  # the kernels copy with cp.async and multiply in bf16
+OLDEST_CUDA_ARCHITECTURE = 75  # the oldest that CUDA 13 compiles for
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0+PTX"
+DEFAULT_CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0+PTX"
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-ffp-contract=fast", f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
 AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -126,12 +126,12 @@ def cuda_architectures(nvcc: str) -> list[str]:
         if not parts:
             raise MissingError(f"TORCH_CUDA_ARCH_LIST has {name!r}, which is no compute capability like 9.0 or 9.0+PTX")
         if int(parts[1] + parts[2]) < OLDEST_CUDA_ARCHITECTURE:
-            print(f"\nwarning: GPUs of compute capability {name} are left out: the kernels need 8.0\n", file=sys.stderr)
+            print(f"\nwarning: GPUs of compute capability {name} are left out: the kernels need 7.5\n", file=sys.stderr)
             continue
         number = "".join(parts.group(1, 2, 3))
         found += [f"{kind}_{number}" for kind in (["sm", "compute"] if parts[4] else ["sm"])]
     if not found:
-        raise MissingError(f"TORCH_CUDA_ARCH_LIST is {wished!r}, and the kernels need compute capability 8.0 or later")
+        raise MissingError(f"TORCH_CUDA_ARCH_LIST is {wished!r}, and the kernels need compute capability 7.5 or later")
     return found
 
 

@@ -19,11 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["csrc/cuda/ops.cpp", "csrc/cuda/search.cu", "csrc/cuda/steps.cu", "csrc/cuda/emulator/emulator.cpp"]
 
 
-def build(more_flags: Sequence[str] = ()) -> Path:
-    """The library, built anew where a source changed since the last time."""
+def build(more_flags: Sequence[str] = (), architecture: int = 800) -> Path:
+    """The library as for an architecture (800: sm_80), built anew where a source changed since the last time."""
     torch_folder = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DDIVEQ_EMULATE", *more_flags]
-    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc", f"-I{torch_folder / 'include'}"]
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", *more_flags]
+    flags += [f"-DDIVEQ_EMULATE={architecture}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-Icsrc", f"-I{torch_folder / 'include'}"]
     compiler = os.environ.get("CXX", "g++").split()
     state = hashlib.sha256(repr((compiler, flags, torch.__version__)).encode())
     for path in sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file() and p.parent.name != "cpu"):

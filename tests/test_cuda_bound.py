@@ -15,7 +15,7 @@ COMPILER = os.environ.get("CXX", "g++").split()
 
 @pytest.mark.skipif(not shutil.which(COMPILER[0]), reason=f"needs a C++ compiler ({COMPILER[0]})")
 def test_scores_that_err_by_all_of_the_bound(tmp_path: Path) -> None:
-    flags = ["-std=c++20", "-O1", "-DDIVEQ_EMULATE", "-Icsrc"]
+    flags = ["-std=c++20", "-O1", "-DDIVEQ_EMULATE=800", "-Icsrc"]
     sources = ["tests/settle.cu", "csrc/cuda/emulator/emulator.cpp"]
     subprocess.run([*COMPILER, *flags, "-x", "c++", *sources, "-o", tmp_path / "settle"], cwd=ROOT, check=True)
     done = subprocess.run([tmp_path / "settle"], capture_output=True, text=True, check=True)

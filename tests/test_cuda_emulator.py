@@ -19,13 +19,17 @@ pytestmark = [
 ]
 
 
+def compiled(path: Path, *flags: str) -> Path:
+    sources = ["tests/emulator.cu", "csrc/cuda/emulator/emulator.cpp"]
+    command = [*COMPILER, "-std=c++20", "-O1", "-Icsrc", *flags, "-x", "c++", *sources, "-o", str(path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return path
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "sanitized"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("emulator") / "emulator"
-    flags = ["-std=c++20", "-O1", "-DDIVEQ_EMULATE", "-Icsrc", *(["-fsanitize=address"] if request.param else [])]
-    sources = ["tests/emulator.cu", "csrc/cuda/emulator/emulator.cpp"]
-    subprocess.run([*COMPILER, *flags, "-x", "c++", *sources, "-o", str(path)], cwd=ROOT, check=True)
-    return path
+    more = ["-fsanitize=address"] if request.param else []
+    return compiled(tmp_path_factory.mktemp("emulator") / "emulator", "-DDIVEQ_EMULATE=800", *more)
 
 
 def outcomes(program: Path, kernel: str) -> list[str]:
@@ -45,6 +49,11 @@ def outcomes(program: Path, kernel: str) -> list[str]:
 @pytest.mark.parametrize("kernel", ["mirror", "warp", "copy", "shuffles", "mma", "unwritten memory"])
 def test_right_in_every_order(program: Path, kernel: str) -> None:
     assert outcomes(program, kernel) == ["right"] * 4
+
+
+def test_without_tensor_cores(tmp_path: Path) -> None:
+    program = compiled(tmp_path / "emulator", "-DDIVEQ_EMULATE=750")
+    assert outcomes(program, "mma") == outcomes(program, "copy") == ["right"] * 4
 
 
 @pytest.mark.parametrize(

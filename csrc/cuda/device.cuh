@@ -1,6 +1,6 @@
 // CUDA, or its emulation on the CPU (DIVEQ_EMULATE, emulator/): the only place that knows which. Kernels use CUDA's own
 // names, and what is below for shared memory, launches and inline PTX. Blocks must be whole warps, and warp operations
-// take whole warps.
+// take whole warps. DIVEQ_EMULATE is the architecture that is emulated, as in __CUDA_ARCH__: 800 is sm_80.
 #pragma once
 
 #include <cfloat>
@@ -10,15 +10,16 @@
 
 namespace diveq {
 
-// The most dynamic shared memory that a launch asks for, in bytes. Every launch above 32 KiB sets it as the kernel's
-// limit, the same each time, as another thread may be about to launch that kernel with more.
-constexpr int kMostShared = 96 << 10;
+// The most dynamic shared memory that a launch asks for, in bytes, and what of a block's is left for kernels' arrays.
+constexpr int kMostShared = 96 << 10, kOfArrays = 2 << 10;
 
 }  // namespace diveq
 
 #if defined(DIVEQ_EMULATE)
 
 #include "emulator/emulator.h"
+
+#define DIVEQ_ARCH DIVEQ_EMULATE
 
 // The launch's shared_bytes of shared memory, as `T* const name`; the same memory every time.
 #define DIVEQ_SHARED(T, name) T* const name = static_cast<T*>(::diveq::emulator::shared_memory())
@@ -35,11 +36,24 @@ constexpr int kMostShared = 96 << 10;
 #define DIVEQ_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), ::diveq::emulator::launch(#kernel, kernel, grid, block, shared_bytes, __VA_ARGS__))
 
+namespace diveq {
+
+inline int most_shared() { return min(kMostShared, static_cast<int>(emulator::kMaxShared) - kOfArrays); }
+
+}  // namespace diveq
+
 #else
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
+
+#if defined(__CUDA_ARCH__)
+#define DIVEQ_ARCH __CUDA_ARCH__
+#else
+#define DIVEQ_ARCH 0  // nvcc's look at what runs on the host
+#endif
 
 #define DIVEQ_SHARED(T, name)                                     \
   extern __shared__ __align__(16) unsigned char diveq_shared[];   \
@@ -59,6 +73,14 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("CUDA kernel ") + what + ": " + cudaGetErrorString(error));
 }
 
+// kMostShared, or what the current device has for a launch: 62 KiB on sm_75.
+inline int most_shared() {
+  int device = 0, of_block = 0;
+  check(cudaGetDevice(&device), "launch");
+  check(cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "launch");
+  return std::min(kMostShared, of_block - kOfArrays);
+}
+
 template <class... P>
 std::string why_not(void (*kernel)(P...)) {
   cudaFuncAttributes attributes;
@@ -72,8 +94,10 @@ std::string why_not(void (*kernel)(P...)) {
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
             A... arguments) {
-  if (shared_bytes > 32 << 10)  // above 48 KiB it is needed, to which the kernel's own arrays count
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared), name);
+  // Above 48 KiB a limit is needed, to which the kernel's own arrays count; the same each time, as another thread may be
+  // about to launch that kernel with more.
+  if (shared_bytes > 32 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared()), name);
   kernel<<<grid, block, shared_bytes, stream>>>(P(arguments)...);
   check(cudaGetLastError(), name);
 }

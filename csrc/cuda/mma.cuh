@@ -1,5 +1,6 @@
 // Matrix products on tensor cores, and copies to shared memory that go on beside them: inline PTX (sm_80 and later), and
-// the same through the emulated lanes, element by element, so that a fragment in the wrong place shows.
+// the same through the emulated lanes, element by element, so that a fragment in the wrong place shows. On sm_75, which
+// has neither, the warp's lanes multiply and each thread copies, both where they are called.
 #pragma once
 
 #include "device.cuh"
@@ -10,7 +11,32 @@ namespace diveq {
 //   a[0..3]: rows g, g + 8, g, g + 8 of columns 2t, 2t + 1 (the last two: + 8); the lower column in the lower half
 //   b[0..1]: rows 2t, 2t + 1 (the last: + 8) of column g
 //   c[0..3]: row g in columns 2t, 2t + 1, then row g + 8
-#if defined(DIVEQ_EMULATE)
+#if DIVEQ_ARCH < 800
+
+// The same of fp32 products: every lane fetches the rows and columns that its sums need from the lanes that hold them.
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4 * 4, column = lane % 4 * 8;
+#pragma unroll 1  // a search has 48 of these in one loop
+  for (int t = 0; t < 4; ++t) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t rows[2] = {__shfl_sync(kWholeWarp, a[2 * half], row + t),
+                                __shfl_sync(kWholeWarp, a[2 * half + 1], row + t)};
+      const uint32_t columns[2] = {__shfl_sync(kWholeWarp, b[half], column + t),
+                                   __shfl_sync(kWholeWarp, b[half], column + 4 + t)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t of_a = rows[i / 2], of_b = columns[i % 2];
+        c[i] = fmaf(__uint_as_float(of_a << 16), __uint_as_float(of_b << 16), c[i]);
+        c[i] = fmaf(__uint_as_float(of_a & 0xFFFF0000u), __uint_as_float(of_b & 0xFFFF0000u), c[i]);
+      }
+    }
+  }
+}
+
+#define DIVEQ_MMA(c, a, b) ::diveq::mma(c, a, b)
+
+#elif defined(DIVEQ_EMULATE)
 
 namespace emulator {
 
@@ -71,7 +97,9 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
 // 16 bytes from global to shared memory, both aligned to 16. They are there after a wait, for the thread that copied; for
 // the others after a barrier besides.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-#if defined(DIVEQ_EMULATE)
+#if DIVEQ_ARCH < 800
+  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#elif defined(DIVEQ_EMULATE)
   emulator::copy_later(to, from, 16);
 #else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -81,7 +109,8 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
 
 // Waits for all of this thread's copies.
 __device__ __forceinline__ void wait_for_copies() {
-#if defined(DIVEQ_EMULATE)
+#if DIVEQ_ARCH < 800
+#elif defined(DIVEQ_EMULATE)
   emulator::finish_copies();
 #else
   asm volatile("cp.async.wait_all;" ::: "memory");

@@ -64,7 +64,8 @@ void launch_product(const Search& search, const Packed& packed, Stream stream) {
   else
     DIVEQ_LAUNCH(pack_codewords_kernel, of_pack, kPackThreads, 0, stream, books, packed, error);
 
-  const bool resident = static_cast<size_t>(packed.depth) * kTileRows * 2 * packed.parts <= kMostResident;
+  const bool resident = static_cast<size_t>(packed.depth) * kTileRows * 2 * packed.parts <= kMostResident &&
+                        4 * product_words(packed.depth, packed.parts, true) <= static_cast<size_t>(most_shared());
   const size_t shared = 4 * product_words(packed.depth, packed.parts, resident);
   const dim3 grid(blocks(search.rows, kTileRows), books.product ? books.stages : 1);
   for (int stage = 0; stage < (books.product ? 1 : books.stages); ++stage) {

@@ -26,7 +26,6 @@ namespace {
 
 constexpr size_t kStack = 256 << 10, kGuard = 4096;
 constexpr int kMaxThreads = 1024;
-constexpr size_t kMaxShared = 99 << 10;  // of the smallest GPU that we build for (8.6, 8.9)
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------
 

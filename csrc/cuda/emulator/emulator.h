@@ -43,6 +43,7 @@ int barrier_sum(Place, int value);  // over the block
 // warp's next exchange but one.
 const uint32_t (*exchange(Place, unsigned mask, const uint32_t* words, int count))[kExchange];
 
+constexpr size_t kMaxShared = (DIVEQ_EMULATE < 800 ? 64 : 99) << 10;  // of the smallest GPU with these kernels: 7.5, 8.6
 void* shared_memory();
 // NaN, once per block; counted as shared memory.
 void poison(void* memory, size_t bytes, int64_t& block);
