@@ -59,9 +59,9 @@ def _replace(books: Tensor, replaced: Tensor, cumulative: Tensor, seed: Tensor, 
     return torch.where(replaced[..., None], fresh.to(books.dtype), books).contiguous()
 
 
-def _implementation(books: Tensor) -> Callable[..., Tensor]:
-    """One Triton kernel where Triton runs the operations on these tensors by default; else ``_replace``."""
-    name, device = backends.check_name(None), books.device
+def _implementation(books: Tensor, name: str) -> Callable[..., Tensor]:
+    """One Triton kernel where Triton runs this backend's operations on these tensors; else ``_replace``."""
+    device = books.device
     chosen = name == "triton" or (not name and device.type in backends.BACKENDS["triton"].automatic_on)
     if not chosen or books.dtype == torch.float64 or backends.why_unavailable("triton", device, "replace"):
         return _replace
@@ -72,7 +72,7 @@ def _implementation(books: Tensor) -> Callable[..., Tensor]:
     "diveq::replace_unused",
     mutates_args=(),
     schema="(Tensor codebook, Tensor usage, Tensor iter_counter, Tensor seed, int replacement_iters, float threshold,"
-    " float perturb_eps, bool verbose) -> (Tensor, Tensor)",
+    " float perturb_eps, bool verbose, str backend='') -> (Tensor, Tensor)",
 )
 def replace_unused(
     codebook: Tensor,
@@ -83,6 +83,7 @@ def replace_unused(
     threshold: float,
     perturb_eps: float,
     verbose: bool,
+    backend: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Replace the codewords that few steps used by used ones, if a replacement is due (docs/math.md, "Replacement").
 
@@ -95,6 +96,7 @@ def replace_unused(
         threshold: p; a codeword is replaced when it was used in less than this fraction of the R steps.
         perturb_eps: ε; ε·N(0, I) is added to the copies.
         verbose: Print how many were replaced. Heeded on the CPU only: elsewhere it would wait for the device.
+        backend: Name of a backend, "" to choose one; "triton" has a kernel for it.
 
     Returns:
         (codebook_now, num_replaced): a new tensor like codebook, and int32 []. A codebook of which no codeword is used
@@ -108,7 +110,7 @@ def replace_unused(
     replaced = due & ~used & used.any(dim=-1, keepdim=True)
 
     cumulative = torch.where(used, usage, 0).long().cumsum(dim=-1)  # [Q, K]
-    codebook_now = _implementation(books)(books, replaced, cumulative, seed, perturb_eps).view(codebook.shape)
+    codebook_now = _implementation(books, backend)(books, replaced, cumulative, seed, perturb_eps).view(codebook.shape)
     num_replaced = replaced.sum(dtype=torch.int32)
     if verbose and num_replaced.device.type == "cpu" and num_replaced:
         print(f"diveq_kernels: replaced {int(num_replaced)} unused codewords")

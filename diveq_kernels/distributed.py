@@ -89,11 +89,17 @@ def replicate(module: nn.Module) -> set[nn.Parameter]:
 
     Returns:
         The codebooks: the ``ignored_params`` of ``torch.distributed.fsdp.fully_shard``. Codebooks that take their place
-        (``to_empty``, ``load_state_dict(assign=True)``) are averaged too, and frozen ones once they learn again.
+        (``to_empty``, ``load_state_dict(assign=True)``, copies of the layer) are averaged too, and frozen ones once
+        they learn again.
+
+    Raises:
+        RuntimeError: If a codebook is a parametrization.
     """
     from diveq_kernels.layers.base import Quantizer
 
     layers = [layer for layer in module.modules() if isinstance(layer, Quantizer)]
+    if any(is_made_of_others(layer) for layer in layers):
+        raise RuntimeError("codebook must be no parametrization (torch.nn.utils.parametrize) to be averaged over ranks")
     for layer in layers:
         layer._replicated = True
         keep_replicated(layer)
@@ -102,14 +108,18 @@ def replicate(module: nn.Module) -> set[nn.Parameter]:
 
 def keep_replicated(layer: Any) -> None:
     """Mark the codebook of a layer that `replicate` was given, now or again: its parameter may have been exchanged."""
-    if not layer._replicated:
+    codebook = layer._parameters.get("codebook")
+    if not layer._replicated or codebook is None:
         return
-    codebook = layer.codebook
     codebook._diveq_replicated = True
-    # Copies and pickles have the mark, and no hook; a frozen one can have none until it learns again.
-    hooks = codebook._post_accumulate_grad_hooks or {}
-    if codebook.requires_grad and _average_gradient not in hooks.values():
+    learns = codebook.requires_grad
+    codebook.requires_grad_(True)  # a frozen one takes no hook, but keeps it
+    hooks = codebook._post_accumulate_grad_hooks
+    if hooks and _average_gradient in hooks.values():
+        codebook._post_accumulate_grad_hooks = hooks  # torch.utils.swap_tensors leaves them where they are not called
+    else:
         codebook.register_post_accumulate_grad_hook(_average_gradient)
+    codebook.requires_grad_(learns)
 
 
 def _average_gradient(codebook: Tensor) -> None:
@@ -211,14 +221,18 @@ def keep_shards(module: nn.Module) -> set[nn.Parameter]:
     """Have DistributedDataParallel leave the parts of `ShardedNearest` codebooks alone: call it before wrapping.
 
     Args:
-        module: The model that will be wrapped; marked in place.
+        module: The model that will be wrapped, itself and not within another; marked in place.
 
     Returns:
         The parts: the ``ignored_params`` of ``torch.distributed.fsdp.fully_shard``.
     """
     from diveq_kernels.sharded import ShardedNearest
 
-    shards = {layer.codebook for layer in module.modules() if isinstance(layer, ShardedNearest)}
+    layers = [layer for layer in module.modules() if isinstance(layer, ShardedNearest)]
+    for layer in layers:
+        layer._kept = True
+        layer._mark()
+    shards = {layer.codebook for layer in layers}
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     ignored |= {name for name, parameter in module.named_parameters() if parameter in shards}
     set_ignored = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
@@ -226,14 +240,27 @@ def keep_shards(module: nn.Module) -> set[nn.Parameter]:
     return shards
 
 
-def check_shards_kept(shard: nn.Parameter, group: str) -> None:
-    """Raise if this forward is one of a DistributedDataParallel that makes the parts of a codebook alike."""
+def mark_kept(shard: nn.Parameter) -> None:
+    """Mark a part as one that FSDP is told to ignore: if it was not, it puts another tensor in its place."""
+    shard._diveq_kept = True  # type: ignore[attr-defined]
+
+
+def check_shards_kept(layer: nn.Module, group: str) -> None:
+    """Raise if this forward is one in which the parts of a `ShardedNearest` codebook are made alike, or cut again."""
+    if ranks_of(group) == 1:
+        return
+    shard: Any = layer.codebook
+    if getattr(layer, "_is_fsdp_managed_module", False) and not getattr(shard, "_diveq_kept", False):
+        raise RuntimeError(
+            "FSDP has sharded a part of a ShardedNearest: "
+            "fully_shard(model, ignored_params=diveq_kernels.distributed.keep_shards(model))"
+        )
     parallel = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
-    if parallel is None or getattr(shard, "_ddp_ignored", False) or ranks_of(group) == 1:
+    if parallel is None or all(shard is not parameter for parameter in parallel._module_parameters):
         return
     alike = set(dist.get_process_group_ranks(parallel.process_group))
     if len(alike & set(dist.get_process_group_ranks(_named(group)))) > 1:
         raise RuntimeError(
             "DistributedDataParallel has overwritten the parts of a ShardedNearest with rank 0's: "
-            "call diveq_kernels.distributed.keep_shards(model) before wrapping the model"
+            "call diveq_kernels.distributed.keep_shards(model) before wrapping the model, the one that is wrapped"
         )

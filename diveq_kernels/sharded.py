@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diveq_kernels import _checks, backends, distributed
+from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels.distributed import gather_ranks, sum_of_ranks
 from diveq_kernels.functional import Nearest, Quantized, noise_seed
 from diveq_kernels.layers._arguments import check_count
@@ -15,7 +16,7 @@ from diveq_kernels.layers.base import select
 from diveq_kernels.sharded_search import MOST_CODEWORDS, check_indices, sharded
 
 
-class ShardedNearest(nn.Module):
+class ShardedNearest(MarkedCodebook):
     """Nearest codeword, and the DiVeQ step, in a codebook that is split over the ranks of a process group.
 
     The results are those of ``functional.nearest`` and ``functional.diveq`` with the whole codebook: the same indices,
@@ -32,7 +33,9 @@ class ShardedNearest(nn.Module):
             DistributedDataParallel's are. A rank with fewer rows pads, and masks the padding. Row n of rank r is row
             r·N + n of the noise.
 
-    A ``state_dict`` has the rank's own part, and notes which; it is an error to load another. ``gather_codebook`` and
+    A rank's part is its parameter ``codebook_FIRST_END``, named for the codewords that it has: so is it in a
+    ``state_dict``, where it is an error to load another, and so ``torch.distributed.checkpoint``, which takes tensors
+    of one name for copies, saves the parts of all ranks and what an optimizer has for each. ``gather_codebook`` and
     ``load_codebook`` go from one number of ranks to another.
 
     DistributedDataParallel and FSDP must not touch the shards: ``diveq_kernels.distributed.keep_shards(model)``.
@@ -51,7 +54,8 @@ class ShardedNearest(nn.Module):
         dtype: Of the codebook.
 
     Attributes:
-        codebook: [K_r, D], this rank's codewords; the first K mod W ranks of the W have one more. It may be empty.
+        codebook: the parameter [K_r, D], this rank's codewords; the first K mod W ranks of the W have one more. It may
+            be empty.
         first: Index of the first of them in the whole codebook.
 
     Raises:
@@ -59,7 +63,7 @@ class ShardedNearest(nn.Module):
         ValueError: If an argument is out of range, or this process is not in the group.
     """
 
-    codebook: nn.Parameter
+    _kept: bool = False  # by ``diveq_kernels.distributed.keep_shards``
 
     def __init__(
         self,
@@ -97,16 +101,22 @@ class ShardedNearest(nn.Module):
             raise ValueError(f"num_embeddings must be at most {most} on {ranks} ranks, got {num_embeddings}")
         self._sizes = [num_embeddings // ranks + (r < num_embeddings % ranks) for r in range(ranks)]
         self.first = sum(self._sizes[:rank])
-        self.codebook = nn.Parameter(torch.empty(self._sizes[rank], embedding_dim, device=device, dtype=dtype))
-        _checks.check_float_tensor(self.codebook, "codebook (argument dtype)")
+        self._name = f"codebook_{self.first}_{self.first + self._sizes[rank]}"
+        codebook = torch.empty(self._sizes[rank], embedding_dim, device=device, dtype=dtype)
+        _checks.check_float_tensor(codebook, "codebook (argument dtype)")
+        self.register_parameter(self._name, nn.Parameter(codebook))
         self.reset_parameters()
-        self.register_state_dict_post_hook(_note_part)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_check_part)  # type: ignore[no-untyped-call]
 
     @property
-    def _part(self) -> tuple[int, int, int]:
-        """Which codewords this rank has: the first, the one after the last, and K."""
-        return self.first, self.first + len(self.codebook), self.num_embeddings
+    def codebook(self) -> nn.Parameter:
+        """This rank's part."""
+        codebook: nn.Parameter = getattr(self, self._name)
+        return codebook
+
+    def _mark(self) -> None:
+        if self._kept:
+            distributed.mark_kept(self.codebook)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -132,7 +142,7 @@ class ShardedNearest(nn.Module):
         Raises:
             TypeError: If z or mask is no tensor or has a dtype that is not supported.
             ValueError: If a shape or device does not fit, or the ranks do not call alike (on the CPU only).
-            RuntimeError: If DistributedDataParallel averages the shards.
+            RuntimeError: If DistributedDataParallel averages the shards, or FSDP shards them.
         """
         sqdist, indices, _ = self._run(z, mask, None, 0.0, step=False)
         return Nearest(indices, sqdist)
@@ -216,7 +226,7 @@ class ShardedNearest(nn.Module):
         _checks.check_same_device(self.codebook, "the codebook", z)
         _checks.check_mask(mask, z)
         if not torch.compiler.is_compiling():
-            distributed.check_shards_kept(self.codebook, self._group)
+            distributed.check_shards_kept(self, self._group)
         results: tuple[Tensor, Tensor, Tensor] = sharded(
             z,
             self.codebook,
@@ -239,17 +249,11 @@ class ShardedNearest(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def _note_part(layer: ShardedNearest, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
-    metadata["part"] = layer._part
-
-
 def _check_part(layer: ShardedNearest, state: Any, prefix: str, metadata: dict[str, Any], *lists: Any) -> None:
-    """With every rank's parts of one shape, nothing else tells rank 0's file from the others'."""
-    part = tuple(metadata.get("part", layer._part))
-    if part != layer._part:
-        errors = lists[-1]
-        wanted, got = (f"{first} to {end - 1} of {count}" for first, end, count in (layer._part, part))
-        errors.append(
-            f"{prefix}codebook must hold codewords {wanted}, got {got}: each rank loads what it saved, or the whole by "
-            "load_codebook"
+    """Where the part is another rank's, it says so, with ``strict=False`` too."""
+    others = [key for key in state if key.startswith(prefix + "codebook_") and key != prefix + layer._name]
+    if others:
+        lists[-1].append(
+            f"{prefix}{layer._name} must hold codewords {layer.first} to {layer.first + len(layer.codebook) - 1}, got "
+            f"{', '.join(others)}: each rank loads what it saved, or the whole by load_codebook"
         )

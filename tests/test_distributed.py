@@ -258,14 +258,72 @@ def test_codebooks_that_take_the_place_of_replicated_ones() -> None:
 
 def test_replicated_codebooks_that_were_frozen_or_pickled() -> None:
     frozen = DIVEQ(8, 4).requires_grad_(False)
-    assert replicate(frozen) == {frozen.codebook}
-    frozen(torch.randn(9, 4))
-    assert not frozen.codebook._post_accumulate_grad_hooks
-    frozen.requires_grad_(True)
-    for _ in range(2):
-        frozen(torch.randn(9, 4))
-        assert len(frozen.codebook._post_accumulate_grad_hooks) == 1
-    for copied in (pickle.loads(pickle.dumps(frozen)), copy.deepcopy(frozen)):
-        copied(torch.randn(9, 4))
+    assert replicate(frozen) == {frozen.codebook} and not frozen.codebook.requires_grad
+    for copied in (frozen, pickle.loads(pickle.dumps(frozen)), copy.deepcopy(frozen)):
         assert len(copied.codebook._post_accumulate_grad_hooks) == 1
         assert replicate(copied) == {copied.codebook} and len(copied.codebook._post_accumulate_grad_hooks) == 1
+
+
+def test_a_codebook_that_is_made_of_others_is_not_replicated() -> None:
+    layer = torch.nn.utils.parametrizations.weight_norm(DIVEQ(8, 4, codebook_reset=False), "codebook")
+    with pytest.raises(RuntimeError, match="must be no parametrization"):
+        replicate(torch.nn.Sequential(layer))
+
+
+# What a codebook may have gone through before its gradient is to be averaged.
+AFTER = {
+    "nothing": lambda layer: layer,
+    "thawed": lambda layer: layer.requires_grad_(True),
+    "evaluated": lambda layer: layer.requires_grad_(True).eval(),
+    "compiled": lambda layer: torch.compile(layer.requires_grad_(True), backend="aot_eager"),
+    "copied": lambda layer: copy.deepcopy(layer.requires_grad_(True)),
+    "pickled": lambda layer: pickle.loads(pickle.dumps(layer.requires_grad_(True))),
+    "assigned": lambda layer: setattr(layer, "codebook", torch.nn.Parameter(layer.codebook.detach() * 2)) or layer,
+    "swapped": lambda layer: swapped(layer.requires_grad_(True)),
+}
+
+
+def swapped(layer):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return layer.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def run_averages(rank, world, folder):
+    start(rank, world, folder)
+    for kind in ("DIVEQ", "SFDIVEQDetach", "ResidualDIVEQ", "ResidualSFDIVEQ", "ProductDIVEQ"):
+        for after, change in AFTER.items():
+            layer = Model(kind).quantizer
+            layer.requires_grad_(after == "nothing")
+            replicate(layer)
+            changed = change(layer)
+            z = torch.randn(20, 6, generator=torch.Generator().manual_seed(rank)).to(changed.codebook.dtype)
+            for _ in range(7 if "SF" in kind else 1):
+                changed.zero_grad()
+                changed(z)[0].square().sum().backward()
+            gradients = [torch.empty_like(changed.codebook) for _ in range(world)]
+            dist.all_gather(gradients, changed.codebook.grad)
+            assert gradients[0].count_nonzero() > 0 and torch.equal(*gradients), (kind, after)
+    dist.destroy_process_group()
+
+
+def test_gradients_of_replicated_codebooks_are_averaged(tmp_path):
+    assert spawn(run_averages, 2, tmp_path) == [0, 0]
+
+
+def run_with_dropout(rank, world, folder):
+    start(rank, world, folder)
+    layer = Model("ResidualSFDIVEQ").quantizer
+    for step in range(8):
+        layer(batch(step).chunk(world)[rank], num_active=(None, 1)[(rank + step) % 2])
+    codebooks = [torch.empty_like(layer.codebook) for _ in range(world)]
+    dist.all_gather(codebooks, layer.codebook.detach())
+    assert torch.equal(*codebooks)
+    dist.destroy_process_group()
+
+
+def test_ranks_may_leave_out_other_stages(tmp_path):
+    """All of them on one rank is ``num_active=None``, which takes fewer collectives while a curve is built."""
+    assert spawn(run_with_dropout, 2, tmp_path) == [0, 0]

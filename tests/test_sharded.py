@@ -264,7 +264,7 @@ def run_others(rank, world, folder):
     torch.save(saved.state_dict(), f"{folder}/part{rank}.pt")
     dist.barrier()
     mine, other = (torch.load(f"{folder}/part{r}.pt") for r in (rank, 1 - rank))
-    wrong = f"0.codebook must hold codewords {5 * rank} to {5 * rank + 4} of 10, got {5 - 5 * rank} to"
+    wrong = f"must hold codewords {5 * rank} to {5 * rank + 4}, got 0.codebook_{5 - 5 * rank}_{10 - 5 * rank}: each"
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=wrong):
             saved.load_state_dict(other, strict=strict)

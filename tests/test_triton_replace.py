@@ -11,7 +11,7 @@ import torch
 from cases import TARGETS, Target, eps, generator
 from torch import Tensor
 
-from diveq_kernels import backends, codebook, philox
+from diveq_kernels import DIVEQ, backends, codebook, philox
 
 on_triton = pytest.mark.parametrize("target", [target for target in TARGETS if target.backend == "triton"], ids=str)
 ITERS, THRESHOLD = 10, 0.25
@@ -157,15 +157,23 @@ def test_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
             self.device, self.dtype = torch.device(device), dtype
 
-    for name in (None, "triton"):
-        with backends.use_backend(name):
-            assert codebook._implementation(Books("cuda")) is kernel
-            assert codebook._implementation(Books("cuda", torch.bfloat16)) is kernel
-            assert codebook._implementation(Books("cuda", torch.float64)) is torch_way
-            assert (codebook._implementation(Books("cpu")) is kernel) == (name == "triton")
+    for name in ("", "triton"):
+        assert codebook._implementation(Books("cuda"), name) is kernel
+        assert codebook._implementation(Books("cuda", torch.bfloat16), name) is kernel
+        assert codebook._implementation(Books("cuda", torch.float64), name) is torch_way
+        assert (codebook._implementation(Books("cpu"), name) is kernel) == (name == "triton")
     for name in ("reference", "cuda", "cpu"):
-        with backends.use_backend(name):
-            assert codebook._implementation(Books("cuda")) is torch_way
+        assert codebook._implementation(Books("cuda"), name) is torch_way
     reasons[0] = "Triton is missing"
-    with backends.use_backend(None):
-        assert codebook._implementation(Books("cuda")) is torch_way
+    assert codebook._implementation(Books("cuda"), "") is torch_way
+
+
+@pytest.mark.parametrize("named", ["layer", "for a while"])
+def test_the_layer_s_backend_replaces(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(codebook, "_implementation", lambda books, name: asked.append(name) or codebook._replace)
+    layer = DIVEQ(8, 4, replacement_iters=1, allow_warning=False, backend="reference" if named == "layer" else None)
+    with backends.use_backend("reference" if named == "for a while" else None):
+        for _ in range(3):
+            layer(torch.randn(5, 4))
+    assert asked == ["reference"] * 2

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from diveq_kernels import _checks, backends, distributed
+from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels._operation import is_plain
 from diveq_kernels.codebook import in_forward
 from diveq_kernels.layers._arguments import check_count, check_flags
@@ -47,7 +48,7 @@ def _is_of_several_sizes(*sizes: int) -> bool:
     return not all(has_static_value(size) for size in sizes)
 
 
-class Quantizer(nn.Module):
+class Quantizer(MarkedCodebook):
     """Base of the quantizer layers.
 
     A subclass says how rows z [..., D] are quantized in training (``_train``) and outside of it (``_quantize``), and
@@ -106,6 +107,7 @@ class Quantizer(nn.Module):
         # Steps of training; shape and dtype are those of the `diveq` package's checkpoints.
         self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32, device=device))
         self.reset_parameters()
+        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -144,8 +146,6 @@ class Quantizer(nn.Module):
             RuntimeError: If what the layer writes to its codebook would be lost, see ``diveq_kernels.distributed``.
         """
         rows = self._rows(z, mask)
-        if self._replicated and self.training and not torch.compiler.is_compiling():
-            distributed.keep_replicated(self)  # the codebook may have been frozen until now
         z_q, indices, counts = self._train(rows, mask) if self.training else self._quantize(rows, mask)
         return self._as_input(z_q), indices.long(), perplexity(counts)
 
@@ -265,10 +265,16 @@ class Quantizer(nn.Module):
             if self._counts_are_free():
                 self._settled = int(self.iter_counter) >= needed
             elif not self._settled and not self._is_captured():
-                if self._known_steps < 0:
-                    self._known_steps, self._known_version = int(self.iter_counter), self.iter_counter._version
+                self._look_at_steps()
                 self._settled = self._known_steps >= needed
         return self._settled
+
+    def _look_at_steps(self) -> None:
+        """Have the host know ``iter_counter``, for which it waits for the device, unless it does already."""
+        if self._known_steps >= 0 or torch.compiler.is_compiling() or not is_plain(self.iter_counter):
+            return
+        if not self._is_captured():
+            self._known_steps, self._known_version = int(self.iter_counter), self.iter_counter._version
 
     def _known_step(self) -> int:
         """``iter_counter``, −1 if the host does not know it, or a graph is made, which must not depend on it."""
@@ -276,7 +282,8 @@ class Quantizer(nn.Module):
             return -1
         if self._counts_are_free():
             return int(self.iter_counter)
-        return -1 if self._graphs_count else self._known_steps
+        others_count = self._graphs_count or self.iter_counter._version != self._known_version
+        return -1 if others_count else self._known_steps
 
     def _first_settled_step(self) -> int:
         """The number of the step from which on all are alike, 0 if there is none."""
@@ -288,14 +295,13 @@ class Quantizer(nn.Module):
     def _forget_steps(self) -> None:
         self._known_steps, self._settled = -1, False
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def _mark(self) -> None:
+        self._forget_steps()  # the counter is another tensor too
         distributed.keep_replicated(self)
-        return self
 
     def train(self, mode: bool = True) -> Self:
         """``nn.Module.train``. Until its first steps are over the layer takes this chance to look at their counter."""
-        if mode and not self._settled:
+        if mode and self._first_settled_step() and not self._settled:
             self._forget_steps()
             # Ranks have to agree, and may call this at different times.
             if not self._synchronises():
@@ -332,7 +338,7 @@ class Quantizer(nn.Module):
                 f"a pickled {type(self).__name__} must be one of diveq_kernels, got another class's or version's: "
                 "save the state_dict of the layer that was pickled, and load it into a new one"
             )
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
@@ -343,13 +349,26 @@ class Quantizer(nn.Module):
         return ["num_embeddings", "embedding_dim", "noise_std", "uniform_init", "allow_warning"]
 
 
+def _before_loading(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What was counted for a codebook that does not come with it is missing too, or a new one would never start."""
+    if "codebook" in layer._parameters and prefix + "codebook" not in state:
+        for name in layer._buffers:
+            state.pop(prefix + name, None)
+
+
 def _after_loading(layer: Any, *_: Any) -> None:
-    layer._forget_steps()
-    distributed.keep_replicated(layer)
+    layer._mark()
+
+
+def brings_codebook(layer: Any, state: dict[str, Any], prefix: str) -> bool:
+    """Whether a layer is about to load a codebook that fits."""
+    found = state.get(prefix + "codebook")
+    return found is not None and found.shape == layer.codebook.shape
 
 
 @torch.no_grad()
 def load_as_finished(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook of layers that build their first curve: a codebook that comes without a counter is not one to build."""
-    if prefix + "codebook" in state and prefix + "iter_counter" not in state and not layer.iter_counter.is_meta:
+    without = prefix + "iter_counter" not in state
+    if without and brings_codebook(layer, state, prefix) and not layer.iter_counter.is_meta:
         layer.iter_counter.clamp_(min=layer.skip_iters)

@@ -282,7 +282,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         step = self.iter_counter.clamp_min(0) + is_step  # a forward that is repeated has been counted
         if self._builds_curve and writes:
             self._may_write()
-            if not self._counts_are_free() or step == self.skip_iters:
+            if self._known_step() in (-1, self.skip_iters - 1):
                 self._write(torch.where(step == self.skip_iters, self.curve, self.codebook.detach()))
         codebook = self._begin_step(z, mask)
         started = (step >= self.skip_iters).squeeze()
@@ -307,7 +307,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
                         self.skip_iters,
                         self.avg_iters,
                         self._synchronises(),
-                        active is None,
+                        active is None and not self._synchronises(),  # ranks may differ in it
                     )
                 )
         last = self.num_embeddings - 1
