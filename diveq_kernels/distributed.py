@@ -8,7 +8,8 @@ one rank only. ``layer.sync_ranks = False`` makes a layer keep to itself.
 
 Under FSDP a codebook must stay whole, since the layers write to it (replaced codewords, the start by k-means,
 SF-DiVeQ's first curve): ``fully_shard(model, ignored_params=replicate(model))``. A layer whose codebook is sharded
-raises when it is about to write; compiled, it does not see that, and what it writes is lost. Optimizers with
+raises when it is about to write; compiled, or under torch's unfinished ``_composable.replicate_with_fsdp``, it does not
+see that, and what it writes is lost. Optimizers with
 ``foreach`` or ``fused`` and ``clip_grad_norm_`` take no mix of sharded and whole tensors: give them the two groups of
 ``diveq_kernels.parameter_groups``, and clip each by itself.
 

@@ -73,7 +73,8 @@ def nearest(
         backend: See the module.
 
     Returns:
-        (indices, sqdist): indices int64 [...], and sqdist [...], the squared distance, differentiable in both inputs.
+        (indices, sqdist), codes first as everywhere here (``torch.min`` and ``torch.ops.diveq.nearest`` have the value
+        first): indices int64 [...], and sqdist [...], the squared distance, differentiable in both inputs.
     """
     backend = _check(z, codebook, mask, precision, backend)
     sqdist, indices = ops.nearest(z, codebook, mask, precision, backend)

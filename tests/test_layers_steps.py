@@ -64,14 +64,37 @@ def test_knowing_the_counter_changes_nothing(name: str, monkeypatch: pytest.Monk
     assert_same(run(others[1], steps), expected)
 
 
-@pytest.mark.parametrize("name", CURVES)
-def test_an_accelerator_is_asked_once(name: str, counted: list[int]) -> None:
-    layer = make(name, "random")
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
+def test_an_accelerator_is_asked_once(name: str, loaded: bool, counted: list[int]) -> None:
+    """Or never, if what it would say was the host's doing."""
+    layer = make(name, "random").to(torch.float64).float()
+    if loaded:
+        layer.load_state_dict(layer.state_dict())
     run(layer, torch.randn(START + 3, 40, 6))
-    assert len(counted) == 1 and layer._settled
+    assert len(counted) == loaded and layer._settled == (name in CURVES)
     layer.eval()(torch.randn(5, 6))
     run(layer.train(), torch.randn(2, 40, 6))
-    assert len(counted) == 1
+    assert len(counted) == loaded
+
+
+def test_a_start_by_k_means_asks_once(counted: list[int]) -> None:
+    layer = make("DIVEQ", "kmeans")
+    run(layer, torch.randn(START + 3, 40, 6))
+    assert len(counted) == 1 and layer.iter_counter == START + 3
+
+
+def test_a_counter_that_is_unset_is_not_known(counted: list[int]) -> None:
+    """Its memory is given in ``to_empty`` and its value later, by a copy of which no layer hears."""
+    with torch.device("meta"):
+        layer = make("DIVEQ", "random")
+    layer.to_empty(device="cpu")
+    source = make("DIVEQ", "random")
+    run(source, torch.randn(3, 40, 6))
+    counted.clear()
+    for key, value in source.state_dict().items():
+        layer.state_dict()[key].copy_(value)
+    assert_same(run(layer, torch.ones(5, 40, 6)), run(source, torch.ones(5, 40, 6)))
 
 
 @pytest.mark.parametrize("name", CURVES)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="needs Triton")
 
+import triton  # noqa: E402
 from triton_aot import recorded  # noqa: E402
 
 from diveq_kernels import codebook, triton_kernels  # noqa: E402
@@ -110,7 +111,7 @@ def test_replacement_waits_for_nothing() -> None:
     """The operation's part that is the host's, too: what it does on a device, where it does not look at the counter."""
     books, usage = meta(3, CODEWORDS, DIM), meta(3, CODEWORDS, dtype=torch.int32)
     counter, seed = meta(1, dtype=torch.int32), meta(dtype=torch.int64)
-    with recorded(90) as launches, no_waiting(), mock.patch.object(codebook, "_implementation", lambda _: replace):
+    with recorded(90) as launches, no_waiting(), mock.patch.object(codebook, "_implementation", lambda *_: replace):
         codebook.replace_unused._init_fn(books, usage, counter, seed, 10, 0.1, 1e-3, True)
     assert [launch.kernel.__name__ for launch in launches] == ["replace_kernel"]
 
@@ -192,11 +193,38 @@ def test_gpus_that_are_too_old_are_refused(capability: tuple[int, int], monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton_kernels, "_why_not_started", lambda: None)
     reason = triton_kernels.why_unusable(torch.device("cuda", 0))
     said = "T4 has compute capability {}.{}, and 8.0 is the least it takes".format(*capability)
     assert reason == (said if capability < (8, 0) else None)
     monkeypatch.setattr(torch.version, "hip", "6.4")  # numbered otherwise
     assert triton_kernels.why_unusable(torch.device("cuda", 0)) is None
+
+
+def test_triton_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler, say: then another backend is chosen, where its first launch would raise."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    class Driver:
+        error: Exception | None = RuntimeError("Failed to find C compiler.")
+
+        @property
+        def active(self) -> Any:
+            if self.error is not None:
+                raise self.error
+            return mock.Mock()
+
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    triton_kernels._why_not_started.cache_clear()
+    try:
+        reason = triton_kernels.why_unusable(torch.device("cuda"))
+        assert reason.startswith("Triton does not start (RuntimeError: Failed to find C compiler.): it needs a C comp")
+        triton_kernels._why_not_started.cache_clear()
+        Driver.error = None
+        assert triton_kernels.why_unusable(torch.device("cuda")) is None
+    finally:
+        triton_kernels._why_not_started.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["residual", "product"])

@@ -5,11 +5,13 @@ Each function takes the arguments of the dispatcher op of its name without ``bac
 in Triton's interpreter, for tests.
 """
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import triton
 
 from diveq_kernels.triton_kernels.composite import product, residual
 from diveq_kernels.triton_kernels.composite_backward import product_backward, residual_backward
@@ -44,6 +46,19 @@ _OLDEST = (8, 0)  # compute capability
 _SYMBOLS_BREAK = torch.__version__ < (2, 13)
 
 
+@functools.cache
+def _why_not_started() -> str | None:
+    """What keeps Triton from a GPU: when it starts, it compiles what loads and launches kernels."""
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018
+    except Exception as error:  # whatever it is, no kernel would run
+        return (
+            f"Triton does not start ({type(error).__name__}: {error}): it needs a C compiler (CC, gcc or clang) and "
+            "the headers of this Python"
+        )
+    return None
+
+
 def why_unusable(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, or None if they can."""
     if device.type == "cpu" and not INTERPRETED:
@@ -53,7 +68,7 @@ def why_unusable(device: torch.device) -> str | None:
         if capability < _OLDEST:  # no bf16 on tensor cores, and less shared memory than the tiles are made for
             name, wanted = torch.cuda.get_device_name(device), "{}.{}".format(*_OLDEST)
             return f"{name} has compute capability {capability[0]}.{capability[1]}, and {wanted} is the least it takes"
-    return None
+    return _why_not_started() if device.type == "cuda" and torch.cuda.is_available() and not INTERPRETED else None
 
 
 def traced(op: str, arguments: Sequence[Any]) -> AbstractContextManager[None] | None:

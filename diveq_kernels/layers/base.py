@@ -128,6 +128,7 @@ class Quantizer(MarkedCodebook):
         for buffer in self.buffers():
             buffer.zero_()
         self._forget_steps()
+        self._know_steps(0)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize; differentiable in z and the codebook.
@@ -247,8 +248,7 @@ class Quantizer(MarkedCodebook):
             self._graphs_count = True
         self.iter_counter.add_(is_step)
         if self._known_steps >= 0 and not captured:
-            self._known_steps += 1
-            self._known_version = self.iter_counter._version
+            self._know_steps(self._known_steps + 1)
 
     def _is_settled(self, counted: bool) -> bool:
         """Whether the steps that differ from all later ones are known to be over, and what they do can be left out.
@@ -274,7 +274,12 @@ class Quantizer(MarkedCodebook):
         if self._known_steps >= 0 or torch.compiler.is_compiling() or not is_plain(self.iter_counter):
             return
         if not self._is_captured():
-            self._known_steps, self._known_version = int(self.iter_counter), self.iter_counter._version
+            self._know_steps(int(self.iter_counter))
+
+    def _know_steps(self, steps: int) -> None:
+        """Have the host know what ``iter_counter`` is; −1: not. A tensor without versions may be anything next time."""
+        if not self.iter_counter.is_inference():
+            self._known_steps, self._known_version = steps, self.iter_counter._version
 
     def _known_step(self) -> int:
         """``iter_counter``, −1 if the host does not know it, or a graph is made, which must not depend on it."""
@@ -296,8 +301,14 @@ class Quantizer(MarkedCodebook):
         self._known_steps, self._settled = -1, False
 
     def _mark(self) -> None:
-        self._forget_steps()  # the counter is another tensor too
+        self._forget_steps()  # the counter may be another tensor too
         distributed.keep_replicated(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        steps = -1 if self.iter_counter.is_meta else self._known_step()
+        super()._apply(fn, recurse)
+        self._know_steps(steps)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """``nn.Module.train``. Until its first steps are over the layer takes this chance to look at their counter."""
