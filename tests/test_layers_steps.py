@@ -182,6 +182,21 @@ def test_steps_that_a_graph_took_are_not_forgotten(graph: str, counted: list[int
     assert not torch.equal(z_q, z) and layer.codebook.grad.count_nonzero() > 0
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("SFDIVEQ")])
+def test_steps_of_a_graph_count_for_the_next_replacement(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, steps = make(name, "random"), torch.randn(9, 40, 6)
+    expected = run(copy.deepcopy(layer), steps)
+    monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
+    compiled, seen = torch.compile(layer, backend="eager", fullgraph=True), []
+    torch.manual_seed(1)
+    for one, how in zip(steps, "eecececce", strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "manual_seed", lambda seed: None)
+            seen += run(compiled if how == "c" else layer, one[None])
+    torch._dynamo.reset()
+    assert_same(seen, expected)
+
+
 # ---- what else was made from the codebook ----------------------------------------------------------------------------
 
 
