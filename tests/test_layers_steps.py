@@ -189,7 +189,7 @@ def test_steps_of_a_graph_count_for_the_next_replacement(name: str, monkeypatch:
     monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
     compiled, seen = torch.compile(layer, backend="eager", fullgraph=True), []
     torch.manual_seed(1)
-    for one, how in zip(steps, "eecececce", strict=True):
+    for one, how in zip(steps, "ecceceece", strict=True):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "manual_seed", lambda seed: None)
             seen += run(compiled if how == "c" else layer, one[None])
@@ -276,6 +276,21 @@ def test_a_loss_on_a_clone_may_come_first(name: str, free: bool, monkeypatch: py
         for z in torch.randn(START + 3, 40, 6):
             step(z).backward()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_made_in_inference_mode(name: str) -> None:
+    with torch.inference_mode():
+        layer = make(name, "random").eval()
+    assert layer.to(torch.float64)(torch.randn(5, 6, dtype=torch.float64))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_codebook_that_is_made_of_others_comes_with_its_counter(name: str) -> None:
+    layers = [nn.utils.parametrizations.weight_norm(make(name, "random"), "codebook") for _ in range(2)]
+    layers[0].iter_counter.fill_(7)
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert layers[1].iter_counter == 7
 
 
 @pytest.mark.parametrize("name", KINDS)
