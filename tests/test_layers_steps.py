@@ -282,7 +282,8 @@ def test_a_loss_on_a_clone_may_come_first(name: str, free: bool, monkeypatch: py
 def test_made_in_inference_mode(name: str) -> None:
     with torch.inference_mode():
         layer = make(name, "random").eval()
-    assert layer.to(torch.float64)(torch.randn(5, 6, dtype=torch.float64))[0].isfinite().all()
+        layer.to(torch.float64)
+        assert layer(torch.randn(5, 6, dtype=torch.float64))[0].isfinite().all()
 
 
 @pytest.mark.parametrize("name", KINDS)
