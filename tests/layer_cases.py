@@ -7,14 +7,27 @@ from typing import Any
 import pytest
 import torch
 
-from diveq_kernels.layers import DIVEQ, SFDIVEQ, DIVEQDetach, SFDIVEQDetach
+from diveq_kernels.layers import (
+    DIVEQ,
+    SFDIVEQ,
+    DIVEQDetach,
+    ProductDIVEQ,
+    ProductSFDIVEQ,
+    ResidualDIVEQ,
+    ResidualSFDIVEQ,
+    SFDIVEQDetach,
+)
 from diveq_kernels.layers.base import Quantizer
 
 REPLACING = [DIVEQ, DIVEQDetach]
 CURVES = [SFDIVEQ, SFDIVEQDetach]
 LAYERS = REPLACING + CURVES
+COMPOSITE_CURVES = [ResidualSFDIVEQ, ProductSFDIVEQ]
+COMPOSITES = [ResidualDIVEQ, ProductDIVEQ, *COMPOSITE_CURVES]
 
 for_every_layer = pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
+for_every_layer_and_composite = pytest.mark.parametrize("kind", LAYERS + COMPOSITES, ids=lambda kind: kind.__name__)
+for_every_curve = pytest.mark.parametrize("kind", CURVES + COMPOSITE_CURVES, ids=lambda kind: kind.__name__)
 for_replacing_layers = pytest.mark.parametrize("kind", REPLACING, ids=lambda kind: kind.__name__)
 for_curve_layers = pytest.mark.parametrize("kind", CURVES, ids=lambda kind: kind.__name__)
 
@@ -26,6 +39,10 @@ def make(kind: type[Quantizer], codewords: int = 12, dim: int = 5, **keywords: A
         defaults.update(skip_iters=0, avg_iters=0)
     else:
         defaults.update(verbose=False)
+    if kind in COMPOSITES:
+        defaults.update(num_codebooks=2)
+    if kind in COMPOSITE_CURVES:
+        defaults.update(skip_iters=1, avg_iters=0, replacement_iters=1)
     layer = kind(codewords, dim, **(defaults | keywords))
     with torch.no_grad():
         layer.codebook.copy_(torch.randn(layer.codebook.shape))
@@ -43,6 +60,10 @@ def alike(kind: type, decoded: torch.Tensor, points: torch.Tensor) -> bool:
 def busy(kind: type[Quantizer]) -> dict[str, Any]:
     """Arguments that make much happen in few steps.
 
-    Replacements follow steps 2, 4, ..; steps 2 and 3 initialise a curve, and step 4 quantizes.
+    Replacements follow steps 2, 4, ..; steps 2 and 3 initialise a curve, and step 4 quantizes with it.
     """
-    return {"skip_iters": 4, "avg_iters": 2} if kind in CURVES else {"replacement_iters": 2, "discard_threshold": 0.6}
+    curve: dict[str, Any] = {"skip_iters": 4, "avg_iters": 2}
+    replacement: dict[str, Any] = {"replacement_iters": 2, "discard_threshold": 0.6}
+    if kind in COMPOSITE_CURVES:
+        return curve | replacement
+    return curve if kind in CURVES else replacement

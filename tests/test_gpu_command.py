@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -263,13 +264,77 @@ def test_without_a_gpu() -> None:
     assert "no GPU: torch.cuda.is_available() is False, so nothing was run" in done.stderr
 
 
-def test_every_file_is_there_and_has_tests_for_each_backend() -> None:
-    for name in ("triton", "cuda"):
-        check, *tests = gpu.commands(name, 1)
+# A plugin with which pytest collects as where both backends run on a GPU, and says what it has selected.
+PRETENDED = """
+import importlib, json, os, sys, types
+import pytest
+from diveq_kernels import backends
+
+available = backends.available
+backends.device_types = lambda: ["cpu", "cuda"]
+backends.available = lambda device="cpu": ["triton", "cuda"] if device == "cuda" else available(device)
+try:
+    importlib.import_module("diveq_kernels.native_cuda")
+except ImportError:  # not built
+    sys.modules["diveq_kernels.native_cuda"] = types.ModuleType("diveq_kernels.native_cuda")
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    found = [(item.path.name, item.name, item.get_closest_marker("gpu") is not None) for item in items]
+    with open(os.environ["COLLECTED"], "w") as file:
+        json.dump(found, file)
+"""
+
+
+def collect(folder: Path, *arguments: str) -> list[tuple[str, str, bool]]:
+    """(file, test, whether it has the gpu mark) of what pytest would run with these arguments if a GPU were there."""
+    (folder / "pretended.py").write_text(PRETENDED)
+    paths = os.pathsep.join([str(folder), str(gpu.TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "pretended", "--collect-only", "-q", *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "COLLECTED": str(folder / "collected.json")},
+        cwd=gpu.TESTS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    return [tuple(each) for each in json.loads((folder / "collected.json").read_text())]
+
+
+def test_every_test_for_a_gpu_is_selected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All that has the mark or the backend in its name, in every file but those excluded for a reason; no other."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    everything = collect(tmp_path, "-p", "no:xdist", ".")
+    assert all(gpu.EXCLUDED.values()) and set(gpu.EXCLUDED) <= {file for file, _, _ in everything}
+    for name, other in (("triton", "cuda"), ("cuda", "triton")):
+        check, tests = gpu.commands(name, 1)
         assert check[-2:] == ["--backend", name]
-        for command in tests:
-            files = [part for part in command if part.endswith(".py")]
-            assert files == ["test_gpu.py", *gpu.FILES] and all((gpu.TESTS / file).is_file() for file in files)
-    for file in gpu.FILES:
-        text = (gpu.TESTS / file).read_text(encoding="utf-8")
-        assert "@on_every_target" in text or "_on_every_device(" in text, file
+        expected = [
+            (file, test, marked)
+            for file, test, marked in everything
+            if (marked or file == "test_gpu.py" or f"{name}-cuda" in test)
+            and file not in (*gpu.OF_ONE[other], *gpu.EXCLUDED)
+            and not test.startswith("test_the_second_device")
+        ]
+        selected = collect(tmp_path, *tests[3:])
+        assert {file for file, _, _ in selected} == {part for part in tests if part.endswith(".py")}
+        assert {file for file, _, _ in expected} == {file for file, _, _ in selected}
+        assert sorted(selected) == sorted(expected)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_what_needs_two_gpus_is_not_missed_with_one(
+    gpus: int,
+    fake_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """But told."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert all(("not test_the_second_device" in gpu.commands(name, 1)[1][-1]) == (gpus == 1) for name in gpu.OF_ONE)
+    assert run_files(monkeypatch, tmp_path, PASSES) == 0
+    told = "test_the_second_device, which needs two GPUs"
+    out = capfd.readouterr().out
+    assert (f"not selected: {told}" in out) == (f"everything ran and passed, but for {told}" in out) == (gpus == 1)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from layer_cases import CURVES, alike, busy, for_curve_layers, for_every_layer, for_replacing_layers, make
+from layer_cases import CURVES, alike, for_curve_layers, for_every_layer, for_replacing_layers, make
 
 import diveq_kernels.functional as F
 from diveq_kernels.layers import DIVEQ, SFDIVEQ, SFCodes
@@ -219,37 +219,3 @@ def test_autocast_does_not_change_the_codes(kind):
         distances = torch.cdist(z.double(), layer.codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
         assert torch.equal(codes, plain) and torch.equal(codes, distances.argmin(dim=1))
         assert torch.equal(indices, codes)
-
-
-# ---- accelerators --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@for_every_layer
-def test_nothing_waits_for_the_device(kind):
-    layer = make(kind, **busy(kind)).cuda()
-    z = torch.randn(64, 5, device="cuda", requires_grad=True)
-    mask = torch.rand(64, device="cuda") < 0.8
-    layer(z)[0].sum().backward()  # compiles and loads what there is to compile and load
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(6):
-            layer(z)[0].sum().backward()
-            layer(z, mask)[0].sum().backward()
-        layer.decode(layer.encode(z, mask))
-        layer.inference(z)
-        layer.eval()(z)[0].sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@for_every_layer
-def test_device_and_host_agree(kind):
-    host = make(kind, **busy(kind), noise_std=0) if kind in (DIVEQ, SFDIVEQ) else make(kind, **busy(kind))
-    device = copy.deepcopy(host).cuda()
-    for _ in range(4 if kind in CURVES else 7):  # until the first dither, which the two draw differently
-        z = torch.randn(40, 5)
-        mask = torch.rand(40) < 0.8
-        host(z, mask), device(z.cuda(), mask.cuda())
-        torch.testing.assert_close(device.codebook.cpu(), host.codebook, rtol=1e-5, atol=1e-6)

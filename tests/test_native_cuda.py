@@ -54,7 +54,8 @@ def test_codewords_that_lie_where_they_were_drawn_are_not_all_measured(
         wait()
         return clock() - start
 
-    times = [(seconds(drawn), seconds(spread)) for _ in range(4)]
+    tries = 40 if target.device == "cuda" else 4  # other processes may have a GPU for milliseconds
+    times = [(seconds(drawn), seconds(spread)) for _ in range(tries)]
     assert min(one for one, _ in times) < 1.8 * min(other for _, other in times)
 
 

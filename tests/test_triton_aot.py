@@ -190,6 +190,16 @@ def test_steps_compile_without_spills(architecture: int, dtype: torch.dtype) -> 
         check_fits(launches, architecture)
 
 
+def test_numbers_of_stages_compile() -> None:
+    """Of each row, int32 as ``functional`` gives them, with a mask."""
+    z, books, seed = meta(FEW_ROWS, 64), meta(4, 1024, 64), meta(dtype=torch.int64)
+    active, mask = meta(FEW_ROWS, dtype=torch.int32), meta(FEW_ROWS, dtype=torch.bool)
+    launches = launches_of(lambda: triton_kernels.residual(z, books, None, active, mask, seed, 1e-3, "exact"), 90)
+    searches = [x for x in launches if x.kernel.__name__ == "composite_kernel"]
+    assert len(searches) == 1 and any(x is active for x in searches[0].arguments)
+    check_fits(searches, 90)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sorted_sums_compile_without_spills(architecture: int, dtype: torch.dtype) -> None:

@@ -77,7 +77,7 @@ def calls(name: str, dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
                     yield lambda z=z, m=mask, p=precision: forward(z, books, m, p)
                     continue
                 weights = dither if name != "diveq" else ()
-                active = (mask if mask is None else meta(*lead, dtype=torch.int64),) if name == "residual" else ()
+                active = (mask if mask is None else meta(*lead, dtype=torch.int32),) if name == "residual" else ()
                 of_step = (mask, None if mask is None else seed, 0.1)
                 yield lambda z=z, w=weights, a=active, s=of_step, p=precision: forward(z, books, *w, *a, *s, p)
         grads = {"nearest": (meta(*lead),), "project": (z, meta(*lead))}.get(name, (z,))
