@@ -51,8 +51,7 @@ def parameter_groups(model: nn.Module, *, codebook_lr: float, **options: Any) ->
 
 def _codebook_parameters(layer: nn.Module) -> list[nn.Parameter]:
     """The layer's codebook, or the parameters that a parametrization or the older weight_norm makes it from."""
-    if isinstance(layer, ShardedNearest):
-        return [layer.codebook]
-    names = ("codebook", "codebook_g", "codebook_v", "codebook_orig")
-    parametrized = "parametrizations.codebook."
+    own = layer._name if isinstance(layer, ShardedNearest) else "codebook"
+    names = [own + end for end in ("", "_g", "_v", "_orig")]
+    parametrized = f"parametrizations.{own}."
     return [p for name, p in layer.named_parameters() if name in names or name.startswith(parametrized)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -113,6 +114,10 @@ class ShardedNearest(MarkedCodebook):
         """This rank's part."""
         codebook: nn.Parameter = getattr(self, self._name)
         return codebook
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """``nn.Module.register_parameter``; what is assigned to ``codebook`` is this rank's part."""
+        super().register_parameter(self._name if name == "codebook" else name, param)
 
     def _mark(self) -> None:
         if self._kept:
@@ -251,7 +256,8 @@ class ShardedNearest(MarkedCodebook):
 
 def _check_part(layer: ShardedNearest, state: Any, prefix: str, metadata: dict[str, Any], *lists: Any) -> None:
     """Where the part is another rank's, it says so, with ``strict=False`` too."""
-    others = [key for key in state if key.startswith(prefix + "codebook_") and key != prefix + layer._name]
+    part = re.compile(re.escape(prefix) + r"codebook_\d+_\d+")
+    others = [key for key in state if part.fullmatch(key) and key != prefix + layer._name]
     if others:
         lists[-1].append(
             f"{prefix}{layer._name} must hold codewords {layer.first} to {layer.first + len(layer.codebook) - 1}, got "

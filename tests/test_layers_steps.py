@@ -64,37 +64,14 @@ def test_knowing_the_counter_changes_nothing(name: str, monkeypatch: pytest.Monk
     assert_same(run(others[1], steps), expected)
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
-def test_an_accelerator_is_asked_once(name: str, loaded: bool, counted: list[int]) -> None:
-    """Or never, if what it would say was the host's doing."""
-    layer = make(name, "random").to(torch.float64).float()
-    if loaded:
-        layer.load_state_dict(layer.state_dict())
+@pytest.mark.parametrize("name", CURVES)
+def test_an_accelerator_is_asked_once(name: str, counted: list[int]) -> None:
+    layer = make(name, "random")
     run(layer, torch.randn(START + 3, 40, 6))
-    assert len(counted) == loaded and layer._settled == (name in CURVES)
+    assert len(counted) == 1 and layer._settled
     layer.eval()(torch.randn(5, 6))
     run(layer.train(), torch.randn(2, 40, 6))
-    assert len(counted) == loaded
-
-
-def test_a_start_by_k_means_asks_once(counted: list[int]) -> None:
-    layer = make("DIVEQ", "kmeans")
-    run(layer, torch.randn(START + 3, 40, 6))
-    assert len(counted) == 1 and layer.iter_counter == START + 3
-
-
-def test_a_counter_that_is_unset_is_not_known(counted: list[int]) -> None:
-    """Its memory is given in ``to_empty`` and its value later, by a copy of which no layer hears."""
-    with torch.device("meta"):
-        layer = make("DIVEQ", "random")
-    layer.to_empty(device="cpu")
-    source = make("DIVEQ", "random")
-    run(source, torch.randn(3, 40, 6))
-    counted.clear()
-    for key, value in source.state_dict().items():
-        layer.state_dict()[key].copy_(value)
-    assert_same(run(layer, torch.ones(5, 40, 6)), run(source, torch.ones(5, 40, 6)))
+    assert len(counted) == 1
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -182,41 +159,36 @@ def test_steps_that_a_graph_took_are_not_forgotten(graph: str, counted: list[int
     assert not torch.equal(z_q, z) and layer.codebook.grad.count_nonzero() > 0
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("SFDIVEQ")])
-def test_steps_of_a_graph_count_for_the_next_replacement(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, steps = make(name, "random"), torch.randn(9, 40, 6)
-    expected = run(copy.deepcopy(layer), steps)
-    monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
-    compiled, seen = torch.compile(layer, backend="eager", fullgraph=True), []
-    torch.manual_seed(1)
-    for one, how in zip(steps, "ecceceece", strict=True):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "manual_seed", lambda seed: None)
-            seen += run(compiled if how == "c" else layer, one[None])
-    torch._dynamo.reset()
-    assert_same(seen, expected)
-
-
 # ---- what else was made from the codebook ----------------------------------------------------------------------------
 
 
-# Replacements begin the steps 2 and 4 of 0, 1, ..., and SFDIVEQ's first curve is built in 1 to 3.
-NOT_DUE = dict.fromkeys(KINDS, (0, 1)) | {"SFDIVEQ": (0,), "SFDIVEQDetach": (0,)}
+@pytest.mark.parametrize("name", KINDS)
+def test_a_loss_on_the_codebook_may_come_first(name: str) -> None:
+    """In steps that write nothing: the first of these, and those after S."""
+    layer = make(name, "random")
+    for step in range(START + 3):
+        z = torch.randn(40, 6)
+        if step == 0 or (name in CURVES and step >= START):
+            (layer.codebook.square().sum() + layer(z)[0].sum()).backward()
+        else:
+            layer(z)
 
 
 @pytest.mark.parametrize("free", [True, False], ids=["cpu", "accelerator"])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_loss_on_the_codebook_may_come_first(name: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In steps that write nothing, on an accelerator too: those between replacements, and those after S."""
+def test_a_loss_on_a_clone_may_come_first(name: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every step, and in a graph."""
     if not free:
         monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
     layer = make(name, "random")
-    for step in range(START + 3):
-        z = torch.randn(40, 6)
-        if step in NOT_DUE[name] or (name in CURVES and step >= START):
-            (layer.codebook.square().sum() + layer(z)[0].sum()).backward()
-        else:
-            layer(z)
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        return layer.codebook.clone().square().sum() + layer(z)[0].sum()
+
+    for step in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        for z in torch.randn(START + 3, 40, 6):
+            step(z).backward()
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -261,53 +233,24 @@ def test_parameters_alone_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
         assert layer.codebook.is_meta and not any(buffer.is_meta for buffer in layer.buffers())
 
 
-@pytest.mark.parametrize("free", [True, False], ids=["cpu", "accelerator"])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_loss_on_a_clone_may_come_first(name: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every step, and in a graph."""
-    if not free:
-        monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
-    layer = make(name, "random")
-
-    def loss(z: torch.Tensor) -> torch.Tensor:
-        return layer.codebook.clone().square().sum() + layer(z)[0].sum()
-
-    for step in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
-        for z in torch.randn(START + 3, 40, 6):
-            step(z).backward()
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_made_in_inference_mode(name: str) -> None:
-    with torch.inference_mode():
-        layer = make(name, "random").eval()
-        layer.to(torch.float64)
-        assert layer(torch.randn(5, 6, dtype=torch.float64))[0].isfinite().all()
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_codebook_that_is_made_of_others_comes_with_its_counter(name: str) -> None:
-    layers = [nn.utils.parametrizations.weight_norm(make(name, "random"), "codebook") for _ in range(2)]
-    layers[0].iter_counter.fill_(7)
-    layers[1].load_state_dict(layers[0].state_dict())
-    assert layers[1].iter_counter == 7
-
-
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("init", ["random", "kmeans"])
-def test_a_counter_without_a_codebook_is_missing_too(name: str, init: str) -> None:
-    """As where what fits is loaded, after K was changed: the codebook that is left is new, and begins like one."""
-    if init == "kmeans" and name.startswith("SFDIVEQ"):
-        pytest.skip("has a start of its own")
-    source, layer, twin = make(name, init), make(name, init), make(name, init)
-    twin.load_state_dict(layer.state_dict())
-    run(source, torch.randn(START + 2, 40, 6))
-    state = {key: value for key, value in source.state_dict().items() if key != "codebook"}
-    missing = nn.ModuleList([layer]).load_state_dict({f"0.{k}": v for k, v in state.items()}, strict=False).missing_keys
-    assert set(missing) == {f"0.{key}" for key in source.state_dict()}
-    steps = torch.randn(START + 2, 40, 6)
-    assert_same(run(layer, steps), run(twin, steps))
+@pytest.mark.parametrize("by", ["parameters, then buffers", "one after the other"])
+def test_a_state_that_comes_in_pieces(name: str, by: str) -> None:
+    """One after the other into a layer on "meta", as in Hugging Face's loaders."""
+    source = make(name, "random")
+    run(source, torch.randn(START + 1, 40, 6))
+    state = source.state_dict()
+    if by == "one after the other":
+        with torch.device("meta"):
+            layer = make(name, "random")
+        pieces = [{key: value.clone()} for key, value in state.items()]
+    else:
+        layer = make(name, "random")
+        pieces = [{k: v for k, v in state.items() if (k == "codebook") == first} for first in (True, False)]
+    for piece in pieces:
+        layer.load_state_dict(piece, strict=False, assign=by == "one after the other")
+    steps = torch.randn(3, 40, 6)
+    assert_same(run(layer, steps), run(source, steps))
 
 
 def test_a_codebook_that_does_not_fit_leaves_the_start_by_k_means_due() -> None:
@@ -315,6 +258,29 @@ def test_a_codebook_that_does_not_fit_leaves_the_start_by_k_means_due() -> None:
     with pytest.raises(RuntimeError, match="size mismatch"):
         layer.load_state_dict({"codebook": torch.zeros(3, 6)}, strict=False)
     assert layer.iter_counter == -1
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_another_s_counter_is_not_the_layer_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of their own, as of the tasks of meta-learning, each begin by themselves."""
+    layer, steps = make(name, "random"), torch.randn(START + 2, 40, 6)
+    fresh = {key: value.clone() for key, value in layer.state_dict().items()}
+
+    def tasks(layer: Any) -> list[torch.Tensor]:
+        seen = []
+        for number in (START - 2, START - 1, START + 2):
+            state = {key: value.clone() for key, value in fresh.items()}
+            torch.manual_seed(1)
+            for z in steps[:number]:
+                seen += [x.detach() for x in torch.func.functional_call(layer, state, (z,))]
+        return seen
+
+    expected = tasks(copy.deepcopy(layer))
+    monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
+    assert_same(tasks(layer), expected)
+    run(layer.train(), steps)
+    assert layer._settled
+    assert_same(tasks(layer), expected)
 
 
 @pytest.mark.parametrize("name", CURVES)

@@ -11,7 +11,7 @@ from processes import needs_gloo, spawn, start
 from torch.nn.parallel import DistributedDataParallel
 
 import diveq_kernels.functional as F
-from diveq_kernels import ShardedNearest
+from diveq_kernels import ShardedNearest, parameter_groups
 from diveq_kernels.distributed import keep_shards
 
 pytestmark = needs_gloo
@@ -345,6 +345,18 @@ def test_without_a_process_group():
     assert torch.equal(layer.decode(torch.tensor([-1, 2], dtype=torch.int32))[0], torch.zeros(6))
     with torch.no_grad():
         assert not layer.quantize(z).z_q.requires_grad
+
+
+def test_the_part_is_a_parameter_like_others():
+    """It is assigned as ``codebook``, parametrized, and no other tensor is taken for a part."""
+    layer = torch.nn.Sequential(ShardedNearest(8, 3))
+    layer[0].codebook = torch.nn.Parameter(torch.ones(8, 3))
+    layer[0].register_buffer("codebook_usage", torch.zeros(8))
+    assert list(layer.state_dict()) == ["0.codebook_0_8", "0.codebook_usage"] and layer[0].codebook.sum() == 24
+    layer.load_state_dict(layer.state_dict())
+    torch.nn.utils.parametrizations.weight_norm(layer[0], "codebook_0_8")
+    others, codebooks = parameter_groups(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)), codebook_lr=0.1)
+    assert len(others["params"]) == 2 and {p.shape for p in codebooks["params"]} == {(8, 1), (8, 3)}
 
 
 @pytest.mark.parametrize("rows", ["same", "own"])

@@ -64,8 +64,9 @@ class Quantizer(MarkedCodebook):
     # Whether training agrees with other ranks, see ``diveq_kernels.distributed``.
     sync_ranks: bool = True
     # What the host knows of ``iter_counter`` (``_is_settled``): steps at least, or −1 if it has yet to look; the
-    # tensor's version then; and whether there may be more steps, counted by graphs.
+    # tensor and its version then; and whether there may be more steps, counted by graphs.
     _known_steps: int = -1
+    _known_counter: Tensor | None = None
     _known_version: int = -1
     _graphs_count: bool = False
     _settled: bool = False
@@ -107,7 +108,6 @@ class Quantizer(MarkedCodebook):
         # Steps of training; shape and dtype are those of the `diveq` package's checkpoints.
         self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32, device=device))
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -128,7 +128,6 @@ class Quantizer(MarkedCodebook):
         for buffer in self.buffers():
             buffer.zero_()
         self._forget_steps()
-        self._know_steps(0)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize; differentiable in z and the codebook.
@@ -243,18 +242,20 @@ class Quantizer(MarkedCodebook):
         if torch.compiler.is_compiling():
             self.iter_counter.add_(is_step)
             return
-        captured = self._is_captured()
-        if captured or (self._known_steps >= 0 and self.iter_counter._version != self._known_version):
+        captured, known = self._is_captured(), self._known_counter is self.iter_counter
+        if captured or (known and self.iter_counter._version != self._known_version):
             self._graphs_count = True
         self.iter_counter.add_(is_step)
-        if self._known_steps >= 0 and not captured:
-            self._know_steps(self._known_steps + 1)
+        if known and not captured:
+            self._known_steps += 1
+            self._known_version = self.iter_counter._version
 
     def _is_settled(self, counted: bool) -> bool:
         """Whether the steps that differ from all later ones are known to be over, and what they do can be left out.
 
         An accelerator is asked once, in the first step after construction, loading or ``train()``; then the host counts
-        along. A graph has what was known when it was made. False is always right, and takes longer.
+        along. A graph has what was known when it was made. False is always right, and takes longer: so it is with a
+        counter that another was put in the place of, as by ``torch.func.functional_call``.
 
         Args:
             counted: Whether ``iter_counter`` has the step in question already.
@@ -264,22 +265,14 @@ class Quantizer(MarkedCodebook):
         if first and not torch.compiler.is_compiling() and is_plain(self.iter_counter):
             if self._counts_are_free():
                 self._settled = int(self.iter_counter) >= needed
-            elif not self._settled and not self._is_captured():
-                self._look_at_steps()
-                self._settled = self._known_steps >= needed
+            elif not self._is_captured():
+                if self._known_counter is None:
+                    self._known_steps, self._known_version = max(0, int(self.iter_counter)), self.iter_counter._version
+                    self._known_counter = self.iter_counter
+                if self._known_counter is not self.iter_counter:
+                    return False
+                self._settled = self._settled or self._known_steps >= needed
         return self._settled
-
-    def _look_at_steps(self) -> None:
-        """Have the host know ``iter_counter``, for which it waits for the device, unless it does already."""
-        if self._known_steps >= 0 or torch.compiler.is_compiling() or not is_plain(self.iter_counter):
-            return
-        if not self._is_captured():
-            self._know_steps(int(self.iter_counter))
-
-    def _know_steps(self, steps: int) -> None:
-        """Have the host know what ``iter_counter`` is; −1: not. A tensor without versions may be anything next time."""
-        if not self.iter_counter.is_inference():
-            self._known_steps, self._known_version = steps, self.iter_counter._version
 
     def _known_step(self) -> int:
         """``iter_counter``, −1 if the host does not know it, or a graph is made, which must not depend on it."""
@@ -287,8 +280,7 @@ class Quantizer(MarkedCodebook):
             return -1
         if self._counts_are_free():
             return int(self.iter_counter)
-        others_count = self._graphs_count or self.iter_counter._version != self._known_version
-        return -1 if others_count else self._known_steps
+        return -1 if self._graphs_count or self._known_counter is not self.iter_counter else self._known_steps
 
     def _first_settled_step(self) -> int:
         """The number of the step from which on all are alike, 0 if there is none."""
@@ -298,21 +290,15 @@ class Quantizer(MarkedCodebook):
         return self.iter_counter.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _forget_steps(self) -> None:
-        self._known_steps, self._settled = -1, False
+        self._known_steps, self._known_counter, self._settled = -1, None, False
 
     def _mark(self) -> None:
-        self._forget_steps()  # the counter may be another tensor too
         distributed.keep_replicated(self)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        steps = -1 if self.iter_counter.is_meta else self._known_step()
-        super()._apply(fn, recurse)
-        self._know_steps(steps)
-        return self
+        self._forget_steps()  # the counter may be another tensor too
 
     def train(self, mode: bool = True) -> Self:
         """``nn.Module.train``. Until its first steps are over the layer takes this chance to look at their counter."""
-        if mode and self._first_settled_step() and not self._settled:
+        if mode and not self._settled:
             self._forget_steps()
             # Ranks have to agree, and may call this at different times.
             if not self._synchronises():
@@ -358,13 +344,6 @@ class Quantizer(MarkedCodebook):
 
     def _repr_fields(self) -> list[str]:
         return ["num_embeddings", "embedding_dim", "noise_std", "uniform_init", "allow_warning"]
-
-
-def _before_loading(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """What was counted for a codebook that does not come with it is missing too, or a new one would never start."""
-    if "codebook" in layer._parameters and prefix + "codebook" not in state:
-        for name in layer._buffers:
-            state.pop(prefix + name, None)
 
 
 def _after_loading(layer: Any, *_: Any) -> None:

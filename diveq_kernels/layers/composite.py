@@ -282,7 +282,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         step = self.iter_counter.clamp_min(0) + is_step  # a forward that is repeated has been counted
         if self._builds_curve and writes:
             self._may_write()
-            if self._known_step() in (-1, self.skip_iters - 1):
+            if not self._counts_are_free() or step == self.skip_iters:
                 self._write(torch.where(step == self.skip_iters, self.curve, self.codebook.detach()))
         codebook = self._begin_step(z, mask)
         started = (step >= self.skip_iters).squeeze()

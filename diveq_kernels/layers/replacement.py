@@ -21,8 +21,8 @@ class ReplacingQuantizer(Quantizer):
     follows R steps, functionally: the quantizer and its pending backwards see a tensor of their own, the parameter is
     overwritten with it. Training forwards and their backwards may therefore come in any order (not where checkpointing
     repeats a forward, which then sees what was replaced since). What else was made from the parameter, by a loss on
-    ``layer.codebook`` or an ``eval()`` forward, goes backward before the next forward that overwrites it: one in which
-    a replacement is due; compiled or captured, and in all later ones on an accelerator, any. Made from
+    ``layer.codebook``, an ``eval()`` forward or one of a frozen layer, goes backward before the next forward that
+    overwrites it: on the CPU one in which a replacement is due; on an accelerator, and compiled, any. Made from
     ``layer.codebook.clone()`` it may come at any time. The start by k-means works alike.
 
     Attributes:
@@ -94,7 +94,6 @@ class ReplacingQuantizer(Quantizer):
         self._may_start = self.init == "kmeans"
         if self._may_start:
             self.iter_counter.fill_(-1)
-            self._forget_steps()
 
     def _start_may_be_due(self) -> bool:
         if self._counts_are_free():
@@ -121,14 +120,10 @@ class ReplacingQuantizer(Quantizer):
                 kmeans_start, self.codebook, z.detach(), mask, counter, self._synchronises(), self._backend()
             )
             self._write(codebook)
-            with torch.no_grad():
-                self.iter_counter.clamp_(min=0)
             # A transform of torch.func has a state of its own.
             self._may_start = torch._C._functorch.peek_interpreter_stack() is not None
         if not self.codebook_reset:
             return codebook
-        if not self._replacement_may_be_due():
-            return codebook.clone(memory_format=torch.contiguous_format)
         clock = in_step(self._replacement_clock(), is_step)
         # Nothing is drawn from torch's generator: its stream would depend on this, and ranks would have to agree on it.
         seed = self.iter_counter.squeeze().long()
@@ -144,18 +139,11 @@ class ReplacingQuantizer(Quantizer):
             self.verbose,
             self._backend(),
         )
-        self._write(codebook)
-        with torch.no_grad():
-            self.num_replaced.add_(num_replaced)
+        if not self._counts_are_free() or replacement_due(clock, self.replacement_iters):
+            self._write(codebook)
+            with torch.no_grad():
+                self.num_replaced.add_(num_replaced)
         return codebook
-
-    def _replacement_may_be_due(self) -> bool:
-        """False if the host knows that it is not: then nothing is written, which other uses of the codebook notice."""
-        if self._counts_are_free():
-            return bool(replacement_due(self._replacement_clock(), self.replacement_iters))
-        self._look_at_steps()
-        steps = self._known_step()
-        return steps < 0 or (steps > 0 and steps % self.replacement_iters == 0)
 
     @torch.no_grad()
     def _end_step(self, counts: Tensor) -> None:
@@ -169,6 +157,7 @@ class ReplacingQuantizer(Quantizer):
             due = replacement_due(in_step(self._replacement_clock(), is_step), self.replacement_iters)
             self.codebook_usage.copy_(torch.where(due, 0, self.codebook_usage) + in_step(counts > 0, is_step))
         if self.codebook_reset or self.init == "kmeans":
+            self.iter_counter.clamp_(min=0)
             self._count_step(is_step)
 
     def _repr_fields(self) -> list[str]:
@@ -183,10 +172,7 @@ def _before_loading(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
         layer.iter_counter.clamp_(min=0)
 
 
-@torch.no_grad()
 def _after_loading(layer: Any, *_: Any) -> None:
     """A checkpoint may be one from before the first step; with ``assign`` it may be what takes a layer from "meta"."""
     layer._may_start = layer.init == "kmeans"
-    if not layer._may_start:
-        layer.iter_counter.clamp_(min=0)
     layer._begin()

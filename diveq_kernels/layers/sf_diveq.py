@@ -119,8 +119,7 @@ class SFDIVEQ(Quantizer):
         self._may_write()
         schedule = in_step(self.iter_counter, is_step), self.skip_iters, self.avg_iters
         codebook: Tensor = edit(sf_initialise, self.codebook, z, mask, *schedule, self._synchronises())
-        step = self._known_step()
-        if step < 0 or collecting(torch.tensor([step]), self.skip_iters, self.avg_iters):
+        if not self._counts_are_free() or collecting(self.iter_counter, self.skip_iters, self.avg_iters):
             self._write(codebook)
         return codebook
 
