@@ -46,8 +46,7 @@ def use_of(shape: tuple[int, ...], name: str, gen: torch.Generator, device: str)
 def replace(backend: str, books: Tensor, usage: Tensor, seed: int, perturb_eps: float) -> list[Tensor]:
     counter = torch.tensor([ITERS], dtype=torch.int32, device=books.device)
     key = torch.tensor(seed, device=books.device)
-    with backends.use_backend(backend):
-        return list(codebook.replace_unused(books, usage, counter, key, ITERS, THRESHOLD, perturb_eps, False))
+    return list(codebook.replace_unused(books, usage, counter, key, ITERS, THRESHOLD, perturb_eps, False, backend))
 
 
 def bits(x: Tensor) -> Tensor:
