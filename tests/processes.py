@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import sys
 
 import pytest
 import torch
@@ -23,10 +25,17 @@ def start(rank, world, folder, timeout=60):
     )
 
 
+def _run(target, *arguments):
+    target(*arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads sometimes abort a process that ends as usual, with nothing left to do
+
+
 def spawn(target, world, folder, *arguments):
     """Run target(rank, world, folder, *arguments) in processes of their own; their exit codes."""
     context = mp.get_context("spawn")
-    processes = [context.Process(target=target, args=(r, world, str(folder), *arguments)) for r in range(world)]
+    processes = [context.Process(target=_run, args=(target, r, world, str(folder), *arguments)) for r in range(world)]
     for process in processes:
         process.start()
     for process in processes:

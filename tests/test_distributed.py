@@ -129,7 +129,7 @@ def run_out_of_inputs(rank, world, folder):
                 told.append(str(error))
         assert "use model.join(throw_on_early_termination=True)" in told[0], told
         assert "exhausted" in told[1] and model.quantizer.iter_counter == 4, told
-    os._exit(0)  # gloo's threads, of which some wait for what never comes, often end the process otherwise
+    # The group stays: threads of gloo still wait in it for what never comes.
 
 
 def test_ranks_that_run_out_of_inputs(tmp_path):
