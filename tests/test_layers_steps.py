@@ -269,14 +269,18 @@ def test_another_s_counter_is_not_the_layer_s(name: str, monkeypatch: pytest.Mon
     def tasks(layer: Any) -> list[torch.Tensor]:
         seen = []
         for number in (START - 2, START - 1, START + 2):
-            state = {key: value.clone() for key, value in fresh.items()}
+            state = {key: value.clone().requires_grad_(key == "codebook") for key, value in fresh.items()}
             torch.manual_seed(1)
             for z in steps[:number]:
                 seen += [x.detach() for x in torch.func.functional_call(layer, state, (z,))]
         return seen
 
-    expected = tasks(copy.deepcopy(layer))
+    def between(layer: Any) -> list[torch.Tensor]:
+        return run(layer, steps[:1]) + tasks(layer) + run(layer, steps[1:])
+
+    expected, of_both = tasks(copy.deepcopy(layer)), between(copy.deepcopy(layer))
     monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
+    assert_same(between(copy.deepcopy(layer)), of_both)
     assert_same(tasks(layer), expected)
     run(layer.train(), steps)
     assert layer._settled
