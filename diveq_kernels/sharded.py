@@ -34,7 +34,7 @@ class ShardedNearest(MarkedCodebook):
             DistributedDataParallel's are. A rank with fewer rows pads, and masks the padding. Row n of rank r is row
             r·N + n of the noise.
 
-    A rank's part is its parameter ``codebook_FIRST_END``, named for the codewords that it has: so is it in a
+    A rank's part is its parameter ``codebook_FIRST_END_of_K``, named for the codewords that it has: so is it in a
     ``state_dict``, where it is an error to load another, and so ``torch.distributed.checkpoint``, which takes tensors
     of one name for copies, saves the parts of all ranks and what an optimizer has for each. ``gather_codebook`` and
     ``load_codebook`` go from one number of ranks to another.
@@ -102,7 +102,7 @@ class ShardedNearest(MarkedCodebook):
             raise ValueError(f"num_embeddings must be at most {most} on {ranks} ranks, got {num_embeddings}")
         self._sizes = [num_embeddings // ranks + (r < num_embeddings % ranks) for r in range(ranks)]
         self.first = sum(self._sizes[:rank])
-        self._name = f"codebook_{self.first}_{self.first + self._sizes[rank]}"
+        self._name = f"codebook_{self.first}_{self.first + self._sizes[rank]}_of_{num_embeddings}"
         codebook = torch.empty(self._sizes[rank], embedding_dim, device=device, dtype=dtype)
         _checks.check_float_tensor(codebook, "codebook (argument dtype)")
         self.register_parameter(self._name, nn.Parameter(codebook))
@@ -256,10 +256,10 @@ class ShardedNearest(MarkedCodebook):
 
 def _check_part(layer: ShardedNearest, state: Any, prefix: str, metadata: dict[str, Any], *lists: Any) -> None:
     """Where the part is another rank's, it says so, with ``strict=False`` too."""
-    part = re.compile(re.escape(prefix) + r"codebook_\d+_\d+")
+    part = re.compile(re.escape(prefix) + r"codebook_\d+_\d+_of_\d+")
     others = [key for key in state if part.fullmatch(key) and key != prefix + layer._name]
     if others:
         lists[-1].append(
-            f"{prefix}{layer._name} must hold codewords {layer.first} to {layer.first + len(layer.codebook) - 1}, got "
-            f"{', '.join(others)}: each rank loads what it saved, or the whole by load_codebook"
+            f"{prefix}codebook must come as {layer._name}, got {', '.join(others)}: each rank loads what it saved, or "
+            "the whole by load_codebook"
         )

@@ -264,12 +264,17 @@ def run_others(rank, world, folder):
     torch.save(saved.state_dict(), f"{folder}/part{rank}.pt")
     dist.barrier()
     mine, other = (torch.load(f"{folder}/part{r}.pt") for r in (rank, 1 - rank))
-    wrong = f"must hold codewords {5 * rank} to {5 * rank + 4}, got 0.codebook_{5 - 5 * rank}_{10 - 5 * rank}: each"
+    wrong = "0.codebook must come as codebook_{}_{}_of_10, got 0.codebook_{}_{}_of_10: each"
+    wrong = wrong.format(5 * rank, 5 * rank + 5, 5 - 5 * rank, 10 - 5 * rank)
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=wrong):
             saved.load_state_dict(other, strict=strict)
     saved.load_state_dict(mine)
     assert torch.equal(layer.gather_codebook(), whole)
+    # Rank 0's part of nine codewords is of the same size.
+    nine = {f"0.{name}": value for name, value in ShardedNearest(9, 3).state_dict().items()}
+    with pytest.raises(RuntimeError, match="_of_10, got 0.codebook_._._of_9: each"):
+        saved.load_state_dict(nine, strict=False)
     # Without a seed: the noise of rank 0 for all, another in each call; none in evaluation.
     torch.manual_seed(rank)
     z = torch.ones(5, 3)
@@ -352,9 +357,9 @@ def test_the_part_is_a_parameter_like_others():
     layer = torch.nn.Sequential(ShardedNearest(8, 3))
     layer[0].codebook = torch.nn.Parameter(torch.ones(8, 3))
     layer[0].register_buffer("codebook_usage", torch.zeros(8))
-    assert list(layer.state_dict()) == ["0.codebook_0_8", "0.codebook_usage"] and layer[0].codebook.sum() == 24
+    assert list(layer.state_dict()) == ["0.codebook_0_8_of_8", "0.codebook_usage"] and layer[0].codebook.sum() == 24
     layer.load_state_dict(layer.state_dict())
-    torch.nn.utils.parametrizations.weight_norm(layer[0], "codebook_0_8")
+    torch.nn.utils.parametrizations.weight_norm(layer[0], "codebook_0_8_of_8")
     others, codebooks = parameter_groups(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)), codebook_lr=0.1)
     assert len(others["params"]) == 2 and {p.shape for p in codebooks["params"]} == {(8, 1), (8, 3)}
 
