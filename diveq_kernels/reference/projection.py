@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.reference.rows import add_rows, blocks, empty_gradients, leave_out, put
-from diveq_kernels.reference.search import argmin_over_chunks, centre_of, distances, interpolate
+from diveq_kernels.reference.search import Costs, argmin_over_chunks, centre_of, distances, interpolate
 
 
 def _position(along: Tensor, squared_length: Tensor) -> Tensor:
@@ -19,8 +19,8 @@ def _position(along: Tensor, squared_length: Tensor) -> Tensor:
     return torch.where(flat, 0.0, along / torch.where(flat, 1.0, squared_length)).clamp(0, 1)
 
 
-def _nearest_segment(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
-    """Index of the nearest segment for rows z [n, D] -> int64 [n]."""
+def costs(z: Tensor, codebook: Tensor, precision: str) -> Costs:
+    """What the nearest of the segments has least of: (first, last) -> [n, last − first], for rows z [n, D]."""
     dtype = torch.float64 if precision == "exact" else compute_dtype(z, codebook)
     by_differences = compute_dtype(z, codebook) == torch.float64  # as in search.py
     centre = centre_of(codebook)
@@ -38,13 +38,29 @@ def _nearest_segment(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
         length = torch.linalg.vector_norm(far - near, dim=1)
         unit = (far - near) / torch.where(length == 0, 1.0, length)[:, None]
         along = torch.addmm((near * unit).sum(dim=1), rows, unit.T, beta=-1)  # [n, chunk]
-        to_ends = distances(rows, c).square_() if by_differences else torch.addmm(squares, rows, c.T, alpha=-2)
+        to_ends = distances(rows, c).square() if by_differences else torch.addmm(squares, rows, c.T, alpha=-2)
         to_start, to_end = to_ends[:, :-1], to_ends[:, 1:]
         along = torch.where((to_start <= to_end) == start_is_near, along, length - along)
         tau = along.clamp_min(0).minimum(length)
-        return to_start.minimum(to_end).addcmul_(tau, along.mul_(-2).add_(tau)).to(torch.float64)
+        return torch.addcmul(to_start.minimum(to_end), tau, tau - 2 * along).to(torch.float64)
 
+    return cost
+
+
+def _nearest_segment(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
+    """Index of the nearest segment for rows z [n, D] -> int64 [n]."""
+    cost = costs(z, codebook, precision)
     return argmin_over_chunks(cost, z.shape[0], codebook.shape[0] - 1, z.shape[1], z.device)
+
+
+def nearest_point(rows: Tensor, codebook: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+    """(point [n, D], t [n]) of segments j [n] nearest to rows [n, D]; NaN where a row is not finite."""
+    dtype = compute_dtype(rows, codebook)
+    start, end = codebook[j].to(dtype), codebook[j + 1].to(dtype)
+    d = end.to(torch.float64) - start
+    t = _position(((rows.to(torch.float64) - start) * d).sum(dim=-1), d.square().sum(dim=-1)).to(dtype)
+    t = torch.where(rows.isfinite().all(dim=-1), t, torch.nan)
+    return interpolate(start, end, t[:, None]), t
 
 
 def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,11 +71,7 @@ def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
     position = torch.empty(z.shape[:-1], dtype=dtype, device=z.device)
     for index, _, rows, kept in blocks(z, mask):
         j = _nearest_segment(rows, codebook, precision)
-        start, end = codebook[j].to(dtype), codebook[j + 1].to(dtype)
-        d = end.to(torch.float64) - start
-        t = _position(((rows.to(torch.float64) - start) * d).sum(dim=-1), d.square().sum(dim=-1)).to(dtype)
-        t = torch.where(rows.isfinite().all(dim=-1), t, torch.nan)
-        point = interpolate(start, end, t[:, None])
+        point, t = nearest_point(rows, codebook, j)
         put(points, index, point if kept is None else torch.where(kept[:, None], point, rows.to(dtype)))
         put(indices, index, leave_out(kept, j))
         put(position, index, t if kept is None else torch.where(kept, t, 0.0))

@@ -16,6 +16,7 @@ _CENTRE_SAMPLE = 256  # codewords
 _FAST_AT_LEAST = torch.bfloat16  # promotes fp16 to fp32 and leaves the others as they are
 
 Chunk = Callable[[int, int], Tensor]  # (first, last) -> the codewords in between
+Costs = Callable[[int, int], Tensor]  # (first, last) -> [n, last − first]
 
 
 def interpolate(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
@@ -38,9 +39,7 @@ def distances(rows: Tensor, points: Tensor) -> Tensor:
     return torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def argmin_over_chunks(
-    cost: Callable[[int, int], Tensor], rows: int, count: int, dim: int, device: torch.device
-) -> Tensor:
+def argmin_over_chunks(cost: Costs, rows: int, count: int, dim: int, device: torch.device) -> Tensor:
     """Column [rows] of the smallest cost, the lowest on ties; NaN never wins, and where nothing wins it is 0."""
     best = torch.full((rows,), torch.inf, dtype=torch.float64, device=device)
     indices = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -68,20 +67,21 @@ def _codewords(codebook: Tensor, dither: Tensor | None, dtype: torch.dtype) -> t
     return chunk, codebook.shape[0] - 1
 
 
-def search(z: Tensor, codebook: Tensor, dither: Tensor | None, precision: str) -> Tensor:
-    """Index of the nearest codeword, or dithered codeword, for rows z [n, D] -> int64 [n].
+def costs(z: Tensor, codebook: Tensor, dither: Tensor | None, precision: str) -> tuple[Costs, Chunk, int]:
+    """What a row's nearest codeword, or dithered codeword, has least of, for rows z [n, D]; and these, as _codewords.
 
     ``exact`` works in float64: with products, or, if an input is float64 itself and products would lose its digits, by
     differences. ``fast`` multiplies in z's dtype, at whatever precision torch's matmul is set to; fp16 in fp32, because
     its products overflow.
     """
     dtype = torch.float64 if precision == "exact" else torch.promote_types(z.dtype, _FAST_AT_LEAST)
-    by_differences = precision == "exact" and compute_dtype(z, codebook) == torch.float64
     chunk, count = _codewords(codebook, dither, dtype)
+    by_differences = precision == "exact" and compute_dtype(z, codebook) == torch.float64
     centre = centre_of(codebook).to(dtype)
     rows = z.to(dtype) if by_differences else z.to(dtype) - centre
 
     def cost(first: int, last: int) -> Tensor:
+        """‖z_n − c_j‖, or ‖c_j‖² − 2z_n·c_j."""
         if by_differences:
             return distances(rows, chunk(first, last))
         c = chunk(first, last) - centre
@@ -90,6 +90,12 @@ def search(z: Tensor, codebook: Tensor, dither: Tensor | None, precision: str) -
             return torch.addmm(squares, rows, c.T, alpha=-2)
         return torch.sub(squares, rows @ c.T, alpha=2)
 
+    return cost, chunk, count
+
+
+def search(z: Tensor, codebook: Tensor, dither: Tensor | None, precision: str) -> Tensor:
+    """Index of the nearest codeword, or dithered codeword, for rows z [n, D] -> int64 [n]."""
+    cost, chunk, count = costs(z, codebook, dither, precision)
     found = argmin_over_chunks(cost, z.shape[0], count, z.shape[1], z.device)
     return first_of_equals(chunk, count, max(1, _SCORE_ELEMENTS // z.shape[1]), z.device)[found]
 

@@ -1,0 +1,216 @@
+"""Exported programs: with this package's operations, and in ATen's alone, for ONNX and places without the package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from layer_cases import COMPOSITES, alike, make
+
+import diveq_kernels.functional as F
+from diveq_kernels import DIVEQ, SFDIVEQ, ProductDIVEQ, ResidualDIVEQ, ops
+from diveq_kernels.export import portable
+
+DIM = 6
+FREE = torch.export.Dim.DYNAMIC
+KINDS = [DIVEQ, SFDIVEQ, *COMPOSITES]  # in eval() the others are these
+
+for_every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+
+
+class Calls(torch.nn.Module):
+    """A layer's method as a module's forward; codes as a plain tuple, which every reader of programs knows."""
+
+    def __init__(self, layer, method):
+        super().__init__()
+        self.layer, self.method = layer, method
+
+    def forward(self, *arguments):
+        result = getattr(self.layer, self.method)(*arguments)
+        return tuple(result) if isinstance(result, tuple) else (result,)
+
+
+def exported(kind, method, *arguments, **keywords):
+    """(module, program of any N) of a layer in eval()."""
+    module = Calls(make(kind, 12, DIM, **keywords), method).eval()
+    free = ({0: FREE},) * len(arguments)
+    return module, torch.export.export(module, arguments, dynamic_shapes=(free,))
+
+
+def operations(program):
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    return {str(node.target) for graph in graphs for node in graph.nodes if "diveq" in str(node.target)}
+
+
+def agree(found, expected):
+    """Indices to the last, points and positions but for a rounding."""
+    assert len(found) == len(expected)
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        if want.dtype == torch.int64:
+            assert torch.equal(got, want)
+        else:
+            tolerance = 4 * torch.finfo(want.dtype).eps
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * 4, equal_nan=True)
+
+
+@for_every_kind
+@pytest.mark.parametrize("method", ["forward", "encode"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_portable_program_quantizes_as_the_layer(kind, method, dtype):
+    module, program = exported(kind, method, torch.randn(9, DIM, dtype=dtype), dtype=dtype)
+    in_aten = portable(program)
+    assert operations(program) and not operations(in_aten)
+    z = torch.randn(57, DIM, dtype=dtype)
+    agree(in_aten.module()(z), module(z))
+    if method == "forward":
+        z[3], z[5, 2] = torch.nan, torch.inf
+        agree(in_aten.module()(z)[:1], module(z)[:1])  # these rows' index may be any, and is counted
+
+
+@for_every_kind
+def test_a_portable_program_decodes_as_the_layer(kind):
+    layer = make(kind, 12, DIM).eval()
+    codes = layer.encode(torch.randn(9, DIM))
+    flat = tuple(codes) if isinstance(codes, tuple) else (codes,)
+
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *flat):
+            return self.layer.decode(type(codes)(*flat) if isinstance(codes, tuple) else flat[0])
+
+    free = tuple({tensor.dim() - 1: FREE} for tensor in flat)
+    program = portable(torch.export.export(Decoder(), flat, dynamic_shapes=(free,)))
+    assert not operations(program)
+    more = layer.encode(torch.randn(30, DIM))
+    found = program.module()(*(more if isinstance(more, tuple) else (more,)))
+    torch.testing.assert_close(found, layer.decode(more), rtol=0, atol=0)
+
+
+@for_every_kind
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_rows_left_out(kind, precision):
+    mask = torch.rand(9) < 0.5
+    module, program = exported(kind, "forward", torch.randn(9, DIM), mask, precision=precision)
+    z, mask = torch.randn(40, DIM), torch.rand(40) < 0.5
+    agree(portable(program).module()(z, mask), module(z, mask))
+
+
+def test_stages_left_out():
+    class Coder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = make(ResidualDIVEQ, 12, DIM, num_codebooks=3)
+
+        def forward(self, z, num_active):
+            z_q, indices = F.residual_diveq(z, self.layer.codebook, num_active=num_active, noise_std=0.0)
+            return z_q, indices.long()
+
+    module = Coder().eval()
+    arguments = torch.randn(9, DIM), torch.randint(0, 4, (9,))
+    program = torch.export.export(module, arguments, dynamic_shapes=({0: FREE}, {0: FREE}))
+    z, num_active = torch.randn(50, DIM), torch.randint(0, 4, (50,))
+    agree(portable(program).module()(z, num_active), module(z, num_active))
+
+
+def test_squared_distances():
+    class Search(torch.nn.Module):
+        def forward(self, z, codebook, mask):
+            return F.nearest(z, codebook, mask=mask)
+
+    arguments = torch.randn(3, 5, DIM), torch.randn(12, DIM), torch.rand(3, 5) < 0.5
+    program = portable(torch.export.export(Search(), arguments))
+    agree(program.module()(*arguments), F.nearest(arguments[0], arguments[1], mask=arguments[2]))
+
+
+@pytest.mark.parametrize("kind", [DIVEQ, ResidualDIVEQ, ProductDIVEQ], ids=lambda kind: kind.__name__)
+def test_equal_codewords(kind):
+    """Either of them may be chosen, and nothing else."""
+    module, program = exported(kind, "forward", torch.randn(9, DIM))
+    with torch.no_grad():
+        module.layer.codebook[..., 6:, :] = module.layer.codebook[..., :6, :]
+        program.state_dict["layer.codebook"].copy_(module.layer.codebook)
+    z = torch.randn(50, DIM)
+    assert torch.equal(portable(program).module()(z)[0], module(z)[0])
+
+
+@for_every_kind
+def test_programs_that_train_are_refused(kind):
+    layer = make(kind, 12, DIM)
+    layer(torch.randn(9, DIM))
+    with torch.no_grad():
+        program = torch.export.export(layer.train(), (torch.randn(9, DIM),))
+    with pytest.raises(ValueError, match=r"program must be of layers in eval\(\), got .*diveq\..*call model\.eval\(\)"):
+        portable(program)
+
+
+@pytest.mark.parametrize("name", ["diveq", "residual_diveq", "product_diveq"])
+def test_functions_that_draw_noise_are_refused(name):
+    class Noisy(torch.nn.Module):
+        def forward(self, z, codebooks):
+            return getattr(F, name)(z, codebooks, noise_std=0.1)
+
+    codebooks = {"diveq": torch.randn(12, DIM), "residual_diveq": torch.randn(2, 12, DIM)}
+    arguments = torch.randn(9, DIM), codebooks.get(name, torch.randn(2, 12, DIM // 2))
+    with pytest.raises(ValueError, match=rf"layers in eval\(\), got diveq\.{name.partition('_')[0]} with a seed: call"):
+        portable(torch.export.export(Noisy(), arguments))
+
+
+def test_every_operation_of_evaluation_has_its_form_in_aten():
+    """What portable() leaves or refuses is what draws noise or dither, and the gradients."""
+    from diveq_kernels.export import _IN_ATEN
+
+    names = {name for name, value in vars(ops).items() if type(value).__name__ == "Operation"}
+    assert {name for name in names if not name.endswith("_backward")} - set(_IN_ATEN) == {"sf_diveq"}
+
+
+_ELSEWHERE = """
+import sys, torch
+sys.modules["diveq_kernels"] = None
+for path in sys.argv[1:]:
+    program, (z, expected) = torch.export.load(path + ".pt2"), torch.load(path + ".pt")
+    for got, want in zip(program.module()(z), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+print(len(sys.argv) - 1)
+"""
+
+
+def test_a_process_without_this_package_runs_it(tmp_path):
+    paths = []
+    for kind in KINDS:
+        module, program = exported(kind, "encode", torch.randn(9, DIM))
+        paths.append(str(tmp_path / kind.__name__))
+        torch.export.save(portable(program), paths[-1] + ".pt2")
+        z = torch.randn(20, DIM)
+        torch.save((z, module(z)), paths[-1] + ".pt")
+    command = [sys.executable, "-c", _ELSEWHERE, *paths]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.split() == [str(len(paths))], result.stderr
+
+
+def test_ahead_of_time_by_inductor(tmp_path):
+    module, program = exported(SFDIVEQ, "encode", torch.randn(9, DIM))
+    package = torch._inductor.aoti_compile_and_package(portable(program), package_path=str(tmp_path / "encoder.pt2"))
+    z = torch.randn(57, DIM)
+    agree(torch._inductor.aoti_load_package(package)(z), module(z))
+
+
+@for_every_kind
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(kind, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    module, program = exported(kind, "forward", torch.randn(9, DIM))
+    torch.onnx.export(portable(program), (torch.randn(9, DIM),), tmp_path / "layer.onnx", verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx", providers=["CPUExecutionProvider"])
+    z = torch.randn(57, DIM)
+    z_q, indices, _ = session.run(None, {session.get_inputs()[0].name: z.numpy()})
+    expected = module(z)
+    assert torch.equal(torch.from_numpy(indices), expected[1])
+    assert alike(kind, torch.from_numpy(z_q), expected[0]) or kind in COMPOSITES
+    torch.testing.assert_close(torch.from_numpy(z_q), expected[0], rtol=1e-6, atol=1e-6)
