@@ -1,6 +1,6 @@
 """The functions of a backend whose library has the operations of ``csrc/ops.h``: outputs, temporaries, dtypes.
 
-Functions have the arguments and results of ``diveq_kernels.reference``, which also runs what is fp64.
+Functions have the arguments and results of ``diveq_kernels.reference``; none is called with fp64 inputs.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from diveq_kernels import reference
-from diveq_kernels._dtypes import compute_dtype
 
 Gradients = tuple[Tensor | None, Tensor | None]
 
@@ -30,10 +27,6 @@ def sorted_runs(indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
     found, order = indices.sort(dim=-1, stable=True)
     values = torch.arange(count + 1, device=indices.device, dtype=indices.dtype)
     return order, torch.searchsorted(found, values.expand(len(indices), -1).contiguous())
-
-
-def _is_wide(*tensors: Tensor) -> bool:
-    return compute_dtype(*tensors) == torch.float64
 
 
 def _plain(flags: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -88,8 +81,6 @@ class NativeOperations:
 
     def nearest(self, z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
         """(‖z_n − c_i‖², i(n)); 0 and −1 in rows left out."""
-        if _is_wide(z, codebook):
-            return reference.nearest(z, codebook, mask, precision)
         indices, sqdist = _per_row(z, torch.int32), _per_row(z, torch.float32)
         kept = _plain(mask, torch.bool)
         self._library.nearest(z, codebook, kept, precision == "exact", indices, sqdist)
@@ -99,8 +90,6 @@ class NativeOperations:
         self, grad: Tensor, z: Tensor, codebook: Tensor, indices: Tensor, need_z: bool, need_codebook: bool
     ) -> tuple[Tensor, Tensor]:
         """Gradients of ‖z − c_i‖²: 2g(z − c_i) to z, −2g(z − c_i) to c_i."""
-        if _is_wide(z, codebook):
-            return reference.nearest_backward(grad, z, codebook, indices, need_z, need_codebook)
         gradients, indices = _gradients(z, codebook, need_z, need_codebook), indices.contiguous()
         arguments = (_plain(grad, torch.float32), z, codebook, indices)
         self._backward(
@@ -114,8 +103,6 @@ class NativeOperations:
         self, z: Tensor, codebook: Tensor, mask: Tensor | None, seed: Tensor | None, noise_std: float, precision: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(z_q, indices, counts [K]); without a seed the detach form, z_q = c_i."""
-        if _is_wide(z, codebook):
-            return reference.diveq(z, codebook, mask, seed, noise_std, precision)
         return self._composite(z, codebook, None, None, mask, seed, noise_std, precision, False)
 
     def diveq_backward(
@@ -130,11 +117,7 @@ class NativeOperations:
         need_codebook: bool,
     ) -> tuple[Tensor, Tensor]:
         """With a = (g·u)/m: ∂L/∂z = g − a·d and ∂L/∂c_i += a·d."""
-        if _is_wide(z, codebook):
-            return reference.diveq_backward(grad, z, codebook, indices, seed, noise_std, need_z, need_codebook)
-        return self._composite_backward(
-            False, grad, z, codebook, None, indices, seed, noise_std, need_z, need_codebook
-        )
+        return self._composite_backward(False, grad, z, codebook, None, indices, seed, noise_std, need_z, need_codebook)
 
     # ---- SF-DiVeQ ----------------------------------------------------------------------------------------------------
 
@@ -149,8 +132,6 @@ class NativeOperations:
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(z_q, segment indices, counts [K−1]); without a seed the detach form, z_q = (1−λ_i)c_i + λ_i c_{i+1}."""
-        if _is_wide(z, codebook):
-            return reference.sf_diveq(z, codebook, dither, mask, seed, noise_std, precision)
         z_q, indices = torch.empty_like(z), _per_row(z, torch.int32)
         counts = torch.zeros(codebook.shape[0] - 1, dtype=torch.int32, device=z.device)
         weights, kept = _plain(dither, torch.float32), _plain(mask, torch.bool)
@@ -171,10 +152,6 @@ class NativeOperations:
         need_codebook: bool,
     ) -> tuple[Tensor, Tensor]:
         """DiVeQ's gradients towards both ends, weighted (1−λ_i) and λ_i."""
-        if _is_wide(z, codebook):
-            return reference.sf_diveq_backward(
-                grad, z, codebook, dither, indices, seed, noise_std, need_z, need_codebook
-            )
         gradients, indices = _gradients(z, codebook, need_z, need_codebook), indices.contiguous()
         arguments = (_narrow(grad), z, codebook, _plain(dither, torch.float32), indices, seed, noise_std)
         self._backward(
@@ -188,8 +165,6 @@ class NativeOperations:
         self, z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(points, segment indices, t): points = (1−t)c_j + t·c_{j+1}, so (j, t) is enough to decode."""
-        if _is_wide(z, codebook):
-            return reference.project(z, codebook, mask, precision)
         points, indices, t = torch.empty_like(z), _per_row(z, torch.int32), _per_row(z, torch.float32)
         kept = _plain(mask, torch.bool)
         self._library.project(z, codebook, kept, precision == "exact", points, indices, t)
@@ -206,8 +181,6 @@ class NativeOperations:
         need_codebook: bool,
     ) -> tuple[Tensor, Tensor]:
         """The derivative with the segment held fixed; t moves only strictly inside (0, 1)."""
-        if _is_wide(z, codebook):
-            return reference.project_backward(grad_points, grad_t, z, codebook, indices, need_z, need_codebook)
         gradients, indices = _gradients(z, codebook, need_z, need_codebook), indices.contiguous()
         arguments = (_narrow(grad_points), _plain(grad_t, torch.float32), z, codebook, indices)
         self._backward(
@@ -229,14 +202,10 @@ class NativeOperations:
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(z_q, indices [Q, ...], counts); a row uses its first ``num_active`` stages, index −1 in the others."""
-        if _is_wide(z, codebooks):
-            return reference.residual(z, codebooks, dither, num_active, mask, seed, noise_std, precision)
         return self._composite(z, codebooks, dither, num_active, mask, seed, noise_std, precision, False)
 
     def residual_backward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """One DiVeQ step's gradient; every stage's codeword receives a·d."""
-        if _is_wide(*arguments[1:3]):
-            return reference.residual_backward(*arguments)
         return self._composite_backward(False, *arguments)
 
     def product(
@@ -250,14 +219,10 @@ class NativeOperations:
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(z_q, indices [M, ...], counts), group m of a row searched in codebook m."""
-        if _is_wide(z, codebooks):
-            return reference.product(z, codebooks, dither, mask, seed, noise_std, precision)
         return self._composite(z, codebooks, dither, None, mask, seed, noise_std, precision, True)
 
     def product_backward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """One DiVeQ step's gradient on the whole row; every group's codeword receives its slice of a·d."""
-        if _is_wide(*arguments[1:3]):
-            return reference.product_backward(*arguments)
         return self._composite_backward(True, *arguments)
 
     def _composite(

@@ -11,6 +11,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils._device import DeviceContext
 
 from diveq_kernels import backends
+from diveq_kernels._dtypes import compute_dtype
 
 _DOUBLE_BACKWARD = (
     "{} cannot be differentiated: double backward is not supported, as the gradients are formulas in which the chosen "
@@ -93,6 +94,7 @@ class Operation:
 
     def __init__(self, schema: str, fake: Callable) -> None:
         self._name = name = schema[: schema.index("(")]
+        self._z = schema[: schema.index("Tensor z, Tensor codebook")].count(",")  # where these two stand in it
         self._function: Any = None
         self._transformed: Any = None
         self._definition = torch.library.custom_op(
@@ -158,6 +160,8 @@ class Operation:
         *inputs, backend = arguments
         device = inputs[0].device
         function = backends.select(self._name, device, backend)
+        if compute_dtype(*inputs[self._z : self._z + 2]) == torch.float64:  # no backend has kernels for that
+            function = backends.select(self._name, device, "reference")
         if not torch.is_autocast_enabled(device.type):
             return function(*inputs)
         # It would reach into the backends' own matrix products.

@@ -82,15 +82,16 @@ BACKENDS = {
 _default = os.environ.get("DIVEQ_BACKEND", "")
 
 
-def check_name(name: str | None, argument: str = "backend") -> str:
+def check_name(name: str | None) -> str:
     """The backend asked for, "" for an automatic choice.
 
     Raises:
         TypeError: If the name is not a string or None.
         ValueError: If there is no backend of that name.
     """
+    argument = "backend"
     if name is None:
-        name, argument = _default, argument if not _default else "DIVEQ_BACKEND or use_backend"
+        name, argument = _default, "DIVEQ_BACKEND or use_backend"
     if not isinstance(name, str):
         raise TypeError(f"{argument} must be a string or None, got {type(name).__name__}")
     if name and name not in BACKENDS:

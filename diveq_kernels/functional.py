@@ -129,7 +129,7 @@ def sf_diveq(
         codebook: [K, D], K >= 2.
         noise_std: σ of the noise in u1 and u2; 0 is the detach form, z_q = (1−λ_i)c_i + λ_i c_{i+1}.
         dither: λ [K−1], one per segment; None draws them from U(0, 1) with torch's generator.
-        seed: As in ``diveq``.
+        seed: As in ``diveq``, of the noise only: to repeat a result give ``dither`` too.
         precision: See the module.
         mask: See the module.
         backend: See the module.
@@ -197,7 +197,7 @@ def residual_diveq(
     Returns:
         (z_q, indices): z_q like z, indices int64 [Q, ...], −1 in stages that are not active.
     """
-    return _residual(z, codebooks, None, noise_std, seed, num_active, precision, mask, backend)
+    return _residual(z, codebooks, None, noise_std, seed, num_active, precision, mask, backend, curve=False)
 
 
 def residual_sf_diveq(
@@ -219,7 +219,7 @@ def residual_sf_diveq(
         codebooks: [Q, K, D], K >= 2.
         noise_std: As in ``diveq``.
         dither: λ [Q, K−1]; None draws them from U(0, 1) with torch's generator.
-        seed: As in ``diveq``.
+        seed: As in ``diveq``, of the noise only: to repeat a result give ``dither`` too.
         num_active: As in ``residual_diveq``.
         precision: See the module.
         mask: See the module.
@@ -228,10 +228,7 @@ def residual_sf_diveq(
     Returns:
         (z_q, indices): z_q like z, segment indices int64 [Q, ...], −1 in stages that are not active.
     """
-    _checks.check_z(z)
-    _checks.check_codebook(codebooks, z, groups="Q", curve=True)
-    dither = _dither(dither, z, codebooks)
-    return _residual(z, codebooks, dither, noise_std, seed, num_active, precision, mask, backend)
+    return _residual(z, codebooks, dither, noise_std, seed, num_active, precision, mask, backend, curve=True)
 
 
 def product_diveq(
@@ -258,7 +255,7 @@ def product_diveq(
     Returns:
         (z_q, indices): z_q like z, indices int64 [M, ...].
     """
-    return _product(z, codebooks, None, noise_std, seed, precision, mask, backend)
+    return _product(z, codebooks, None, noise_std, seed, precision, mask, backend, curve=False)
 
 
 def product_sf_diveq(
@@ -279,7 +276,7 @@ def product_sf_diveq(
         codebooks: [M, K, D/M], K >= 2.
         noise_std: As in ``diveq``.
         dither: λ [M, K−1]; None draws them from U(0, 1) with torch's generator.
-        seed: As in ``diveq``.
+        seed: As in ``diveq``, of the noise only: to repeat a result give ``dither`` too.
         precision: See the module.
         mask: See the module.
         backend: See the module.
@@ -287,10 +284,7 @@ def product_sf_diveq(
     Returns:
         (z_q, indices): z_q like z, segment indices int64 [M, ...].
     """
-    _checks.check_z(z)
-    _checks.check_codebook(codebooks, z, groups="M", curve=True)
-    dither = _dither(dither, z, codebooks)
-    return _product(z, codebooks, dither, noise_std, seed, precision, mask, backend)
+    return _product(z, codebooks, dither, noise_std, seed, precision, mask, backend, curve=True)
 
 
 def noise_seed(z: Tensor, noise_std: float, seed: int | Tensor | None) -> Tensor | None:
@@ -385,8 +379,11 @@ def _residual(
     precision: str,
     mask: Tensor | None,
     backend: str | None,
+    *,
+    curve: bool,
 ) -> Quantized:
-    backend = _check(z, codebooks, mask, precision, backend, groups="Q")
+    backend = _check(z, codebooks, mask, precision, backend, groups="Q", curve=curve)
+    dither = _dither(dither, z, codebooks) if curve else None
     stages = _num_active(num_active, z, codebooks.shape[0])
     seed_tensor = noise_seed(z, noise_std, seed)
     z_q, indices, _ = ops.residual(
@@ -404,8 +401,11 @@ def _product(
     precision: str,
     mask: Tensor | None,
     backend: str | None,
+    *,
+    curve: bool,
 ) -> Quantized:
-    backend = _check(z, codebooks, mask, precision, backend, groups="M")
+    backend = _check(z, codebooks, mask, precision, backend, groups="M", curve=curve)
+    dither = _dither(dither, z, codebooks) if curve else None
     seed_tensor = noise_seed(z, noise_std, seed)
     z_q, indices, _ = ops.product(z, codebooks, dither, mask, seed_tensor, float(noise_std), precision, backend)
     return Quantized(z_q, indices.long())

@@ -1,6 +1,6 @@
 """The ``cpu`` backend: fused C++ kernels for AVX-512, AVX2 with FMA, or any processor (``csrc/``).
 
-Functions have the arguments and results of ``diveq_kernels.reference``, which also runs what is fp64; ``unit``,
+Functions have the arguments and results of ``diveq_kernels.reference``; none is called with fp64 inputs; ``unit``,
 ``rotate``, ``commit``, ``commit_backward`` and ``accumulate`` are here alone, for ``diveq_kernels.compat``. The
 instruction set is the best that the processor has; the environment variable ``DIVEQ_CPU_ISA`` (amx, avx512vnni, avx512,
 avx2, portable) forces one. ``amx`` and ``avx512vnni`` are avx512 with a first pass of the search in bf16 or in 8-bit
@@ -14,28 +14,6 @@ from torch import Tensor
 
 from diveq_kernels import _native
 from diveq_kernels._native_ops import NativeOperations
-
-__all__ = [
-    "accumulate",
-    "commit",
-    "commit_backward",
-    "describe",
-    "diveq",
-    "diveq_backward",
-    "instruction_set",
-    "nearest",
-    "nearest_backward",
-    "product",
-    "product_backward",
-    "project",
-    "project_backward",
-    "residual",
-    "residual_backward",
-    "rotate",
-    "sf_diveq",
-    "sf_diveq_backward",
-    "unit",
-]
 
 _native.load("cpu")
 _operations = NativeOperations(torch.ops.diveq_cpu, sorts=False)

@@ -1,6 +1,6 @@
 """The ``cuda`` backend: CUDA kernels built by nvcc (``csrc/cuda``), where Triton is missing or refused.
 
-Functions have the arguments and results of ``diveq_kernels.reference``, which also runs what is fp64. Kernels run on
+Functions have the arguments and results of ``diveq_kernels.reference``; none is called with fp64 inputs. Kernels run on
 the current stream; nothing waits for them. Without ``torch.use_deterministic_algorithms(True)`` a codeword's gradient
 is added up by atomics, in any order.
 """
@@ -12,24 +12,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from diveq_kernels import _native
 from diveq_kernels._native_ops import NativeOperations
-
-__all__ = [
-    "architectures",
-    "describe",
-    "diveq",
-    "diveq_backward",
-    "nearest",
-    "nearest_backward",
-    "product",
-    "product_backward",
-    "project",
-    "project_backward",
-    "residual",
-    "residual_backward",
-    "sf_diveq",
-    "sf_diveq_backward",
-    "why_unusable",
-]
 
 _native.load("cuda")
 _operations = NativeOperations(torch.ops.diveq_cuda, sorts=True)

@@ -22,7 +22,6 @@ from test_project_gradients import by_definition, gradients
 from torch import Tensor
 
 import diveq_kernels.functional as F
-from diveq_kernels import reference
 
 if cpu_isa.missing:
     pytest.skip(f"the cpu backend is not built: {cpu_isa.missing}", allow_module_level=True)
@@ -304,9 +303,7 @@ def test_threads_do_not_change_a_bit(isa: str, function: str) -> None:
 def test_fp64_is_left_to_the_reference(isa: str) -> None:
     gen = generator()
     z, codebook = torch.randn(30, 5, generator=gen, dtype=torch.float64), torch.randn(9, 5, generator=gen)
-    for ours, theirs in zip(
-        native_cpu.nearest(z, codebook, None, "exact"), reference.nearest(z, codebook, None, "exact"), strict=True
-    ):
+    for ours, theirs in zip(*(F.nearest(z, codebook, backend=name) for name in ("cpu", "reference")), strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -1,8 +1,8 @@
 """Triton kernels, one file per kernel, behind the operations of ``diveq_kernels.ops``.
 
 Each function takes the arguments of the dispatcher op of its name without ``backend``; ``replace`` is a part of that of
-``diveq_kernels.codebook``. fp64 inputs, which no tensor core serves, go to the reference. On CPU the kernels run only
-in Triton's interpreter, for tests.
+``diveq_kernels.codebook``. None is called with fp64 inputs. On CPU the kernels run only in Triton's interpreter, for
+tests.
 """
 
 import functools

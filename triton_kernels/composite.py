@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels import reference
-from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.exhaust import exhaust_rows
 from diveq_kernels.triton_kernels.launch import launch
 from diveq_kernels.triton_kernels.noise import moved
@@ -207,8 +205,6 @@ def residual(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z_q, indices [Q, ...], counts); a row uses its first ``num_active`` stages, index −1 in the others."""
-    if compute_dtype(z, codebooks) == torch.float64:
-        return reference.residual(z, codebooks, dither, num_active, mask, seed, noise_std, precision)
     return _forward(z, codebooks, dither, num_active, mask, seed, noise_std, precision, 0)
 
 
@@ -222,6 +218,4 @@ def product(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z_q, indices [M, ...], counts), group m of a row searched in codebook m."""
-    if compute_dtype(z, codebooks) == torch.float64:
-        return reference.product(z, codebooks, dither, mask, seed, noise_std, precision)
     return _forward(z, codebooks, dither, None, mask, seed, noise_std, precision, codebooks.shape[-1])

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels import reference
-from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.parts import load_composite
@@ -130,7 +129,7 @@ def residual_backward(
     The order of the atomics is not fixed, so deterministic algorithms are the reference's.
     """
     arguments = (grad, z, codebooks, dither, indices, seed, noise_std, need_z, need_codebook)
-    if compute_dtype(z, codebooks) == torch.float64 or torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled():
         return reference.residual_backward(*arguments)
     return _backward(*arguments, 0)
 
@@ -148,6 +147,6 @@ def product_backward(
 ) -> tuple[Tensor, Tensor]:
     """One DiVeQ step's gradient on the whole row; deterministic algorithms as for ``residual_backward``."""
     arguments = (grad, z, codebooks, dither, indices, seed, noise_std, need_z, need_codebook)
-    if compute_dtype(z, codebooks) == torch.float64 or torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled():
         return reference.product_backward(*arguments)
     return _backward(*arguments, codebooks.shape[-1])

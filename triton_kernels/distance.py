@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels import reference
-from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.rows import (
@@ -59,8 +56,6 @@ def nearest_backward(
     grad: Tensor, z: Tensor, codebook: Tensor, indices: Tensor, need_z: bool, need_codebook: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ‖z − c_i‖² for grad [...], nothing from rows left out."""
-    if compute_dtype(z, codebook) == torch.float64:
-        return reference.nearest_backward(grad, z, codebook, indices, need_z, need_codebook)
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
     into = CodebookGradient(codebook, need_codebook, ends=1)
     rows, dim = indices.numel(), z.shape[-1]

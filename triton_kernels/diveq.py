@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels import reference
-from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, end_of_row
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
@@ -95,8 +93,6 @@ def diveq(
     z: Tensor, codebook: Tensor, mask: Tensor | None, seed: Tensor | None, noise_std: float, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z_q, indices, counts [K]); without a seed the detach form, z_q = c_i."""
-    if compute_dtype(z, codebook) == torch.float64:
-        return reference.diveq(z, codebook, mask, seed, noise_std, precision)
     z_q, written = output_like(z)
     indices = find(z, codebook, None, mask, precision)
     counts = torch.zeros(codebook.shape[0], dtype=torch.int32, device=z.device)
@@ -155,8 +151,6 @@ def diveq_backward(
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
     """With a = (g·u)/m: ∂L/∂z = g − a·d and ∂L/∂c_i += a·d."""
-    if compute_dtype(z, codebook) == torch.float64:
-        return reference.diveq_backward(grad, z, codebook, indices, seed, noise_std, need_z, need_codebook)
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
     into = CodebookGradient(codebook, need_codebook, ends=1)
     rows, dim = indices.numel(), z.shape[-1]

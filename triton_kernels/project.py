@@ -29,8 +29,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels import reference
-from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.curve import HIGH, LEAVE, LOW, NORM, SCALE, SHIFT, SQUARE, pack_curve
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
 from diveq_kernels.triton_kernels.product import error_bound, held, multiply, split
@@ -338,8 +336,6 @@ def _product_for(dtype: torch.dtype, precision: str) -> str:
 
 def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """(points, segment indices, t): points = (1−t)c_j + t c_{j+1}; in rows left out z, −1 and 0."""
-    if compute_dtype(z, codebook) == torch.float64:
-        return reference.project(z, codebook, mask, precision)
     points, written = output_like(z)
     indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
     position = torch.empty(z.shape[:-1], dtype=torch.float32, device=z.device)

@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels import reference
-from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.gradients import add_pull, run_of, sorted_rows
 from diveq_kernels.triton_kernels.launch import configuration, launch
 from diveq_kernels.triton_kernels.project import position_on
@@ -119,8 +117,6 @@ def project_backward(
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of points and t, to the row and both ends of its segment; sums in order as ``gradients`` has it."""
-    if compute_dtype(z, codebook) == torch.float64:
-        return reference.project_backward(grad_points, grad_t, z, codebook, indices, need_z, need_codebook)
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
     total = torch.zeros(codebook.shape if need_codebook else (0,), dtype=torch.float32, device=codebook.device)
     rows, dim, codewords = indices.numel(), z.shape[-1], codebook.shape[0]

@@ -20,8 +20,6 @@ import torch
 import triton
 from torch import Tensor
 
-from diveq_kernels import reference
-from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels import exhaust, settle
 from diveq_kernels.triton_kernels.exhaust import exhaust_kernel
 from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch, multiprocessors
@@ -212,7 +210,5 @@ def find(
 
 def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
     """(‖z_n − c_i‖², i(n)); 0 and −1 in rows left out."""
-    if compute_dtype(z, codebook) == torch.float64:
-        return reference.nearest(z, codebook, mask, precision)
     sqdist = torch.empty(z.shape[:-1], dtype=torch.float32, device=z.device)
     return sqdist, find(z, codebook, None, mask, precision, sqdist)

@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels import reference
-from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.triton_kernels.diveq import along_step, end_of_step
 from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, end_of_row
 from diveq_kernels.triton_kernels.launch import configuration, launch
@@ -84,8 +82,6 @@ def sf_diveq(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(z_q, segment indices, counts [K−1]); without a seed the detach form, z_q = (1−λ_i)c_i + λ_i c_{i+1}."""
-    if compute_dtype(z, codebook) == torch.float64:
-        return reference.sf_diveq(z, codebook, dither, mask, seed, noise_std, precision)
     z_q, written = output_like(z)
     indices = find(z, codebook, dither, mask, precision)
     counts = torch.zeros(codebook.shape[0] - 1, dtype=torch.int32, device=z.device)
@@ -158,8 +154,6 @@ def sf_diveq_backward(
     need_codebook: bool,
 ) -> tuple[Tensor, Tensor]:
     """DiVeQ's gradients towards both ends, weighted (1−λ_i) and λ_i."""
-    if compute_dtype(z, codebook) == torch.float64:
-        return reference.sf_diveq_backward(grad, z, codebook, dither, indices, seed, noise_std, need_z, need_codebook)
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
     into = CodebookGradient(codebook, need_codebook, ends=2)
     rows, dim = indices.numel(), z.shape[-1]

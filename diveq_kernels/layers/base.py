@@ -146,14 +146,12 @@ class Quantizer(MarkedCodebook):
             RuntimeError: If what the layer writes to its codebook would be lost, see ``diveq_kernels.distributed``.
         """
         rows = self._rows(z, mask)
-        z_q, indices, counts = self._train(rows, mask) if self.training else self._quantize(rows, mask)
-        return self._as_input(z_q), indices.long(), perplexity(counts)
+        return self._results(*(self._train(rows, mask) if self.training else self._quantize(rows, mask)))
 
     @torch.no_grad()
     def inference(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize as in evaluation whatever the mode, without gradients; otherwise like ``forward``."""
-        z_q, indices, counts = self._quantize(self._rows(z, mask), mask)
-        return self._as_input(z_q), indices.long(), perplexity(counts)
+        return self._results(*self._quantize(self._rows(z, mask), mask))
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Any:
@@ -198,6 +196,10 @@ class Quantizer(MarkedCodebook):
         _checks.check_same_device(self.codebook, "the layer", z)
         _checks.check_mask(mask, rows)
         return rows
+
+    def _results(self, z_q: Tensor, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``forward`` and ``inference`` return."""
+        return self._as_input(z_q), indices.long(), perplexity(counts)
 
     def _as_input(self, rows: Tensor) -> Tensor:
         """Rows [..., D] in the layout of the input."""

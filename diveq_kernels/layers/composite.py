@@ -18,7 +18,7 @@ from diveq_kernels.layers._arguments import (
     warn_unusual_noise,
     warn_unusual_sf_schedule,
 )
-from diveq_kernels.layers.base import histogram, in_step, load_as_finished, perplexity, select
+from diveq_kernels.layers.base import histogram, in_step, load_as_finished, select
 from diveq_kernels.layers.replacement import ReplacingQuantizer
 from diveq_kernels.layers.sf_diveq import SFCodes
 
@@ -32,14 +32,6 @@ class CompositeQuantizer(ReplacingQuantizer):
 
     num_codebooks: int
 
-    def _run(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """``forward`` of rows, with the number of active stages of each."""
-        train = self._train_composite if self.training else self._quantize_composite
-        return self._results(*train(z, mask, active))
-
-    def _results(self, z_q: Tensor, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._as_input(z_q), indices.long(), perplexity(counts)
-
     def _check_stages(self, indices: Any, count: int) -> None:
         """Raise unless indices holds the codes of this layer: [q, ...], with at least ``_fewest_stages`` codebooks."""
         self._check_codes(indices, count)
@@ -49,6 +41,11 @@ class CompositeQuantizer(ReplacingQuantizer):
             raise ValueError(f"codes must have shape [{wanted}, ...], got {tuple(indices.shape)}")
 
     # ---- for subclasses ----
+
+    @staticmethod
+    def _part_dim(embedding_dim: int, num_codebooks: int) -> int:
+        """D', the dimension of the codewords."""
+        raise NotImplementedError
 
     def _fewest_stages(self) -> int:
         """How many codebooks' codes are needed for decoding."""
@@ -75,27 +72,14 @@ class CompositeQuantizer(ReplacingQuantizer):
         """The nearest point of every codebook's curve: (points, indices [Q, ...], t [Q, ...])."""
         raise NotImplementedError
 
-    def _train_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _train(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
 
-    def _quantize_composite(
-        self, z: Tensor, mask: Tensor | None, active: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantize(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
 
-    def _encode_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> Any:
+    def _encode(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> Any:
         raise NotImplementedError
-
-    # ---- without a number of active stages ----
-
-    def _train(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self._train_composite(z, mask, None)
-
-    def _quantize(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return self._quantize_composite(z, mask, None)
-
-    def _encode(self, z: Tensor, mask: Tensor | None) -> Any:
-        return self._encode_composite(z, mask, None)
 
     def _repr_fields(self) -> list[str]:
         fields = super()._repr_fields()
@@ -147,25 +131,18 @@ class CompositeDIVEQ(CompositeQuantizer):
             warn_unusual_noise(noise_std)
         self._init_replacement(replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset, init)
 
-    @staticmethod
-    def _part_dim(embedding_dim: int, num_codebooks: int) -> int:
-        """D', the dimension of the codewords."""
-        raise NotImplementedError
-
-    def _train_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _train(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         codebook = self._begin_step(z, mask)
         seed = functional.noise_seed(z, self.noise_std, None)
         z_q, indices, counts = self._step(z, codebook, None, mask, active, seed, self.noise_std)
         self._end_step(counts)
         return z_q, indices, counts
 
-    def _quantize_composite(
-        self, z: Tensor, mask: Tensor | None, active: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantize(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         return self._step(z, self.codebook, None, mask, active, None, 0.0)
 
-    def _encode_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> Tensor:
-        return self._quantize_composite(z, mask, active)[1].long()
+    def _encode(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> Tensor:
+        return self._quantize(z, mask, active)[1].long()
 
     def decode(self, codes: Tensor) -> Tensor:
         """The z_q of codes.
@@ -256,11 +233,6 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         self._begin()
         self.register_load_state_dict_pre_hook(load_as_finished)  # type: ignore[no-untyped-call]
 
-    @staticmethod
-    def _part_dim(embedding_dim: int, num_codebooks: int) -> int:
-        """D', the dimension of the codewords."""
-        raise NotImplementedError
-
     @property
     def _builds_curve(self) -> bool:
         return self.skip_iters > 1 and self.avg_iters > 0
@@ -273,7 +245,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
     def _first_settled_step(self) -> int:
         return self.skip_iters + 1  # step S begins with the curve
 
-    def _train_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _train(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         self._begin_if_unmade()
         writes = self._writes()
         if self._is_settled(counted=not writes):
@@ -326,14 +298,12 @@ class CompositeSFDIVEQ(CompositeQuantizer):
             self._count_step(self._is_step())
         return z_q, indices, counts
 
-    def _quantize_composite(
-        self, z: Tensor, mask: Tensor | None, active: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantize(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         points, indices, _ = self._project(z, mask, active)
         counts = torch.stack([histogram(chosen, self.num_embeddings - 1) for chosen in indices])
         return points, indices, counts
 
-    def _encode_composite(self, z: Tensor, mask: Tensor | None, active: Tensor | None) -> SFCodes:
+    def _encode(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> SFCodes:
         _, indices, t = self._project(z, mask, active)
         return SFCodes(indices.long(), t)
 
