@@ -19,7 +19,9 @@ PRECISIONS = ("exact", "fast")
 def check_float_tensor(x: Any, name: str) -> None:
     """Raise TypeError unless x is a dense tensor of a supported floating dtype."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        traced = ": make the layer a leaf of the tracer (set_non_traceable_module_classes, is_leaf_module)"
+        hint = traced if isinstance(x, torch.fx.Proxy) else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{hint}")
     if x.layout != torch.strided or x.is_nested:
         kind = "a nested one" if x.is_nested else f"one of layout {x.layout}"
         raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}")

@@ -13,7 +13,7 @@ from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels.distributed import gather_ranks, sum_of_ranks
 from diveq_kernels.functional import Nearest, Quantized, noise_seed
 from diveq_kernels.layers._arguments import check_count
-from diveq_kernels.layers.base import select
+from diveq_kernels.layers.base import may_initialise, select
 from diveq_kernels.sharded_search import MOST_CODEWORDS, check_indices, sharded
 
 
@@ -126,6 +126,8 @@ class ShardedNearest(MarkedCodebook):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²)."""
+        if not may_initialise(self.codebook):
+            return
         draw = torch.rand if self.uniform_init else torch.randn
         # Other ranks' parts are drawn too: with one seed everywhere the parts would otherwise be copies of each other.
         for rank, size in enumerate(self._sizes):

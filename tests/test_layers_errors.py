@@ -204,3 +204,18 @@ def test_what_is_no_number_is_named(kind):
         for bad in ("a", None):
             with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
                 make(kind, **{name: bad})
+
+
+@for_every_layer
+def test_a_tracer_that_goes_into_the_layer(kind):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), make(kind).eval())
+    with pytest.raises(TypeError, match="z must be a torch.Tensor, got Proxy: make the layer a leaf of the tracer"):
+        torch.fx.symbolic_trace(model)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, kind) or super().is_leaf_module(module, name)
+
+    z = torch.randn(7, 5)
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert torch.equal(traced(z)[0], model(z)[0])

@@ -8,9 +8,10 @@ import pickle
 
 import pytest
 import torch
-from layer_cases import busy, for_every_layer, make
+from layer_cases import busy, for_every_layer, for_every_layer_and_composite, make
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from diveq_kernels import ShardedNearest
 from diveq_kernels.layers import DIVEQ, SFDIVEQ, ResidualSFDIVEQ
 
 
@@ -63,6 +64,52 @@ def test_initial_codebook(kind):
     uniform, normal = kind(500, 16, allow_warning=False), kind(500, 16, allow_warning=False, uniform_init=False)
     assert (uniform.codebook >= 0).all() and (uniform.codebook <= 1 / 500).all()
     assert abs(uniform.codebook.mean() * 500 - 0.5) < 0.05 and abs(normal.codebook.std() * 500 - 1) < 0.1
+
+
+def _spare_what_was_loaded(monkeypatch):
+    """As transformers does around ``_init_weights``: torch.nn.init leaves marked tensors alone."""
+    for name in ("uniform_", "normal_", "zeros_", "ones_", "constant_"):
+        original = getattr(torch.nn.init, name)
+
+        def spare(tensor, *arguments, original=original):
+            return tensor if hasattr(tensor, "is_loaded") else original(tensor, *arguments)
+
+        monkeypatch.setattr(torch.nn.init, name, spare)
+
+
+@for_every_layer_and_composite
+@pytest.mark.parametrize("loaded", [True, False])
+def test_loaders_that_initialise_what_a_checkpoint_lacks(kind, loaded, monkeypatch):
+    """reset_parameters() keeps what was loaded, and draws what was not."""
+    start = {} if kind.__name__.startswith("SFDIVEQ") else {"init": "kmeans"}
+    layer = make(kind, 12, 6, **busy(kind), **start)
+    for z in torch.randn(3, 40, 6):
+        layer(z)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    if loaded:
+        for tensor in layer.state_dict(keep_vars=True).values():
+            tensor.is_loaded = True
+    _spare_what_was_loaded(monkeypatch)
+    layer.reset_parameters()
+    if loaded:
+        assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    else:
+        assert layer.codebook.min() >= 0 and layer.codebook.max() <= 1 / 12
+        assert int(layer.iter_counter) == (-1 if start else 0)
+
+
+def test_loaders_and_a_sharded_codebook(monkeypatch):
+    layer = ShardedNearest(12, 5)
+    before = layer.codebook.detach().clone()
+    layer.codebook.is_loaded = True
+    _spare_what_was_loaded(monkeypatch)
+    layer.reset_parameters()
+    assert torch.equal(layer.codebook, before)
+
+
+def test_layers_made_in_inference_mode_have_a_codebook():
+    with torch.inference_mode():
+        assert DIVEQ(500, 16).codebook.std() > 0
 
 
 def test_repr_shows_the_arguments():

@@ -169,3 +169,16 @@ def test_a_parametrized_codebook_without_writes() -> None:
         parametrize.register_parametrization(each, "codebook", Halved())
         each(torch.randn(40, 6))[0].sum().backward()
         assert each.parametrizations.codebook.original.grad.abs().sum() > 0
+
+
+@every
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
+def test_a_codebook_of_deepspeeds_is_refused_where_it_is_written(name: str, init: str, mark: str) -> None:
+    """Its optimizers put their own copy back after each step; these marks they leave on parameters."""
+    layer = make(name, init)
+    setattr(layer.codebook, mark, None)
+    with pytest.raises(RuntimeError, match="codebook must not be DeepSpeed's, .*replicate"):
+        for data in torch.randn(5, 40, 6):
+            layer(data)
+    layer.eval()(torch.randn(40, 6))
+    layer.requires_grad_(False).train()(torch.randn(40, 6))

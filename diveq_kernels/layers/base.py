@@ -34,6 +34,17 @@ def select(table: Tensor, indices: Tensor) -> Tensor:
     return torch.where((indices >= 0)[..., None], table[indices.clamp_min(0)], 0)
 
 
+def may_initialise(codebook: Tensor) -> bool:
+    """Whether a codebook may be drawn; it is 0 then. Loaders keep ``torch.nn.init`` from what they have loaded.
+
+    So does transformers while it initialises what a checkpoint lacks, for which it also resets layers that have a
+    buffer outside of the state_dict: ``reset_parameters`` must then leave a loaded codebook as it is.
+    """
+    before = None if codebook.is_inference() else codebook._version  # a tensor of inference mode has none
+    nn.init.zeros_(codebook)
+    return before is None or codebook._version != before
+
+
 def in_step(values: Tensor, is_step: Tensor | int) -> Tensor:
     """The values in a step, else 0."""
     return values * is_step if isinstance(is_step, Tensor) else values
@@ -56,7 +67,8 @@ class Quantizer(MarkedCodebook):
 
     A codebook with ``requires_grad_(False)`` is frozen: in training, too, the layer writes nothing to it, and counts no
     step, so that a discriminator's turn leaves the generator's schedule alone. A forward that activation checkpointing
-    repeats in the backward changes nothing either.
+    repeats in the backward changes nothing either. Every other forward in training is a step, also each that an
+    optimizer such as LBFGS asks for.
     """
 
     codebook: nn.Parameter
@@ -122,11 +134,12 @@ class Quantizer(MarkedCodebook):
                 "codebook must be no parametrization (torch.nn.utils.parametrize, weight_norm) to be drawn anew: "
                 "set the parameters that it is made from"
             )
-        draw = torch.rand if self.uniform_init else torch.randn
-        drawn = draw(self.codebook.shape, dtype=torch.float32, device=self.codebook.device)
-        self.codebook.copy_(drawn * (1 / self.num_embeddings))
+        if may_initialise(self.codebook):
+            draw = torch.rand if self.uniform_init else torch.randn
+            drawn = draw(self.codebook.shape, dtype=torch.float32, device=self.codebook.device)
+            self.codebook.copy_(drawn * (1 / self.num_embeddings))
         for buffer in self.buffers():
-            buffer.zero_()
+            nn.init.zeros_(buffer)
         self._forget_steps()
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

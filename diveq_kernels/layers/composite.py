@@ -152,7 +152,7 @@ class CompositeDIVEQ(CompositeQuantizer):
                 the first q of its stages: ``codes[:q]``.
 
         Returns:
-            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype.
+            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype, differentiable in the codebook.
 
         Raises:
             TypeError: If codes is no integer tensor.
@@ -315,7 +315,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
                 Index −1 gives zeros. A residual layer also decodes the first q of its stages.
 
         Returns:
-            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype.
+            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype, differentiable in the codebook.
 
         Raises:
             TypeError: If codes is no pair, or its tensors have the wrong dtype.

@@ -106,7 +106,7 @@ class DIVEQ(ReplacingQuantizer):
             codes: int64 or int32 [...], as ``encode`` returns them; −1 gives zeros.
 
         Returns:
-            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype.
+            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype, differentiable in the codebook.
 
         Raises:
             TypeError: If codes is no integer tensor.

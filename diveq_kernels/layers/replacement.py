@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diveq_kernels import distributed
 from diveq_kernels.codebook import edit, replace_unused, replacement_due
@@ -93,7 +93,7 @@ class ReplacingQuantizer(Quantizer):
         # The counter decides, on its device; the flag spares all later steps the work and the collectives.
         self._may_start = self.init == "kmeans"
         if self._may_start:
-            self.iter_counter.fill_(-1)
+            nn.init.constant_(self.iter_counter, -1)
 
     def _start_may_be_due(self) -> bool:
         if self._counts_are_free():

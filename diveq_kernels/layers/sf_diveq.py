@@ -163,7 +163,7 @@ class SFDIVEQ(Quantizer):
                 Index −1 gives zeros.
 
         Returns:
-            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype.
+            z_q [..., D] ([B, D, ...] with ``channel_first``) in the codebook's dtype, differentiable in the codebook.
 
         Raises:
             TypeError: If codes is no pair, or its tensors have the wrong dtype.
