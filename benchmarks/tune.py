@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks import tiles
 from benchmarks.run import Campaign, save
@@ -106,6 +107,23 @@ def sifted(these: Tiles, used: list[Used] | str, limit: int) -> Record:
 # ---- on the GPU ------------------------------------------------------------------------------------------------------
 
 
+class Timed(NamedTuple):
+    """A launch to be timed, what the driver says that it takes, and its counters beside what they held before it.
+
+    A kernel that lists rows adds to a counter: run again with what it left there, it would write past the list's end.
+    """
+
+    run: Callable[[], Any]
+    used: Used
+    counters: list[tuple[Tensor, Tensor]]
+
+    def seconds(self) -> float:
+        """Of one more run, which finds the counters as the first did."""
+        for counter, before in self.counters:
+            counter.copy_(before)
+        return measure.cuda_clock(self.run)
+
+
 class Bench:
     """A part on the GPU: whether tiles give right results, and how long they take. The data are the same for all."""
 
@@ -146,25 +164,32 @@ class Bench:
         within = prepared._replace(run=run)
         return judge.again(who, within) if again else judge(who, within).wrong
 
-    def timed_run(self, these: Tiles, dim: int) -> tuple[Callable[[], Any], Used]:
-        """The launch to be timed, after everything before it has run, and what the driver says that it takes."""
+    def timed_run(self, these: Tiles, dim: int) -> Timed:
+        """The launch to be timed, after everything before it and it have run."""
         operation, kernel = self.about.operations[0], self.about.kernels[0]
         inputs = self.judge_of(operation, dim).inputs
         for one in tiles.launches(self.part.family, operation, dim, these, self.architecture, inputs):
             run = functools.partial(one.kernel[one.grid], *one.arguments, **one.options)
+            counters = [(x, x.clone()) for x in one.arguments if _is_counter(x)]
             built = run()
             if one.kernel.__name__ == kernel:
-                return run, Used(kernel, dim, built.n_regs, built.n_spills, built.metadata.shared)
+                used = Used(kernel, dim, built.n_regs, built.n_spills, built.metadata.shared)
+                return Timed(run, used, counters)
         raise AssertionError(f"{operation} launches no {kernel}")
 
     def times(self, all_tiles: list[Tiles], seconds: float) -> list[dict[str, measure.Times]]:
         """For each, by D: in turns."""
         found: list[dict[str, measure.Times]] = [{} for _ in all_tiles]
         for dim in self.part.dims:
-            runs = {str(i): self.timed_run(these, dim)[0] for i, these in enumerate(all_tiles)}
-            for i, times in measure.interleaved(runs, measure.cuda_clock, seconds).items():
+            runs = {str(i): self.timed_run(these, dim).seconds for i, these in enumerate(all_tiles)}
+            for i, times in measure.interleaved(runs, lambda run: float(run()), seconds).items():
                 found[int(i)][str(dim)] = times
         return found
+
+
+def _is_counter(x: object) -> bool:
+    """Whether kernels count in it, or say in it that points do not fit into a product's range."""
+    return isinstance(x, Tensor) and x.dtype == torch.int32 and x.numel() == 1
 
 
 def tried(bench: Bench, record: Record) -> Record:
@@ -173,7 +198,7 @@ def tried(bench: Bench, record: Record) -> Record:
     try:
         if reason := bench.wrong(these):
             return record | {"status": WRONG, "reason": reason}
-        on_device = [bench.timed_run(these, dim)[1] for dim in bench.part.dims]
+        on_device = [bench.timed_run(these, dim).used for dim in bench.part.dims]
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - as above
         try:

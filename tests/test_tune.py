@@ -136,8 +136,8 @@ class Fakes:
         if self.lost:
             raise RuntimeError("CUDA error")
 
-    def timed_run(self, these: tiles.Tiles, dim: int) -> tuple[None, tune.Used]:
-        return None, tune.Used("k", dim, 99, 0, 1000)
+    def timed_run(self, these: tiles.Tiles, dim: int) -> tune.Timed:
+        return tune.Timed(lambda: None, tune.Used("k", dim, 99, 0, 1000), [])
 
     def times(self, everything: list[tiles.Tiles], seconds: float) -> list[dict[str, Times]]:
         self.timed += map(str, everything)
@@ -274,6 +274,58 @@ def test_every_operation_of_a_family_is_checked(
     broken_backend.sf_diveq = one_row  # type: ignore[attr-defined]
     backends._choose.cache_clear()
     assert bench.wrong(these).startswith("sf_train, D = 16: ")
+
+
+class Adding:
+    """Stands for a kernel: adds to all counters among its arguments, and keeps what it found in them."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.names, self.__name__, self.found = kernel.arg_names, kernel.__name__, list[dict[str, int]]()
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.run
+
+    def run(self, *arguments: Any, **options: Any) -> types.SimpleNamespace:
+        named = dict(zip(self.names, arguments, strict=False))
+        counters = {k: x for k, x in named.items() if k in ("taken_count", "left_count", "too_wide") and x is not None}
+        self.found.append({name: int(counter) for name, counter in counters.items()})
+        for counter in counters.values():
+            counter += 4
+        return types.SimpleNamespace(n_regs=99, n_spills=0, metadata=types.SimpleNamespace(shared=1000))
+
+
+@pytest.mark.parametrize(
+    ("name", "counters"),
+    [
+        ("look", {"left_count", "too_wide"}),  # to look, the list that it leaves is the one that is "taken" later
+        ("settle", {"taken_count", "left_count", "too_wide"}),
+        ("exhaust", {"taken_count"}),
+        ("pack", {"too_wide"}),
+        ("project_bf16x3", {"left_count"}),
+    ],
+)
+def test_every_timed_run_finds_the_counters_as_the_first(
+    name: str, counters: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on counting where the last one ended writes past the end of its list."""
+    part = tiles.Part(name, 16, (16,))
+    table = json.loads((CONFIGS / "sm_90.json").read_text(encoding="utf-8"))
+    launches, kernels = tiles.launches, []
+
+    def with_fakes(*arguments: Any) -> list[triton_aot.Launch]:
+        found = [one._replace(kernel=Adding(one.kernel)) for one in launches(*arguments)]
+        kernels.append(next(one.kernel for one in found if one.kernel.__name__ == tiles.family(name).kernels[0]))
+        return found
+
+    monkeypatch.setattr(tiles, "launches", with_fakes)
+    monkeypatch.setattr(tune.measure, "cuda_clock", tune.measure.processor_clock)
+    monkeypatch.setattr(tune, "Judge", lambda case, inputs: types.SimpleNamespace(case=case, inputs=inputs))
+    these = {key: value for key, value in table[name][0].items() if key != "max_dim"}
+    times = tune.Bench(part, 90, "cpu").times([these, these], 0.0)
+    assert [each["16"].rounds for each in times] == [3, 3] and len(kernels) == 2
+    for kernel in kernels:
+        assert kernel.found[0].keys() == counters
+        assert kernel.found == kernel.found[:1] * 4  # once before it is timed
 
 
 # ---- tables and candidates -------------------------------------------------------------------------------------------
