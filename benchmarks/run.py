@@ -1,10 +1,12 @@
-"""Measures parts and writes benchmarks/results/DEVICE/PART.json, case by case.
+"""Measures parts and writes PART.json in FOLDER, or benchmarks/results/DEVICE, case by case.
 
     python -m benchmarks.run [--device cpu|cuda] [--part shapes rows ...] [--resume] [--minutes 9] [-k TEXT]
+                             [--out FOLDER]
 
 Needs torch and nothing else; a peer that is absent is named as absent. With --resume, cases that this commit has
-measured on this machine are kept. Exit status: 0; 1 if a result of this package was wrong; 3 if time was up before the
-last case, for --resume to go on from.
+measured on this machine are kept. Which commit it is git says, or --commit, or the environment variable DIVEQ_COMMIT
+where the files are a copy without their history. Exit status: 0; 1 if a result of this package was wrong; 2 for bad
+arguments; 3 if time was up before the last case, for --resume to go on from.
 """
 
 from __future__ import annotations
@@ -39,13 +41,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder instead of benchmarks/results/DEVICE")
     parser.add_argument("--seconds", type=float, help="timing of each contestant (default 0.3 on a CPU, 0.1 on CUDA)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no case after so many")
-    parser.add_argument("--commit", help="which commit this is, where the files are a copy without its history")
+    parser.add_argument("--commit", help="which commit this is (default: what DIVEQ_COMMIT or git says)")
     parser.add_argument("--resume", action="store_true", help="keep what this commit has measured here already")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: must be cpu here, got 'cuda': torch.cuda.is_available() is False")
+    if options.resume:
+        check_commit(parser, options.commit or machine.commit())
     options.seconds = options.seconds or {"cpu": 0.3, "cuda": 0.1}[options.device]
     return options
+
+
+def check_commit(parser: argparse.ArgumentParser, commit: str) -> None:
+    """End the program where nothing tells whether old results are this commit's."""
+    if commit.startswith(machine.UNKNOWN):
+        parser.error(
+            "argument --resume: there is no git history here, so results of another commit would be taken for this"
+            f" one's: set {machine.COMMIT} to the commit's hash"
+        )
 
 
 def identity(described: dict[str, Any]) -> dict[str, Any]:
@@ -62,10 +75,14 @@ def load(path: Path, described: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def save(path: Path, record: dict[str, Any]) -> None:
+    save_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -96,11 +113,13 @@ class Campaign:
         """Every backend against float64 -> whether it was finished."""
         path, record = self.start(CHECK, "every backend, operation and dtype against float64")
         if not record["finished"]:
-            results = []
+            record["results"] = []
             for result in _selfcheck.results():
                 if result.device == self.options.device:
-                    results.append(result._asdict() | {"dtype": str(result.dtype)[6:], "passed": result.passed})
-            record |= {"finished": True, "results": results}
+                    described = result._asdict() | {"dtype": str(result.dtype)[6:], "passed": result.passed}
+                    record["results"].append(described)
+                    save(path, record)
+            record["finished"] = True
             save(path, record)
         failed = [r for r in record["results"] if not r["passed"]]
         self.wrong += [f"{r['backend']}: {r['op']} in {r['dtype']} fails its check" for r in failed]
@@ -114,7 +133,7 @@ class Campaign:
         if self.ceilings is None:
             self.ceilings = record.get("ceilings") or machine.ceilings(self.options.device)
         record.setdefault("ceilings", self.ceilings)
-        done = {json.dumps(case["case"]): case for case in record.get("cases", [])}
+        done = {json.dumps(case["case"]): case for case in record.setdefault("cases", [])}
         everyone = contestants.ours(self.options.device)
         if part.reference:
             everyone += contestants.ours(self.options.device, ["reference"])

@@ -116,6 +116,11 @@ def commit_of(commit: str) -> str:
     return f"commit `{commit[:12]}`" + (" with changes that were not committed" if commit.endswith("+") else "")
 
 
+def _unfinished(record: Record) -> str:
+    """Results from before they were saved one by one do not say it: they are whole."""
+    return "" if record.get("finished", True) else " Unfinished: cases of this part are missing."
+
+
 def footnote(record: Record) -> str:
     machine = record["machine"]
     versions = machine["versions"]
@@ -129,8 +134,7 @@ def footnote(record: Record) -> str:
     text = f"{where}; {record.get('method', '')}. {packages}; {commit_of(machine['commit'])}."
     if absent:
         text += f" Not installed: {', '.join(absent)}."
-    if not record["finished"]:
-        text += " Unfinished: cases of this part are missing."
+    text += _unfinished(record)
     if record.get("load"):
         text += f" Load averages at the end {', '.join(f'{value:.1f}' for value in record['load'])}."
     return text
@@ -262,7 +266,7 @@ def checks(record: Record) -> str:
     for result in record["results"]:
         found.setdefault(result["backend"], []).append(result["passed"])
     counts = ", ".join(f"{name} {sum(passed)} of {len(passed)}" for name, passed in found.items())
-    return f"Checks against float64 that pass: {counts}; {commit_of(record['machine']['commit'])}."
+    return f"Checks against float64 that pass: {counts}; {commit_of(record['machine']['commit'])}.{_unfinished(record)}"
 
 
 def quality(record: Record) -> str:
@@ -277,7 +281,7 @@ def quality(record: Record) -> str:
     note = (
         f"Differences from the reference, relative ones of the training loss; {settings['steps']} steps,"
         f" K = {settings['num_codewords']}, D = {settings['dim']}. {machine['device']}, torch"
-        f" {machine['versions']['torch']}, {commit_of(machine['commit'])}."
+        f" {machine['versions']['torch']}, {commit_of(machine['commit'])}.{_unfinished(record)}"
     )
     return table(headings, rows) + "\n\n" + note
 
@@ -327,6 +331,7 @@ def kernels(record: Record) -> str:
     note = (
         f"N = {record['rows']}, K = {record['codewords']}, exact. {record['machine']['device']}; {record['method']}. "
         f"{versions}; {commit_of(record['machine']['commit'])}. The goals were set for an NVIDIA H200."
+        f"{_unfinished(record)}"
     )
     return f"{table(headings, rows)}\n\n{note}"
 
@@ -373,7 +378,7 @@ def block(source: str, view: str) -> str:
     if view == "quality_figure":
         return _figure(source.partition("/")[0], "quality", "Training with each backend")
     record = load(source)
-    return VIEWS[view](record) if record else NOT_MEASURED
+    return VIEWS[view](record) if record and record.get("cases", True) else NOT_MEASURED
 
 
 def with_tables(text: str) -> str:

@@ -19,6 +19,8 @@ from diveq_kernels.benchmark.peers import PACKAGES
 
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 _MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+COMMIT = "DIVEQ_COMMIT"  # environment variable: which commit this is, for copies without their history
+UNKNOWN = "unknown"
 _ENOUGH_SECONDS = 0.5  # a size that takes longer is halved: some dtypes have no fast product
 
 
@@ -30,7 +32,9 @@ def processor() -> str:
 
 
 def commit(*aside: str) -> str:
-    """The commit of the checkout that this package lies in, "+" if files differ from it; "unknown" outside of one.
+    """The commit of the checkout that this package lies in, "+" if files differ from it; ``UNKNOWN`` outside of one.
+
+    Where the environment names one in ``COMMIT``, it is that.
 
     Args:
         aside: Folders of the checkout, beside those of results, in which they may differ.
@@ -44,10 +48,12 @@ def commit(*aside: str) -> str:
             return ""
         return done.stdout.strip()
 
+    if named := os.environ.get(COMMIT):
+        return named
     # Results are written while the benchmark runs: they do not make the code another one.
     others = [f":!/{folder}" for folder in ("benchmarks/results", "docs", *aside)]
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others)
-    return (git("rev-parse", "HEAD") or "unknown") + ("+" if changed else "")
+    return (git("rev-parse", "HEAD") or UNKNOWN) + ("+" if changed else "")
 
 
 def device_name(device_type: str) -> str:

@@ -1,0 +1,109 @@
+"""The programs of `benchmarks/`: which commit results are of, and that what they have measured outlives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import run, tables
+from diveq_kernels import _selfcheck
+from diveq_kernels.benchmark import machine
+
+
+class KilledError(Exception):
+    """Stands for the end of a command that took too long."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """As many afterwards as before: the program takes one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the files, without git's folder."""
+
+    def no_git(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(machine.subprocess, "run", no_git)
+    monkeypatch.delenv(machine.COMMIT, raising=False)
+
+
+# ---- the commit ------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_names_the_commit_of_a_copy(no_history: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.commit() == "unknown"
+    monkeypatch.setenv("DIVEQ_COMMIT", "abc+")
+    assert machine.commit() == machine.commit("triton_kernels/configs") == "abc+"
+    assert machine.describe("cpu")["commit"] == "abc+"
+    cpu = ["--device", "cpu", "--resume"]
+    assert run.Campaign(run.parse(cpu)).machine["commit"] == "abc+"
+    assert run.Campaign(run.parse([*cpu, "--commit", "def"])).machine["commit"] == "def"
+    monkeypatch.setenv("DIVEQ_COMMIT", "")
+    assert machine.commit() == "unknown"
+
+
+def test_nothing_is_resumed_where_the_commit_is_unknown(
+    no_history: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Two commits would be "unknown" alike, and the results of one pass for the other's."""
+    arguments = ["--device", "cpu", "--part", "check", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as raised:
+        run.main([*arguments, "--resume"])
+    assert raised.value.code == 2 and "set DIVEQ_COMMIT to the commit's hash" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert run.parse(arguments).resume is False  # to measure needs no commit
+    assert run.parse([*arguments, "--resume", "--commit", "abc"]).resume is True
+
+
+# ---- results are written as they are made ----------------------------------------------------------------------------
+
+
+def a_check(backend: str) -> _selfcheck.Result:
+    return _selfcheck.Result(backend, "cpu", "nearest", torch.float32, 0, 0.0, 0.0, 0.0)
+
+
+def test_checks_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def results() -> Iterator[_selfcheck.Result]:
+        yield a_check("reference")
+        yield a_check("cpu")
+        raise KilledError
+
+    monkeypatch.setattr(_selfcheck, "results", results)
+    arguments = ["--device", "cpu", "--part", "check", "--out", str(tmp_path), "--commit", "abc", "--resume"]
+    with pytest.raises(KilledError):
+        run.main(arguments)
+    record = read(tmp_path / "check.json")
+    assert [result["backend"] for result in record["results"]] == ["reference", "cpu"] and not record["finished"]
+    assert tables.checks(record).endswith("reference 1 of 1, cpu 1 of 1; commit `abc`. Unfinished: cases of this part"
+                                          " are missing.")  # fmt: skip
+
+    monkeypatch.setattr(_selfcheck, "results", lambda: iter([a_check("cpu")]))
+    assert run.main(arguments) == 0
+    record = read(tmp_path / "check.json")
+    assert [result["backend"] for result in record["results"]] == ["cpu"] and record["finished"]
+    assert tables.checks(record).endswith("cpu 1 of 1; commit `abc`.")
+
+
+def test_a_part_without_cases_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "ceilings", lambda device: {"matmul": {"float32": 1e11}, "copy": 1e10})
+    arguments = ["--device", "cpu", "--part", "shapes", "-k", "no such case", "--out", str(tmp_path / "x")]
+    assert run.main(arguments) == 0
+    assert read(tmp_path / "x" / "shapes.json")["cases"] == []
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "documented", dict)
+    assert tables.block("x/shapes", "speed") == tables.block("x/shapes", "faster_peers") == tables.NOT_MEASURED
