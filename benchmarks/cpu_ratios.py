@@ -4,9 +4,9 @@ One process, one thread; the contestants take turns, and each number is the medi
 time: on an idle machine that is the clock's, and on a busy one it leaves out the waiting. Results are checked before
 they are timed: no ratio without the right indices.
 
-    python benchmarks/cpu_ratios.py [--repeats 15] [--peers] [--out FILE]
+    python benchmarks/cpu_ratios.py [--repeats 15] [--peers] [--out FOLDER]
 
-Written to benchmarks/results/DEVICE/ratios.json if there is no --out.
+Writes ratios.json in FOLDER, or benchmarks/results/DEVICE.
 """
 
 from __future__ import annotations
@@ -121,11 +121,11 @@ def conditions(repeats: int) -> dict[str, object]:
     }
 
 
-def write(path: Path | None, name: str, record: dict[str, object]) -> None:
-    """As JSON, to the folder of this processor's results if there is no path."""
-    path = path or Path(__file__).parent / "results" / machine.slug(machine.processor()) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+def write(folder: Path | None, name: str, record: dict[str, object]) -> None:
+    """As JSON, to the folder of this processor's results if there is none."""
+    folder = folder or Path(__file__).parent / "results" / machine.slug(machine.processor())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--peers", action="store_true", help="also time diveq and vector-quantize-pytorch")
-    parser.add_argument("--out", type=Path, help="file to write, instead of benchmarks/results/DEVICE/ratios.json")
+    parser.add_argument("--out", type=Path, help="folder instead of benchmarks/results/DEVICE")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

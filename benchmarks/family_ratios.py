@@ -10,9 +10,9 @@ torch.mm(z, C.T, out=...) of these shapes, and against the `diveq` package's ``R
 modules before and after ``accelerate_vector_quantize``, and of the quantizer by itself. Both models start alike,
 see the same data and must have the same loss curve, which is part of the result.
 
-    python benchmarks/family_ratios.py [--repeats 9] [--out FILE]
+    python benchmarks/family_ratios.py [--repeats 9] [--out FOLDER]
 
-Written to benchmarks/results/DEVICE/family.json if there is no --out.
+Writes family.json in FOLDER, or benchmarks/results/DEVICE.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def accelerated(name: str, repeats: int, rows: int = 8192, dim: int = 64, steps:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="file to write, instead of benchmarks/results/DEVICE/family.json")
+    parser.add_argument("--out", type=Path, help="folder instead of benchmarks/results/DEVICE")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,15 +1,16 @@
 """GPU time of every kernel of an exact search of 2²⁰ rows among 8192 codewords, by the profiler. Needs a GPU.
 
-    python -m benchmarks.kernel_times [--commit HASH]
+    python -m benchmarks.kernel_times [--commit HASH] [--out FOLDER]
 
-Writes benchmarks/results/DEVICE/kernels.json, from which docs/performance.md takes the table "Kernels of a search". The
-goals beside the times are those set for an H200 before anything had run.
+Writes kernels.json in FOLDER, or benchmarks/results/DEVICE, search by search; docs/performance.md takes the table
+"Kernels of a search" from it. The goals beside the times are those set for an H200 before anything had run.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def measure(dtype: str, dim: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commit", help="which commit this is, where the files are a copy without its history")
+    parser.add_argument("--commit", help="which commit this is (default: what DIVEQ_COMMIT or git says)")
+    parser.add_argument("--out", type=Path, help="folder instead of benchmarks/results/DEVICE")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("needs an NVIDIA GPU, and torch.cuda finds none")
@@ -60,18 +62,21 @@ def main() -> None:
         "about": "kernels of an exact search",
         "method": f"GPU time by the profiler, mean of {CALLS} calls",
         "machine": described,
+        "finished": False,
         "ceilings": machine.ceilings("cuda"),
         "rows": ROWS,
         "codewords": CODEWORDS,
         "goals": [{"dtype": dtype, "dim": dim, "total": goal} for (dtype, dim), goal in GOALS.items()],
         "searches": [],
     }
-    path = RESULTS / machine.slug(described["device"]) / "kernels.json"
+    path = (options.out or RESULTS / machine.slug(described["device"])) / "kernels.json"
     for dtype, dims in DIMS.items():
         for dim in dims:
             record["searches"].append(measure(dtype, dim))
             print(record["searches"][-1], flush=True)
             save(path, record)
+    record["finished"] = True
+    save(path, record)
     print(f"Written to {path}")
 
 

@@ -2,10 +2,13 @@
 
     python -m benchmarks.quality [--device cpu|cuda] [--methods diveq sf_diveq] [--steps 800] [--out FOLDER]
 
-Writes benchmarks/results/DEVICE/quality.json, from which ``benchmarks.report`` makes a table and the figure. Rounding
-differs between backends, and once a row that lies between two codewords has gone the other way, runs drift apart as any
-two runs do. How far runs are apart that differ in nothing but the seed is therefore measured too, as the yardstick.
-Needs the packages of the `demo` extra.
+Writes quality.json in FOLDER, or benchmarks/results/DEVICE, run by run; ``benchmarks.report`` makes a table and the
+figure from it. Rounding differs between backends, and once a row that lies between two codewords has gone the other
+way, runs drift apart as any two runs do. How far runs are apart that differ in nothing but the seed is therefore
+measured too, as the yardstick.
+
+Needs the packages of the `demo` extra. In a copy without git's history the environment variable DIVEQ_COMMIT says which
+commit it is.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +45,14 @@ def train_once(config: Config, backend: str, device: str, photos: Any, held_out:
     return {name: run.history[name] for name in ("step", "loss", "eval_step", "eval_psnr")}
 
 
-def curves(settings: dict[str, Any], names: list[str], device: str, photos: Any, held_out: Any) -> dict[str, Any]:
-    """Learning curves of one method: with the reference and each of the named backends, and of a second seed."""
-    found = {name: train_once(Config(**settings), name, device, photos, held_out) for name in ["reference", *names]}
+def curves(
+    settings: dict[str, Any], names: list[str], device: str, photos: Any, held_out: Any
+) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Learning curves of one method: with the reference, each of the named backends, and a second seed, one by one."""
+    for name in ["reference", *names]:
+        yield name, train_once(Config(**settings), name, device, photos, held_out)
     another = Config(**settings | {"seed": settings["seed"] + 1})
-    return found | {YARDSTICK: train_once(another, "reference", device, photos, held_out)}
+    yield YARDSTICK, train_once(another, "reference", device, photos, held_out)
 
 
 def apart(curve: dict[str, list[float]], reference: dict[str, list[float]]) -> dict[str, float]:
@@ -71,18 +78,21 @@ def main() -> None:
     described = machine.describe(options.device)
     names = [name for name in described["backends"] if name != "reference"]
     photos, held_out = list(data.load(data.TRAIN).values()), list(data.load(data.HELD_OUT).values())
-    record: dict[str, Any] = {"part": "quality", "machine": described, "curves": {}, "apart": {}}
+    path = (options.out or RESULTS / machine.slug(described["device"])) / "quality.json"
+    record: dict[str, Any] = {"part": "quality", "machine": described, "finished": False, "curves": {}, "apart": {}}
     for method in options.methods:
         settings = {**Config.QUICK, "steps": options.steps, "method": method, "seed": 0, **_often(options.steps)}
-        found = curves(settings, names, options.device, photos, held_out)
         record["settings"] = {name: value for name, value in settings.items() if name != "method"}
-        record["curves"][method] = found
-        record["apart"][method] = {
-            name: apart(curve, found["reference"]) for name, curve in found.items() if name != "reference"
-        }
-        for name, values in record["apart"][method].items():
-            print(f"{method}, {name}: " + ", ".join(f"{key} {value:.3g}" for key, value in values.items()))
-    save((options.out or RESULTS / machine.slug(described["device"])) / "quality.json", record)
+        found, distances = record["curves"].setdefault(method, {}), record["apart"].setdefault(method, {})
+        for name, curve in curves(settings, names, options.device, photos, held_out):
+            found[name] = curve
+            if name != "reference":
+                distances[name] = apart(curve, found["reference"])
+                shown = ", ".join(f"{key} {value:.3g}" for key, value in distances[name].items())
+                print(f"{method}, {name}: {shown}", flush=True)
+            save(path, record)
+    record["finished"] = True
+    save(path, record)
 
 
 if __name__ == "__main__":

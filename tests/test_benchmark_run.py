@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,3 +109,30 @@ def test_a_part_without_cases_is_not_measured(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "documented", dict)
     assert tables.block("x/shapes", "speed") == tables.block("x/shapes", "faster_peers") == tables.NOT_MEASURED
+
+
+def test_kernel_times_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    from benchmarks import kernel_times
+
+    left = [2]
+
+    def measure(dtype: str, dim: int) -> dict[str, Any]:
+        if not left[0]:
+            raise KilledError
+        left[0] -= 1
+        return {"dtype": dtype, "dim": dim}
+
+    monkeypatch.setattr(kernel_times, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "describe", lambda device: {"device": "a GPU", "commit": "abc"})
+    monkeypatch.setattr(machine, "ceilings", lambda device: {})
+    monkeypatch.setattr(sys, "argv", ["kernel_times", "--out", str(tmp_path)])
+    with pytest.raises(KilledError):
+        kernel_times.main()
+    record = read(tmp_path / "kernels.json")
+    assert [search["dim"] for search in record["searches"]] == [16, 64] and not record["finished"]
+    assert record["machine"]["commit"] == "abc"
+    left[0] = math.inf
+    kernel_times.main()
+    assert read(tmp_path / "kernels.json")["finished"]

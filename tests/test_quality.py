@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 pytest.importorskip("skimage", reason="needs the `demo` extra: pip install diveq-kernels[demo]")
 pytest.importorskip("tqdm", reason="needs the `demo` extra: pip install diveq-kernels[demo]")
 
+from benchmarks import quality, tables  # noqa: E402
 from benchmarks.quality import METHODS, YARDSTICK, apart, curves  # noqa: E402
 from diveq_kernels import backends, reference  # noqa: E402
 
@@ -42,7 +46,7 @@ def photographs() -> list[torch.Tensor]:
 def distances(method: str) -> tuple[float, float]:
     """How far "cpu" is from the reference, and how far another seed is."""
     photos = photographs()
-    found = curves(SMALL | {"method": method}, ["cpu"], "cpu", photos, photos[:1])
+    found = dict(curves(SMALL | {"method": method}, ["cpu"], "cpu", photos, photos[:1]))
     return tuple(apart(found[name], found["reference"])["mean"] for name in ("cpu", YARDSTICK))  # type: ignore[return-value]
 
 
@@ -72,3 +76,30 @@ def test_noise_of_another_size_is_seen(broken_backend: types.ModuleType) -> None
 
     broken_backend.diveq = damaged  # type: ignore[attr-defined]
     assert distances("diveq")[0] > CLOSE
+
+
+def test_runs_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All of them take longer than a command may."""
+    lasting: dict[str, list[float]] = {"step": [1.0], "loss": [2.0], "eval_step": [1.0], "eval_psnr": [20.0]}
+    left = [2]
+
+    def train_once(*_: Any) -> dict[str, list[float]]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return lasting
+
+    monkeypatch.setattr(quality, "train_once", train_once)
+    monkeypatch.setattr(quality.data, "load", lambda names: {})
+    described = {"device": "a GPU", "backends": ["cpu", "reference"], "commit": "abc", "versions": {"torch": "0"}}
+    monkeypatch.setattr(quality.machine, "describe", lambda device: described)
+    monkeypatch.setattr(sys, "argv", ["quality", "--device", "cpu", "--methods", "diveq", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        quality.main()
+    record = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    assert list(record["curves"]["diveq"]) == ["reference", "cpu"] and list(record["apart"]["diveq"]) == ["cpu"]
+    assert not record["finished"] and "Unfinished: " in tables.quality(record)
+    left[0] = 3
+    quality.main()
+    record = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    assert list(record["apart"]["diveq"]) == ["cpu", YARDSTICK] and "Unfinished" not in tables.quality(record)
