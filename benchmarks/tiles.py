@@ -23,7 +23,7 @@ from diveq_kernels.triton_kernels.search import MANY_ROWS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from triton_aot import SHARED_LIMIT, Launch, compile_for, launches_of  # noqa: E402, F401
+from triton_aot import SHARED_LIMIT, Launch, build_for, compile_for, key_of, launches_of, nvidia  # noqa: E402, F401
 
 Tiles = dict[str, int]
 Table = dict[str, list[Tiles]]

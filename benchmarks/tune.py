@@ -1,6 +1,6 @@
 """Measures tiles for the Triton kernels on the GPU at hand; the winners go into triton_kernels/configs/sm_XX.json.
 
-    python -m benchmarks.tune [--families search_bf16 ...] [-k TEXT] [--minutes 9] [--resume]
+    python -m benchmarks.tune [--families search_bf16 ...] [-k TEXT] [--minutes 9] [--resume] [--out FOLDER]
     python -m benchmarks.tune --dry-run [--architecture 90] ...    compiles, and says what would be tried; needs no GPU
 
 For each entry of the table: the tiles that it has now and their neighbours are compiled (what spills, or asks for more
@@ -8,18 +8,20 @@ shared memory than there is, is dropped), then run and compared with float64 (wh
 turns. Others take the place of the present ones only where they are faster beyond the quartiles, and nowhere slower
 beyond them; so a second run changes nothing unless it finds better ones, which it looks for around the new.
 
-Every candidate, what became of it and its times go to benchmarks/results/DEVICE/tuning.json. Exit status: 0; 1 if the
-present tiles of an entry were refused; 3 if time was up before the last entry, for --resume to go on from.
+Every candidate, what became of it and its times go to tuning.json in FOLDER, or benchmarks/results/DEVICE, and a copy
+of the table too. With --resume, the winners recorded there are put into the table first, should it have been put back
+to the old one. In a copy without git's history the environment variable DIVEQ_COMMIT says which commit it is.
+
+Exit status: 0; 1 if the present tiles of an entry were refused; 2 for bad arguments; 3 if time was up before the last
+entry, for --resume to go on from.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
 import json
 import math
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -30,7 +32,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import tiles
-from benchmarks.run import Campaign, save
+from benchmarks.compiling import Compilers, Used, first_line, forget_tables
+from benchmarks.run import Campaign, check_commit, save, save_text
 from benchmarks.tiles import Part, Table, Tiles
 from diveq_kernels import _selfcheck
 from diveq_kernels.benchmark import contestants, machine, measure
@@ -46,48 +49,7 @@ _WORTH = 0.01  # of the time: what is gained by less is left as it is
 Record = dict[str, Any]
 
 
-class Used(NamedTuple):
-    """What a compiled kernel takes: registers and spilled bytes per thread, bytes of shared memory per block."""
-
-    kernel: str
-    dim: int
-    registers: int
-    spilled: int
-    shared: int
-
-
 # ---- compiling -------------------------------------------------------------------------------------------------------
-
-
-def compiled(part: Part, these: Tiles, architecture: int) -> list[Used] | str:
-    """Every kernel of the part's family with these tiles, up to one that spills; or why one does not compile."""
-    about, found = tiles.family(part.family), []
-    try:
-        for operation in about.operations:
-            for dim in part.compiled_dims:
-                for one in tiles.launches(part.family, operation, dim, these, architecture):
-                    if one.kernel.__name__ in about.kernels:
-                        kernel = tiles.compile_for(one, architecture)
-                        found.append(Used(kernel.name, dim, kernel.registers, kernel.spilled, kernel.shared))
-                        if kernel.spilled:
-                            return found
-    except Exception as error:  # noqa: BLE001 - a compiler may fail in any way, and the others are still to be tried
-        return _first_line(error)
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def compile_all(part: Part, all_tiles: list[Tiles], architecture: int, jobs: int) -> list[list[Used] | str]:
-    """``compiled`` of each, in processes of their own."""
-    one = functools.partial(compiled, part, architecture=architecture)
-    if jobs == 1:
-        return list(map(one, all_tiles))
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(one, all_tiles))
 
 
 def sifted(these: Tiles, used: list[Used] | str, limit: int) -> Record:
@@ -149,8 +111,9 @@ class Bench:
 
     def _wrong(self, operation: str, dim: int, again: bool) -> str:
         if operation == "project_train":
+            shape = (992, 300, dim)  # rows, as in the cases, by the 16: the same kernels
             with tiles.algorithms(self.about.deterministic):
-                result = _selfcheck.check("project", "triton", self.device, torch.float32, (1000, 300, dim))
+                result = _selfcheck.check("project", "triton", self.device, torch.float32, shape)
             return "" if result.passed else f"fails its check: {result}"
         judge = self.judge_of(operation, dim)
         exact, fast = contestants.ours(self.device, ["triton"])
@@ -204,8 +167,8 @@ def tried(bench: Bench, record: Record) -> Record:
         try:
             torch.cuda.synchronize()
         except Exception:  # noqa: BLE001 - nothing can run in this process any more
-            raise LostDeviceError(_first_line(error)) from error
-        return record | {"status": FAILED, "reason": _first_line(error)}
+            raise LostDeviceError(first_line(error)) from error
+        return record | {"status": FAILED, "reason": first_line(error)}
     spilled = [f"{one.kernel}, D = {one.dim}: {one.spilled}, says the driver" for one in on_device if one.spilled]
     return record | ({"status": SPILLS, "reason": spilled[0]} if spilled else {})
 
@@ -273,14 +236,18 @@ def line_of(record: Record, mark: str = " ") -> str:
 class Tuning:
     """One start of this program on a GPU."""
 
-    def __init__(self, options: argparse.Namespace, configs: Path, architecture: int, limit: int) -> None:
+    def __init__(
+        self, options: argparse.Namespace, configs: Path, architecture: int, limit: int, compilers: Compilers
+    ) -> None:
         self.options, self.configs, self.architecture, self.limit = options, configs, architecture, limit
+        self.compilers = compilers
         self.campaign = Campaign(options)
         # The tables change as it goes on: that does not make the code another one.
         self.campaign.machine["commit"] = machine.commit("triton_kernels/configs")
         self.path, self.record = self.campaign.start("tuning", ABOUT)
         self.record.setdefault("parts", [])
         self.record.setdefault("lost", [])  # candidates that broke the process, not to be tried again
+        self.put_winners()
 
     @property
     def file(self) -> Path:
@@ -292,11 +259,29 @@ class Tuning:
         found: Table = json.loads(file.read_text(encoding="utf-8"))
         return found
 
+    def put_winners(self) -> None:
+        """Those of every recorded part, into a table that may have been put back to the old one since."""
+        table = self.table()
+        for found in self.record["parts"]:
+            if found["chosen"]:
+                part = Part(found["family"], found["max_dim"], ())
+                table = put(table, part, found["candidates"][found["chosen"]]["tiles"])
+        self.keep(table)
+
+    def keep(self, table: Table) -> None:
+        """Have launches read this table from now on; a copy of it lies beside the results."""
+        if table != self.table():
+            save_text(self.file, text_of(table))
+            forget_tables()
+        save_text(self.path.with_name(self.file.name), text_of(table))
+
     def measure(self, part: Part) -> Record:
         """All candidates of a part, and which is chosen."""
         everything = tiles.candidates(part, self.table())
-        used = compile_all(part, everything, self.architecture, self.options.jobs)
+        used = self.compilers.compile(part, everything, self.architecture)
         records = [sifted(*each, self.limit) for each in zip(everything, used, strict=True)]
+        to_run = [record["tiles"] for record in records if "status" not in record]
+        self.compilers.compile_around(part, to_run, self.architecture)
         bench = Bench(part, self.architecture)
         for i, record in enumerate(records):
             lost = [one for one in self.record["lost"] if one["part"] == str(part) and one["tiles"] == record["tiles"]]
@@ -342,9 +327,7 @@ class Tuning:
                 return 3
             chosen = found["candidates"][found["chosen"]]
             if found["chosen"]:
-                self.file.write_text(text_of(put(self.table(), part, chosen["tiles"])), encoding="utf-8")
-                for cached in (launch._table, launch._entry):
-                    cached.cache_clear()
+                self.keep(put(self.table(), part, chosen["tiles"]))
             self.record["parts"].append(found)
             self.record["finished"] = {p["part"] for p in self.record["parts"]} >= set(map(str, self.all_parts()))
             save(self.path, self.record)
@@ -370,7 +353,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep what this commit has measured here already")
     parser.add_argument("--seconds", type=float, default=0.1, help="timing of each candidate (default 0.1)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile (default: cores)")
-    parser.add_argument("--out", type=Path, help="folder for tuning.json instead of benchmarks/results/DEVICE")
+    parser.add_argument("--out", type=Path, help="folder instead of benchmarks/results/DEVICE")
     parser.add_argument("--dry-run", action="store_true", help="compile and print only; needs no GPU")
     parser.add_argument("--architecture", type=int, choices=tiles.SHARED_LIMIT, help="for --dry-run (default 90)")
     options = parser.parse_args(arguments)
@@ -380,6 +363,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("argument --architecture: only for --dry-run; else it is that of the GPU")
     if not options.dry_run and (torch.version.hip or not torch.cuda.is_available()):
         parser.error("needs an NVIDIA GPU, and torch.cuda finds none; --dry-run does without")
+    if options.resume and not options.dry_run:
+        check_commit(parser, machine.commit())
     options.device, options.commit = "cuda", None
     return options
 
@@ -398,12 +383,12 @@ def selected(options: argparse.Namespace, table: Table) -> list[Part]:
     return [part for part in parts if options.k in str(part)]
 
 
-def dry_run(parts: list[Part], table: Table, architecture: int, jobs: int) -> int:
+def dry_run(parts: list[Part], table: Table, architecture: int, compilers: Compilers) -> int:
     """Print what would be tried."""
     dropped = total = 0
     for part in parts:
         everything = tiles.candidates(part, table)
-        used = compile_all(part, everything, architecture, jobs)
+        used = compilers.compile(part, everything, architecture)
         records = [sifted(*each, tiles.SHARED_LIMIT[architecture]) for each in zip(everything, used, strict=True)]
         print("\n".join(["", f"{part}, sm_{architecture}", *map(line_of, records)]), flush=True)
         dropped, total = dropped + sum("status" in record for record in records), total + len(records)
@@ -418,11 +403,12 @@ def main(arguments: list[str] | None = None) -> int:
         architecture = int(launch.architecture_of(torch.device("cuda", 0)).removeprefix("sm_"))
         limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     try:
-        if options.dry_run:
-            table = launch._table(f"sm_{architecture}")
-            return dry_run(selected(options, table), table, architecture, options.jobs)
-        tuning = Tuning(options, launch._CONFIGS, architecture, limit)
-        return tuning.run(selected(options, tuning.table()))
+        with Compilers(options.jobs) as compilers:
+            if options.dry_run:
+                table = launch._table(f"sm_{architecture}")
+                return dry_run(selected(options, table), table, architecture, compilers)
+            tuning = Tuning(options, launch._CONFIGS, architecture, limit, compilers)
+            return tuning.run(selected(options, tuning.table()))
     except ValueError as error:
         print(f"python -m benchmarks.tune: {error}", file=sys.stderr)
         return 2

@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="needs Triton")
+pytest.importorskip("triton", reason="needs Triton")
 
 import triton_aot  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import MockTensor  # noqa: E402
 
 from benchmarks import run, tiles, tune  # noqa: E402
 from diveq_kernels import backends, reference  # noqa: E402
@@ -80,19 +78,6 @@ def test_what_is_dropped_before_it_runs() -> None:
 # ---- a run, with invented outcomes -----------------------------------------------------------------------------------
 
 
-class Driver:
-    """Of a GPU that is not there, as far as compiling needs it."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 class Fakes:
     """Stands for the compiler and the GPU; keeps what was compiled and what was timed."""
 
@@ -100,6 +85,7 @@ class Fakes:
         self.outcomes: dict[str, Outcome] = {}
         self.spilling: set[str] = set()
         self.began: list[str] = []
+        self.around: list[str] = []
         self.timed: list[str] = []
         self.configs = folder / "configs"
         self.configs.mkdir()
@@ -108,7 +94,6 @@ class Fakes:
         self.folder = folder
         monkeypatch.setattr(machine, "describe", lambda device: {"device": "a GPU", "commit": "?"})
         monkeypatch.setattr(machine, "commit", lambda *aside: "abc")
-        monkeypatch.setattr(tune, "compile_all", self.compile_all)
         monkeypatch.setattr(tune, "Bench", lambda part, architecture: self)
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
         monkeypatch.setattr(launch, "_CONFIGS", self.configs)
@@ -116,9 +101,12 @@ class Fakes:
         self.about = tiles.family("search_bf16")
         self.part, self.lost = PART, False
 
-    def compile_all(self, part: tiles.Part, everything: list[tiles.Tiles], *_: Any) -> list[Any]:
+    def compile(self, part: tiles.Part, everything: list[tiles.Tiles], architecture: int) -> list[Any]:
         self.began.append(str(part))
         return [[tune.Used("k", 64, 99, 8 * (str(t) in self.spilling), 1000)] for t in everything]
+
+    def compile_around(self, part: tiles.Part, everything: list[tiles.Tiles], architecture: int) -> None:
+        self.around += map(str, everything)
 
     def outcome(self, these: tiles.Tiles) -> Outcome:
         return self.outcomes.get(str(these), ("right", 2.0))
@@ -148,7 +136,10 @@ class Fakes:
             commit=None,
             device="cuda", out=self.folder, minutes=minutes, resume=resume, seconds=0.1, jobs=1
         )
-        return tune.Tuning(options, self.configs, 90, LIMIT).run(parts)
+        return tune.Tuning(options, self.configs, 90, LIMIT, self).run(parts)
+
+    def table(self) -> tiles.Table:
+        return json.loads((self.configs / "sm_90.json").read_text(encoding="utf-8"))
 
     def results(self) -> dict[str, Any]:
         return json.loads((self.folder / "tuning.json").read_text(encoding="utf-8"))
@@ -180,6 +171,8 @@ def test_the_fastest_right_one_is_what_launches_read(fakes: Fakes, capsys: pytes
     assert fakes.run([PART]) == 0
     assert present() == fourth
     assert not {str(second), str(third), str(fifth)} & set(fakes.timed)
+    assert fakes.around == [str(these) for these in neighbours() if these != third]
+    assert json.loads((fakes.folder / "sm_90.json").read_text(encoding="utf-8")) == fakes.table()
     after = (fakes.configs / "sm_90.json").read_text(encoding="utf-8")
     changed = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if pair[0] != pair[1]]
     assert len(changed) == 1 and '"max_dim": 64' in changed[0][1]
@@ -219,6 +212,16 @@ def test_what_is_right_only_at_times_does_not_win(fakes: Fakes) -> None:
     )
 
 
+def test_nothing_is_resumed_where_the_commit_is_unknown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "commit", lambda *aside: "unknown")
+    with pytest.raises(SystemExit) as raised:
+        tune.main(["--resume"])
+    assert raised.value.code == 2 and "set DIVEQ_COMMIT to the commit's hash" in capsys.readouterr().err
+
+
 def test_resume_measures_only_what_is_left(fakes: Fakes) -> None:
     other = tiles.Part("search_bf16", 128, (128,))
     assert fakes.run([PART]) == 0
@@ -229,16 +232,30 @@ def test_resume_measures_only_what_is_left(fakes: Fakes) -> None:
     assert fakes.began[2:] == [str(PART)]
 
 
+def test_resume_puts_recorded_winners_into_a_table_that_was_put_back(fakes: Fakes) -> None:
+    """Where each command gets the tracked files anew, the table is the old one again."""
+    winner = neighbours()[3]
+    fakes.outcomes = {str(winner): ("right", 1.0)}
+    before = (fakes.configs / "sm_90.json").read_text(encoding="utf-8")
+    assert fakes.run([PART]) == 0 and present() == winner
+    (fakes.configs / "sm_90.json").write_text(before, encoding="utf-8")
+    launch._table.cache_clear()
+    launch._entry.cache_clear()
+    assert fakes.run([PART], resume=True) == 0 and present() == winner
+    assert fakes.began == [str(PART)]
+    assert json.loads((fakes.folder / "sm_90.json").read_text(encoding="utf-8")) == fakes.table()
+
+
 def test_no_entry_is_begun_when_time_is_up(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
-    compile_all = fakes.compile_all
+    compile_ = fakes.compile
 
     def slow(*arguments: Any) -> list[Any]:
         now[0] += 100
-        return compile_all(*arguments)
+        return compile_(*arguments)
 
-    monkeypatch.setattr(tune, "compile_all", slow)
+    monkeypatch.setattr(fakes, "compile", slow)
     parts = [tiles.Part("search_bf16", top, (top,)) for top in (16, 32, 64)]
     assert fakes.run(parts, minutes=3) == 3  # 100 s, 200 s
     assert fakes.began == [str(part) for part in parts[:2]]
@@ -380,25 +397,6 @@ def test_tiles_are_forced_for_their_family_alone() -> None:
         assert launch.configuration("search_bf16", 64, device) == {"BLOCK_N": 7}
         assert launch.configuration("step", 64, device) == before
     assert launch.configuration("search_bf16", 64, device) != {"BLOCK_N": 7}
-
-
-@pytest.mark.parametrize(
-    ("name", "operation"),
-    [("step", "train"), ("settle", "search"), ("search_fp16", "search"), ("product_bf16", "product")],
-)
-def test_a_gpu_finds_in_the_cache_what_is_compiled_ahead(name: str, operation: str) -> None:
-    """Compiling in many processes would else be for nothing: the launches of a session would compile it all again."""
-    mocked = lambda x: MockTensor(x.dtype, list(x.shape)) if isinstance(x, torch.Tensor) else x  # noqa: E731
-    table = json.loads((CONFIGS / "sm_90.json").read_text(encoding="utf-8"))
-    these = tiles.candidates(tiles.parts_of(name, table[name])[0], table)[0]
-    kernel = tiles.family(name).kernels[0]
-    recorded = tiles.launches(name, operation, 16, these, 90)
-    found = next(one for one in recorded if one.kernel.__name__ == kernel)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.runtime.driver, "_active", Driver())
-        arguments, options = map(mocked, found.arguments), {key: mocked(x) for key, x in found.options.items()}
-        just_in_time = found.kernel.warmup(*arguments, grid=found.grid, **options)
-    assert just_in_time.hash == triton_aot.build_for(found, triton_aot.nvidia(90)).hash
 
 
 def test_dry_run_compiles_and_drops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

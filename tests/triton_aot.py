@@ -120,6 +120,12 @@ def _source(launch: Launch, floats: str = "fp32") -> tuple[ASTSource, dict[str, 
     return ASTSource(launch.kernel, signature, constants, attributes), options
 
 
+def key_of(launch: Launch) -> tuple[str, str]:
+    """The same for launches of the same machine code."""
+    source, options = _source(launch)
+    return source.hash(), str(options)
+
+
 def nvidia(architecture: int) -> GPUTarget:
     return GPUTarget("cuda", architecture, 32)
 
