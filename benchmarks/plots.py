@@ -22,6 +22,7 @@ from diveq_kernels.benchmark.running import MEASURED, NO_MEMORY
 
 # Okabe and Ito's palette, told apart by colour-blind readers; a contestant keeps its colour and mark in every figure.
 _LOOKS = {
+    "diveq-kernels cuda": ("#882255", "h"),  # of Tol's palette
     "diveq-kernels": ("#0072B2", "o"),
     "diveq, compiled": ("#CC79A7", "D"),
     "diveq": ("#D55E00", "s"),
@@ -150,8 +151,8 @@ def memory(record: Record, dtype: str) -> Figure:
                     axis.plot(case["case"]["codewords"], result["materialises"] / 1e6, "X", markersize=9,
                               color=_look(name)["color"], label=f"{name}: did not fit")  # fmt: skip
         k = [case["case"]["codewords"] for case in cases]
-        n = cases[0]["case"]["rows"]
-        axis.plot(k, [4 * n * value / 1e6 for value in k], ":", color="black", linewidth=1.2, label="N×K in fp32")
+        matrix = [4e-6 * case["case"]["rows"] * case["case"]["codewords"] for case in cases]
+        axis.plot(k, matrix, ":", color="black", linewidth=1.2, label="N×K in fp32")
         axis.set(xscale="log", yscale="log", xlabel="K", title=f"{title}, {_fixed(record, 'codewords')}, {dtype}")
     axes[0].set_ylabel("peak memory beyond the outputs, MB")
     _legend(figure, axes)
@@ -208,7 +209,8 @@ def quality(record: Record) -> Figure:
         axes[0][column].set(title=f"{method}: training loss", yscale="log")
         axes[1][column].set(title="relative difference from the reference (1e-9: none)", yscale="log", xlabel="step")
         axes[0][column].legend()
-        axes[1][column].legend()
+        if len(curves) > 1:  # runs are saved one by one
+            axes[1][column].legend()
     _note(figure, record | {"method": "same seed and data"})
     return figure
 

@@ -8,7 +8,9 @@ python -m benchmarks.report --show FOLDER [--part shapes]    only print a folder
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import tables
@@ -18,20 +20,54 @@ def show(folder: Path, parts: list[str]) -> None:
     """A folder's tables on standard output."""
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if "cases" in record and (not parts or path.stem in parts):
+        if record.get("cases") and (not parts or path.stem in parts):
             print(f"\n## {path.stem}: {record['about']}\n\n{tables.speed(record)}\n\n{tables.faster_peers(record)}")
 
 
-def document(choices: list[str]) -> None:
-    """Remember which folder's results the documents show."""
-    chosen = tables.documented()
+def chosen(choices: list[str]) -> dict[str, str | None]:
+    """Which folder's results the documents are to show, of each kind of device."""
+    found = tables.documented()
     for choice in choices:
         kind, equals, folder = choice.partition("=")
-        if kind not in chosen or not equals or not (tables.RESULTS / folder).is_dir():
+        if kind not in found or not equals or not (tables.RESULTS / folder).is_dir():
             known = ", ".join(path.name for path in tables.RESULTS.iterdir() if path.is_dir())
             raise SystemExit(f"--document takes cpu=FOLDER or cuda=FOLDER, with a folder of {known}; got {choice!r}")
-        chosen[kind] = folder or None
-    (tables.RESULTS / "documented.json").write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
+        if folder and (lost := tables.lost(kind, folder)):
+            raise SystemExit(
+                f"--document {choice} would lose what the documents show of {found[kind]} and {folder} does not have:"
+                f" {', '.join(lost)}. Measure it, or name {found[kind]} instead of {kind} in its block: that keeps the"
+                " table, with the device and the commit that it is of"
+            )
+        found[kind] = folder or None
+    return found
+
+
+@contextlib.contextmanager
+def switched(to: dict[str, str | None]) -> Iterator[None]:
+    """Remember whose results the documents show; all is as before where what follows fails."""
+    switch = tables.RESULTS / "documented.json"
+    before = {path: path.read_bytes() for path in (switch, *tables.DOCUMENTS, *tables.FIGURES.glob("*.png"))}
+    switch.write_text(json.dumps(to, indent=1) + "\n", encoding="utf-8")
+    try:
+        yield
+    except BaseException:
+        for figure in set(tables.FIGURES.glob("*.png")) - before.keys():
+            figure.unlink()
+        for path, content in before.items():
+            path.write_bytes(content)
+        raise
+
+
+def draw() -> None:
+    """All figures; of a device that is no longer shown, none stays."""
+    from benchmarks import plots  # the only part that needs matplotlib
+
+    for kind in tables.documented():
+        drawn = plots.draw(kind)
+        for figure in set(tables.FIGURES.glob(f"{kind}-*.png")) - set(drawn):
+            figure.unlink()
+        for path in drawn:
+            print(path.relative_to(tables.ROOT))
 
 
 def main() -> None:
@@ -44,13 +80,10 @@ def main() -> None:
         inside = tables.RESULTS / options.show
         show(inside if inside.is_dir() else Path(options.show), options.part)
         return
-    document(options.document)
-    from benchmarks import plots  # the only part that needs matplotlib
-
-    for kind in tables.documented():
-        for path in plots.draw(kind):
-            print(path.relative_to(tables.ROOT))
-    tables.write()
+    with switched(chosen(options.document)) if options.document else contextlib.nullcontext():
+        tables.write()
+        draw()
+        tables.write()  # once more, with links to the figures that are there now
 
 
 if __name__ == "__main__":

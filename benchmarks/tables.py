@@ -354,6 +354,7 @@ _FIGURES = {
     "dims": "Time against D",
     "memory": "Memory against K",
 }
+_DRAWN = ("shapes", "rows", "codewords", "dims")  # the parts that they are drawn from
 
 
 def figures(kind: str) -> str:
@@ -389,6 +390,16 @@ def with_tables(text: str) -> str:
 def without_tables(text: str) -> str:
     """A document with every block left out: what people wrote."""
     return _BLOCK.sub("", text)
+
+
+def lost(kind: str, folder: str) -> list[str]:
+    """The parts that documents show of a kind of device and that another folder does not have."""
+    shown = set()
+    for match in (m for path in DOCUMENTS for m in _BLOCK.finditer(path.read_text(encoding="utf-8"))):
+        source, _, part = match[1].partition("/")
+        if source == kind:
+            shown |= set(_DRAWN) if match[2] == "figures" else {part}
+    return [x for x in sorted(shown) if load(f"{kind}/{x}") and not (RESULTS / folder / f"{x}.json").is_file()]
 
 
 def write() -> None:
