@@ -10,6 +10,11 @@ unexport PYTHONPATH PYTHONHOME
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.diveq-kernels-installed
 
+# A machine with a GPU may have no network, torch in the system's Python, and the peers in a folder of PYTHONPATH: what
+# runs there installs nothing, and the package is the one in this folder.
+GPU_PY = $(if $(wildcard $(STAMP)),$(PY),$(PYTHON))
+gpu tune bench-gpu sanitize-gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
 CHECK_PYTHON = 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 
 .PHONY: help setup demo test gpu tune bench bench-gpu lint sanitize sanitize-cuda sanitize-gpu clean
@@ -18,7 +23,8 @@ help:
 	@echo "make demo          train the example VQ-VAEs on photographs (a few minutes on two cores);"
 	@echo "                   speech coding and image generation: see examples/README.md"
 	@echo "make test          ruff, mypy and the tests"
-	@echo "make gpu           what only a GPU can show, on the one that is here (under ten minutes)"
+	@echo "make gpu           all tests that need a GPU, on the one that is here: under ten minutes, or in two runs,"
+	@echo "                   GPU_OPTIONS=\"--part 1\" for what only a GPU can show, then 2; what it printed is in runs/gpu"
 	@echo "make bench         times and memory beside the peers on this CPU (a few minutes; PARTS=\"rows dims\" for others)"
 	@echo "make bench-gpu     the same on a GPU: at most ten minutes, nothing installed; run again to go on"
 	@echo "make tune          tiles of the Triton kernels by time, on the GPU that is here: nine minutes, run again to go on"
@@ -26,7 +32,9 @@ help:
 	@echo "make sanitize      tests of the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make sanitize-cuda the same of the CUDA kernels, emulated on the CPU"
 	@echo "make sanitize-gpu  tests of the GPU kernels under compute-sanitizer, on a GPU"
-	@echo "make setup         only create the virtual environment, which the commands above do when needed"
+	@echo "make setup         only create the virtual environment, which the commands above do when needed, but for those"
+	@echo "                   on a GPU (gpu, bench-gpu, tune, sanitize-gpu): these install nothing, use it where it is there"
+	@echo "                   and PYTHON where it is not, and see the caller's PYTHONPATH"
 	@echo "make clean         remove the virtual environment, builds and caches"
 	@echo
 	@echo "variables:   PYTHON=$(PYTHON) (3.10 or later)  VENV=$(VENV)  JOBS=$(JOBS) (test processes)"
@@ -52,21 +60,21 @@ lint: $(STAMP)
 test: lint
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup
 
-gpu: $(STAMP)
-	$(PY) tests/gpu.py
+gpu:
+	$(GPU_PY) tests/gpu.py $(GPU_OPTIONS)
 
 PARTS ?= check shapes operations compiled
 
 bench: $(STAMP)
 	$(PY) -m benchmarks.run --device cpu --part $(PARTS)
 
-# With the Python that has the GPU's torch, in which nothing is installed. Exit status 3: time was up, run it again.
+# Exit status 3: time was up, run it again.
 bench-gpu:
-	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.run --device cuda --resume --minutes 9
+	$(GPU_PY) -m benchmarks.run --device cuda --resume --minutes 9
 
-# With the same Python as bench-gpu, and before it: times are those of the tiles that it finds. Exit status 3 as there.
+# Before bench-gpu: times are those of the tiles that it finds. Exit status 3 as there.
 tune:
-	$(or $(wildcard $(PY)),$(PYTHON)) -m benchmarks.tune --resume --minutes 9
+	$(GPU_PY) -m benchmarks.tune --resume --minutes 9
 
 sanitize: $(STAMP)
 	$(PY) tests/sanitized.py cpu tests/test_native_cpu.py tests/test_native_cpu_screen.py -q -k "not working_memory"
@@ -79,11 +87,10 @@ sanitize-cuda: $(STAMP)
 sanitize-gpu:
 	@command -v compute-sanitizer > /dev/null || \
 		{ echo "sanitize-gpu: compute-sanitizer is not on PATH (it comes with the CUDA toolkit)" >&2; exit 1; }
-	@$(MAKE) --no-print-directory setup
-	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "sanitize-gpu: torch finds no GPU")'
+	@$(GPU_PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "sanitize-gpu: torch finds no GPU")'
 	for tool in memcheck racecheck synccheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
-			$(PY) -m pytest -q -p no:xdist tests/test_quantize.py tests/test_project.py tests/test_gradients.py \
+			$(GPU_PY) -m pytest -q -p no:xdist tests/test_quantize.py tests/test_project.py tests/test_gradients.py \
 			-k "(cuda-cuda or triton-cuda) and float32 and not 4096" || exit 1; \
 	done
 
