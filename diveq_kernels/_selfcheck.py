@@ -214,22 +214,27 @@ def results(only: str | None = None) -> Iterator[Result]:
 
 
 def report(only: str | None = None) -> bool:
-    """Print the table line by line, of one backend or all; whether everything passed."""
+    """Print the table line by line, of one backend or all; whether everything passed.
+
+    Each line is flushed, so that a check that is killed has shown what it found.
+    """
     print("errors are ‖x − ref‖/‖ref‖ against float64; wrong: rows whose index is not a nearest one\n")
     print(f"{'backend':<10} {'device':<6} {'operation':<20} {'dtype':<9} wrong    output     ∂L/∂z     ∂L/∂C")
+    sys.stdout.flush()
     failed, told = 0, {}
     for result in results(only):
         failed += not result.passed
         line = f"{result.backend:<10} {result.device:<6} {result.op:<20} {str(result.dtype)[6:]:<9}"
         if result.raised:
             told[result.raised.rstrip().rpartition("\n")[2]] = result.raised  # one kernel's error is that of many
-            print(f"{line} {'raised an error':<36} FAIL")
+            print(f"{line} {'raised an error':<36} FAIL", flush=True)
             continue
         print(
             f"{line} {result.wrong_indices:>5} {result.error_output:>9.1e} {result.error_grad_z:>9.1e}"
-            f" {result.error_grad_codebook:>9.1e}  {'pass' if result.passed else 'FAIL'}"
+            f" {result.error_grad_codebook:>9.1e}  {'pass' if result.passed else 'FAIL'}",
+            flush=True,
         )
-    print(f"\n{'all passed' if not failed else f'{failed} failed'}")
+    print(f"\n{'all passed' if not failed else f'{failed} failed'}", flush=True)
     for raised in told.values():
         print(f"\n{raised}", file=sys.stderr, end="")
     return not failed

@@ -132,3 +132,20 @@ def test_check_goes_on_after_an_operation_that_raises(
     assert [line.endswith(" FAIL") for line in lines] == [" product_" in line for line in lines]
     assert printed.out.endswith("\n6 failed\n")
     assert printed.err.count("RuntimeError: no such tile") == 1
+
+
+def test_check_that_is_killed_has_shown_what_it_found() -> None:
+    killed = (
+        "import os, torch\n"
+        "from diveq_kernels import _selfcheck\n"
+        "def results(only):\n"
+        "    yield _selfcheck.Result('triton', 'cuda', 'nearest', torch.float32, 0, 0.0, 0.0, 0.0)\n"
+        "    yield _selfcheck.Result('triton', 'cuda', 'project', torch.float32, 0, 0.0, 0.0, 0.0, 'no such tile')\n"
+        "    os._exit(9)\n"
+        "_selfcheck.results = results\n"
+        "_selfcheck.report()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", killed], env=environment, capture_output=True, text=True, check=False)
+    *_, first, second = done.stdout.splitlines()
+    assert done.returncode == 9 and "nearest" in first and "project" in second
