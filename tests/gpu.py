@@ -1,38 +1,55 @@
 """Runs everything that needs a GPU, for each of its backends, on the one that is there: ``make gpu``.
 
+    python tests/gpu.py [--part 1|2] [--seconds 540] [--out FOLDER]
+
+Part 1 is what only a GPU can show; part 2 what Triton's interpreter and the emulated kernels have covered on a CPU, and
+``python -m diveq_kernels check``. Without --part both run, in this order, so that a cut loses the least. What the
+commands print, the reports, and the names of the tests that were selected, failed and finished go into the folder as
+they come and stay there. When the time is up pytest is interrupted, so that it still tells what failed.
+
 Exit status: 0 if all of it ran and passed, with one GPU all but what needs two; 1 if something failed or a backend is
-missing; 2 without a GPU that it can use; 3 if what ran passed, but a test was skipped or the ten minutes were over
-before the end. Needs no network.
+missing; 2 without a GPU that it can use; 3 if what ran passed, but a test was skipped, a part not asked for, or the
+time over before the end. Needs no network.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import pytest
 import torch
 
 from diveq_kernels import backends
 
 TESTS = Path(__file__).resolve().parent
-LIMIT = 600.0  # seconds, for everything
-# Every contract once per backend; the sizes of CPU tests suffice, as test_gpu.py has the large ones.
-FILES = ("test_nearest.py", "test_ties.py", "test_quantize.py", "test_gradients.py", "test_nonfinite.py")
-FILES += ("test_mask.py", "test_project.py", "test_project_gradients.py", "test_deterministic.py")
-FILES += ("test_autocast.py", "test_end_of_range.py", "test_noise.py", "test_memory.py")
-FILES += ("test_gpu_layers.py", "test_layers_initialisation.py")
-OF_ONE = {"triton": ("test_triton_replace.py",), "cuda": ("test_native_cuda.py",)}  # of a backend's own kernels
+LIMIT = 540.0  # seconds, for everything: whoever allows ten minutes also counts imports and the end
+ENDING = 20.0  # seconds for a command to end after it was interrupted; xdist gives its processes ten
+SHOWN = 100  # lines at the end of what a command has printed
+RECORD = "DIVEQ_GPU_RECORD"  # where pytest leaves the names of tests: a path without its suffix
+# Every contract once per backend; the sizes of CPU tests suffice, as test_gpu.py has the large ones. By part:
+FILES = {
+    1: ("test_gpu.py", "test_gpu_layers.py", "test_memory.py", "test_deterministic.py", "test_autocast.py")
+    + ("test_layers_initialisation.py",),
+    2: ("test_nearest.py", "test_ties.py", "test_quantize.py", "test_gradients.py", "test_nonfinite.py")
+    + ("test_mask.py", "test_project.py", "test_project_gradients.py", "test_end_of_range.py", "test_noise.py"),
+}
+# Of a backend's own kernels, by part.
+OF_ONE = {"triton": {1: (), 2: ("test_triton_replace.py",)}, "cuda": {1: ("test_native_cuda.py",), 2: ()}}
+# Each compiles dozens of Triton kernels for what the interpreter shows as well: the first to lose.
+LAST = {"test_layouts", "test_sizes_about_a_tile", "test_rows_exactly_at_an_end"}
 # Other files with tests for a GPU, and why they are not worth its time.
 EXCLUDED = {"test_opcheck.py": "it checks what is registered once for all devices"}
 
@@ -47,13 +64,13 @@ class Plan(NamedTuple):
 def plan() -> Plan:
     """By the cores, as most of the time goes into compiling Triton's kernels, and by the GPU's memory.
 
-    A process takes about 1 GiB of it, and a test of the group "large" 22 GiB more.
+    A process takes about 1 GiB of it, that of ``check`` too, and a test of the group "large" 22 GiB more.
     """
     memory = torch.cuda.mem_get_info()[1] >> 30
     cores = (os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 1
     most = max(1, min(cores, 14, memory - 23))
     processes = {"triton": most, "cuda": max(1, most // 4)}
-    if memory >= 2 * 22 + sum(processes.values()):
+    if memory >= 2 * (22 + 1) + sum(processes.values()):
         return Plan(processes, at_once=True)
     return Plan(dict.fromkeys(processes, most), at_once=False)
 
@@ -63,25 +80,87 @@ def left_out() -> dict[str, str]:
     return {} if torch.cuda.device_count() > 1 else {"test_the_second_device": "needs two GPUs"}
 
 
-def commands(name: str, processes: int) -> list[list[str]]:
-    """What to run for a backend, the most telling first."""
+def files_of(name: str, part: int | None) -> tuple[str, ...]:
+    """With tests for a backend, of one part or of both."""
+    parts = [part] if part else list(FILES)
+    return tuple(file for each in parts for file in (*FILES[each], *OF_ONE[name][each]))
+
+
+COVERED = {file for name in OF_ONE for file in files_of(name, 2)}  # on a CPU
+
+
+def commands(name: str, processes: int, part: int | None = None) -> dict[str, list[str]]:
+    """What to run for a backend, all of it at once: ``check`` compiles on one core, and no test has to wait for it."""
     workers = ["-n", str(processes), "--dist", "loadgroup"] if processes > 1 else ["-p", "no:xdist"]
     # All files in one command, so that no process waits for the last tests of one of them.
     # "gpu" is the mark, and the name of files that are selected whole.
     wanted = " and not ".join((f"(gpu or {name}-cuda)", *left_out()))
-    tests = ["-q", "-rs", "-p", "gpu", *workers, "test_gpu.py", *FILES, *OF_ONE[name], "-k", wanted]
-    return [
-        [sys.executable, "-m", "diveq_kernels", "check", "--backend", name],
-        [sys.executable, "-m", "pytest", *tests],
-    ]
+    found = {
+        f"tests-{part}" if part else "tests": [sys.executable, "-m", "pytest", "-v", "-p", "gpu", *workers]
+        + [*files_of(name, part), "-k", wanted]
+    }
+    if part != 1:
+        found["check"] = [sys.executable, "-m", "diveq_kernels", "check", "--backend", name]
+    return found
 
 
-def pytest_collection_modifyitems(items: list) -> None:
-    """Mixes the tests, for pytest, to which this file is a plugin.
+# ---- a plugin to pytest ------------------------------------------------------------------------------------------
+
+
+def turn(nodeid: str) -> tuple[int, int]:
+    """What a test's place follows from: what only a GPU can show goes first, and among equals they are mixed.
 
     Neighbours have the same kernels, which several processes would compile at once, each for itself.
     """
-    items.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+    path, _, test = nodeid.partition("::")
+    rank = 2 if test.partition("[")[0] in LAST else 1 if path.rpartition("/")[2] in COVERED else 0
+    return rank, zlib.crc32(nodeid.encode())
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The same order in every process."""
+    items.sort(key=lambda item: turn(item.nodeid))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One of several processes records for all."""
+    if RECORD in os.environ and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Record(os.environ[RECORD]))
+
+
+class Record:
+    """The names of tests, written as things happen: pytest's report does not exist before its end."""
+
+    def __init__(self, stem: str) -> None:
+        self.stem = stem
+
+    def _add(self, what: str, *nodeids: str) -> None:
+        with open(f"{self.stem}.{what}", "a", encoding="utf-8") as file:
+            file.writelines(f"{nodeid}\n" for nodeid in nodeids)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._add("selected", *(item.nodeid for item in session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node, ids: list[str]) -> None:
+        if node.gateway.id == "gw0":  # all have collected the same
+            self._add("selected", *ids)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._add("failed", report.nodeid)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self._add("finished", nodeid)
+
+
+def recorded(stem: Path, what: str) -> list[str]:
+    """The names that were written."""
+    path = Path(f"{stem}.{what}")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
 
 
 def why_no_gpu() -> str | None:
@@ -97,43 +176,48 @@ class Runner:
     """Runs commands for so many seconds, from several threads if they like."""
 
     def __init__(self, seconds: float) -> None:
+        self.over = f"the {seconds:.0f} s are over"
         self._end = time.monotonic() + seconds
-        self._running: list[subprocess.Popen] = []
 
     @property
     def left(self) -> float:
         """Seconds."""
         return max(0.0, self._end - time.monotonic())
 
-    def run(self, command: list[str], backend: str, output: Path) -> int | None:
+    def run(self, command: list[str], backend: str, stem: Path) -> int | None:
         """A command's exit status; None if it was stopped, with all that it had started, when the time was over."""
-        # Inductor's own processes, in every process of tests.
-        environment = {"TORCHINDUCTOR_COMPILE_THREADS": "2", **os.environ, "DIVEQ_BACKEND": backend}
-        with output.open("wb") as file:
+        environment = {
+            "TORCHINDUCTOR_COMPILE_THREADS": "2",  # Inductor's own processes, in every process of tests
+            **os.environ,
+            "DIVEQ_BACKEND": backend,
+            RECORD: str(stem),
+        }
+        with Path(f"{stem}.txt").open("wb") as file:
             process = subprocess.Popen(
                 command, cwd=TESTS, env=environment, start_new_session=True, stdout=file, stderr=subprocess.STDOUT
             )
-        self._running.append(process)
         try:
-            return process.wait(timeout=self.left)
-        except subprocess.TimeoutExpired:
+            while self.left:  # which may become less while it waits
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(timeout=min(self.left, 0.5))
             return None
         finally:
-            self._kill(process)
-            self._running.remove(process)
+            self._stop(process)
 
     def stop(self) -> None:
         """Let the time be over."""
         self._end = time.monotonic()
-        for process in list(self._running):
-            self._kill(process)
 
     @staticmethod
-    def _kill(process: subprocess.Popen) -> None:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    def _stop(process: subprocess.Popen) -> None:
+        if process.poll() is not None:
+            return
+        process.send_signal(signal.SIGINT)  # pytest then prints its failures and writes its report
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=ENDING)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def not_run(report: Path, command: list[str]) -> list[str]:
@@ -150,48 +234,93 @@ def not_run(report: Path, command: list[str]) -> list[str]:
     return lines + [f"{file.name}: none of its tests ran" for file in files if file.stem not in modules]
 
 
-def outcome_of(name: str, processes: int, runner: Runner) -> tuple[list[str], list[str]]:
-    """(what failed, what did not run) after everything was run for a backend."""
-    failed, missed = [], []
-    reason = backends.why_unavailable(name, "cuda")
-    if reason is not None:
-        return [f"{name} cannot run: {reason}"], []
-    for command in commands(name, processes):
-        shown = f"{name}: {' '.join(command[2:])}"
-        if not runner.left:
-            missed.append(f"{shown}: not begun, the {LIMIT:.0f} s are over")
-            continue
-        print(f"\n== begins: {shown}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            report, output = Path(folder) / "report.xml", Path(folder) / "output.txt"
-            reported = "pytest" in command
-            status = runner.run([*command, f"--junitxml={report}"] if reported else command, name, output)
-            print(f"\n== {shown}\n{output.read_text(encoding='utf-8', errors='replace')}", flush=True)
-            if status is None:
-                missed.append(f"{shown}: stopped, the {LIMIT:.0f} s are over")
-            elif status:
-                failed.append(f"{shown}: exit status {status}")
-            elif reported and not report.is_file():
-                failed.append(f"{shown}: no report, it ended before pytest did")
-            elif reported:
-                missed += [f"{name}: {each}" for each in not_run(report, command)]
-    return failed, missed
+def not_finished(stem: Path) -> str:
+    """Of a run that was cut off."""
+    selected, finished = recorded(stem, "selected"), set(recorded(stem, "finished"))
+    if not selected:
+        return "stopped before the tests were collected, none ran"
+    left = [nodeid for nodeid in selected if nodeid not in finished]
+    path = Path(f"{stem}.left")
+    path.write_text("".join(f"{nodeid}\n" for nodeid in left), encoding="utf-8")
+    return f"{len(left)} of {len(selected)} tests did not finish, {path} has their names"
 
 
-def outcome() -> tuple[list[str], list[str]]:
-    """(what failed, what did not run) after everything was run for all backends."""
-    processes, at_once = plan()
-    runner = Runner(LIMIT)
-    with ThreadPoolExecutor(len(processes) if at_once else 1) as threads:
-        try:
-            found = list(threads.map(lambda name: outcome_of(name, processes[name], runner), processes))
-        finally:  # on Ctrl-C, else there is nothing to stop
-            runner.stop()
+def end_of(output: Path) -> str:
+    """The last lines of a file, and where the others are."""
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+    before = [f"... {len(lines) - SHOWN} lines more in {output}"] if len(lines) > SHOWN else []
+    return "\n".join(before + lines[-SHOWN:])
+
+
+def joined(found: Iterable[tuple[list[str], list[str]]]) -> tuple[list[str], list[str]]:
+    """Several outcomes as one."""
+    found = list(found)
     return [line for failed, _ in found for line in failed], [line for _, missed in found for line in missed]
 
 
-def main() -> int:
+def outcome_of(name: str, command: list[str], stem: Path, runner: Runner) -> tuple[list[str], list[str]]:
+    """(what failed, what did not run) of one command."""
+    shown = f"{name}: {' '.join(command[2:])}"
+    for earlier in stem.parent.glob(f"{stem.name}.*"):
+        earlier.unlink()
+    if not runner.left:
+        return [], [f"{shown}: not begun, {runner.over}"]
+    report, output = Path(f"{stem}.xml"), Path(f"{stem}.txt")
+    print(f"\n== begins, into {output}: {shown}", flush=True)
+    reported = "pytest" in command
+    status = runner.run([*command, f"--junitxml={report}"] if reported else command, name, stem)
+    print(f"\n== {shown}\n{end_of(output)}", flush=True)
+    failed, missed = [f"{name}: {each}" for each in recorded(stem, "failed")], []
+    if status is None:
+        missed.append(f"{shown}: stopped, {runner.over}")
+        if reported:
+            missed.append(f"{name}: {not_finished(stem)}")
+    elif status:
+        failed.append(f"{shown}: exit status {status}")
+    elif reported and not report.is_file():
+        failed.append(f"{shown}: no report, it ended before pytest did")
+    if report.is_file():
+        missed += [f"{name}: {each}" for each in not_run(report, command)]
+    return failed, missed
+
+
+def outcome_for(name: str, processes: int, options: argparse.Namespace, runner: Runner) -> tuple[list[str], list[str]]:
+    """(what failed, what did not run) after everything was run for a backend."""
+    reason = backends.why_unavailable(name, "cuda")
+    if reason is not None:
+        return [f"{name} cannot run: {reason}"], []
+    each = commands(name, processes, options.part)
+    with ThreadPoolExecutor(len(each) or 1) as threads:
+        stems = [options.out / f"{name}-{key}" for key in each]
+        return joined(threads.map(lambda command, stem: outcome_of(name, command, stem, runner), each.values(), stems))
+
+
+def outcome(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """(what failed, what did not run) after everything was run for all backends."""
+    processes, at_once = plan()
+    runner = Runner(options.seconds)
+    with ThreadPoolExecutor(len(processes) if at_once else 1) as threads:
+        try:
+            return joined(threads.map(lambda name: outcome_for(name, processes[name], options, runner), processes))
+        finally:  # on Ctrl-C, else there is nothing to stop
+            runner.stop()
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", type=int, choices=list(FILES), help="one of the two; default: both")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help=f"for everything (default {LIMIT:.0f})")
+    parser.add_argument("--out", type=Path, default=TESTS.parent / "runs" / "gpu", help="folder (default runs/gpu)")
+    options = parser.parse_args(arguments)
+    options.out = options.out.resolve()
+    return options
+
+
+def main(arguments: Sequence[str] = ()) -> int:
     """Run everything and say how it went; the exit status."""
+    options = parse(arguments)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; commands would inherit that
+        signal.signal(signal.SIGINT, lambda *_: None)
     reason = why_no_gpu()
     if reason is not None:
         print(
@@ -205,7 +334,10 @@ def main() -> int:
     absent = [f"{test}, which {why}" for test, why in left_out().items()]
     for each in absent:
         print(f"not selected: {each}", flush=True)
-    failed, missed = outcome()
+    options.out.mkdir(parents=True, exist_ok=True)
+    failed, missed = outcome(options)
+    if options.part:
+        missed.append(f"part {3 - options.part}: not asked for")
     for title, lines in (("FAILED", failed), ("DID NOT RUN", missed)):
         if lines:
             print("\n" + "\n".join([f"{title}:", *lines]))
@@ -215,4 +347,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
