@@ -6,6 +6,7 @@ shapes does not know. ATen has no search that streams the codebook: these progra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,20 +26,22 @@ def portable(program: ExportedProgram) -> ExportedProgram:
     """A program of layers in ``eval()`` that runs where ``diveq_kernels`` is not imported.
 
     The result is what ``torch.export``'s ``run_decompositions`` gives, with this package's operations in ATen's as
-    well; ``torch.onnx.export`` and ``torch._inductor.aoti_compile_and_package`` take it. With ``precision="exact"`` it
-    computes distances in float64, as the reference does, with ``"fast"`` in the dtype of z; between equal codewords it
-    may choose either. It holds N×K distances, and is slower than this package.
+    well; ``torch.onnx.export`` (not in fp64) and ``torch._inductor.aoti_compile_and_package`` take it. It is for
+    inference: gradients through it are not the layer's. With ``precision="exact"`` it computes distances in float64, as
+    the reference does; with ``"fast"`` in fp32 or the dtype of z, and where it runs under autocast, in autocast's.
+    Between equal codewords it may choose either. It holds N×K distances, and is slower than this package.
 
     Args:
-        program: What ``torch.export.export(model.eval(), ...)`` returned; ``forward``, ``encode`` and ``decode`` of
-            all layers, ``functional`` without noise, SF forms by ``project``.
+        program: What ``torch.export.export(model.eval(), ...)`` returned, for z of any shape, and one K; ``forward``,
+            ``encode`` and ``decode`` of all layers, ``functional`` without noise, SF forms by ``project``.
 
     Raises:
-        ValueError: The program trains (noise, dither, gradients, replacement), or searches a sharded codebook.
+        ValueError: The program draws noise or dither, replaces codewords or searches a sharded codebook; or its K is
+            free.
     """
     table = torch.export.default_decompositions()
     for name, in_aten in _IN_ATEN.items():
-        table[getattr(torch.ops.diveq, name).default] = in_aten
+        table[getattr(torch.ops.diveq, name).default] = functools.partial(_of_one_shape, in_aten)
     result: ExportedProgram = program.run_decompositions(table)
     kept = _operations(result)
     if kept:
@@ -54,6 +57,12 @@ def _operations(program: ExportedProgram) -> set[str]:
 
 
 _ADVICE = "call model.eval() before torch.export.export, so that nothing draws noise or writes to the codebook"
+
+
+def _of_one_shape(in_aten: Callable[..., _Results], z: Tensor, codebook: Tensor, *others: Any) -> _Results:
+    if any(isinstance(size, torch.SymInt) for size in codebook.shape):
+        raise ValueError(f"program must have a codebook of one shape, got one of {tuple(codebook.shape)}")
+    return in_aten(z, codebook, *others)
 
 
 def _without_noise(operation: str, **drawn: Any) -> None:

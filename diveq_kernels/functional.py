@@ -383,8 +383,8 @@ def _residual(
     curve: bool,
 ) -> Quantized:
     backend = _check(z, codebooks, mask, precision, backend, groups="Q", curve=curve)
-    dither = _dither(dither, z, codebooks) if curve else None
     stages = _num_active(num_active, z, codebooks.shape[0])
+    dither = _dither(dither, z, codebooks) if curve else None
     seed_tensor = noise_seed(z, noise_std, seed)
     z_q, indices, _ = ops.residual(
         z, codebooks, dither, stages, mask, seed_tensor, float(noise_std), precision, backend

@@ -139,6 +139,17 @@ def test_equal_codewords(kind):
     assert torch.equal(portable(program).module()(z)[0], module(z)[0])
 
 
+def test_a_codebook_of_any_size_is_refused():
+    class Search(torch.nn.Module):
+        def forward(self, z, codebook):
+            return F.nearest(z, codebook)
+
+    arguments = torch.randn(9, DIM), torch.randn(12, DIM)
+    program = torch.export.export(Search(), arguments, dynamic_shapes=({0: FREE}, {0: FREE}))
+    with pytest.raises(ValueError, match=r"program must have a codebook of one shape, got one of \(s\w+, 6\)"):
+        portable(program)
+
+
 @for_every_kind
 def test_programs_that_train_are_refused(kind):
     layer = make(kind, 12, DIM)

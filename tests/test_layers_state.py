@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from layer_cases import busy, for_every_layer, for_every_layer_and_composite, make
+from layer_cases import COMPOSITE_CURVES, COMPOSITES, busy, for_every_layer, for_every_layer_and_composite, make
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diveq_kernels import ShardedNearest
@@ -96,6 +96,34 @@ def test_loaders_that_initialise_what_a_checkpoint_lacks(kind, loaded, monkeypat
     else:
         assert layer.codebook.min() >= 0 and layer.codebook.max() <= 1 / 12
         assert int(layer.iter_counter) == (-1 if start else 0)
+
+
+@for_every_layer_and_composite
+def test_loaders_of_a_codebook_alone(kind, monkeypatch):
+    """As load_state_dict has it: the codebook is not one to begin with, whatever counts the steps."""
+    start = {} if kind.__name__.startswith("SFDIVEQ") else {"init": "kmeans", "replacement_iters": 100}
+    schedule = {"skip_iters": 3, "avg_iters": 2} if "SF" in kind.__name__ else {}
+    early = {"replacement_iters": 3} if kind in COMPOSITE_CURVES else {}  # at most S
+    layer = make(kind, 12, 6, **start | schedule | early)
+    layer.codebook.is_loaded = True
+    _spare_what_was_loaded(monkeypatch)
+    layer.reset_parameters()
+    before = layer.codebook.detach().clone()
+    for z in torch.randn(5, 40, 6):
+        layer(z)
+    assert torch.equal(layer.codebook, before)
+
+
+@for_every_layer_and_composite
+def test_layers_made_while_torch_initialises_nothing(kind, monkeypatch):
+    """Some loaders have it so for the time of the construction; a layer that is not loaded then is as ever."""
+    start = {} if kind.__name__.startswith("SFDIVEQ") else {"init": "kmeans"}
+    for name in ("uniform_", "normal_", "zeros_", "ones_", "constant_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_: tensor)
+    composite = {"num_codebooks": 2} if kind in COMPOSITES else {}
+    layer = kind(500, 16, **composite, **start, allow_warning=False)
+    assert layer.codebook.min() >= 0 and 0.9 / 500 < layer.codebook.max() <= 1 / 500
+    assert int(layer.iter_counter) == (-1 if start else 0)
 
 
 def test_loaders_and_a_sharded_codebook(monkeypatch):

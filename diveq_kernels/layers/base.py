@@ -119,12 +119,15 @@ class Quantizer(MarkedCodebook):
         self.codebook = nn.Parameter(codebook)
         # Steps of training; shape and dtype are those of the `diveq` package's checkpoints.
         self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32, device=device))
-        self.reset_parameters()
+        self._draw()
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0.
+
+        A codebook that ``torch.nn.init`` may not write to, as transformers has it for what was loaded, stays; a counter
+        that was not loaded with it is then as after ``load_state_dict`` without one.
 
         Raises:
             RuntimeError: If the codebook is a parametrization, to which what is drawn would be lost.
@@ -134,13 +137,23 @@ class Quantizer(MarkedCodebook):
                 "codebook must be no parametrization (torch.nn.utils.parametrize, weight_norm) to be drawn anew: "
                 "set the parameters that it is made from"
             )
-        if may_initialise(self.codebook):
-            draw = torch.rand if self.uniform_init else torch.randn
-            drawn = draw(self.codebook.shape, dtype=torch.float32, device=self.codebook.device)
-            self.codebook.copy_(drawn * (1 / self.num_embeddings))
+        drawn = may_initialise(self.codebook)
+        if drawn:
+            self._draw()
         for buffer in self.buffers():
             nn.init.zeros_(buffer)
+        nn.init.constant_(self.iter_counter, self._steps_at_start(drawn))
         self._forget_steps()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        draw = torch.rand if self.uniform_init else torch.randn
+        drawn = draw(self.codebook.shape, dtype=torch.float32, device=self.codebook.device)
+        self.codebook.copy_(drawn * (1 / self.num_embeddings))
+
+    def _steps_at_start(self, drawn: bool) -> int:
+        """What to count from; with a codebook that was not drawn, from after the steps that would overwrite it."""
+        return 0
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize; differentiable in z and the codebook.

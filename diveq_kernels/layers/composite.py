@@ -242,6 +242,9 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         last = self.skip_iters - 1 if self._builds_curve else self.skip_iters
         return torch.where(self.iter_counter < last, self.iter_counter, 0)
 
+    def _steps_at_start(self, drawn: bool) -> int:
+        return super()._steps_at_start(drawn) if drawn else self.skip_iters
+
     def _first_settled_step(self) -> int:
         return self.skip_iters + 1  # step S begins with the curve
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diveq_kernels import distributed
 from diveq_kernels.codebook import edit, replace_unused, replacement_due
@@ -65,16 +65,16 @@ class ReplacingQuantizer(Quantizer):
         self.register_buffer("codebook_usage", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("num_replaced", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._begin()
-        self._expect_start()
+        self.iter_counter.fill_(self._steps_at_start(drawn=True))
+        self._may_start = init == "kmeans"
         self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     def reset_parameters(self) -> None:
-        """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0."""
+        """``Quantizer.reset_parameters``; with ``init="kmeans"`` the next step looks for a codebook again."""
         super().reset_parameters()
-        if hasattr(self, "init"):
-            self._begin()
-            self._expect_start()
+        self._begin()
+        self._may_start = self.init == "kmeans"
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -88,12 +88,9 @@ class ReplacingQuantizer(Quantizer):
         if self._unmade:
             self._begin()
 
-    @torch.no_grad()
-    def _expect_start(self) -> None:
+    def _steps_at_start(self, drawn: bool) -> int:
         # The counter decides, on its device; the flag spares all later steps the work and the collectives.
-        self._may_start = self.init == "kmeans"
-        if self._may_start:
-            nn.init.constant_(self.iter_counter, -1)
+        return -1 if drawn and self.init == "kmeans" else 0
 
     def _start_may_be_due(self) -> bool:
         if self._counts_are_free():

@@ -109,6 +109,9 @@ class SFDIVEQ(Quantizer):
             warn_unusual_noise(noise_std)
             warn_unusual_sf_schedule(skip_iters, avg_iters)
 
+    def _steps_at_start(self, drawn: bool) -> int:
+        return 0 if drawn else self.skip_iters
+
     def _first_settled_step(self) -> int:
         return max(1, self.skip_iters)
 

@@ -42,7 +42,7 @@ def costs(z: Tensor, codebook: Tensor, precision: str) -> Costs:
         to_start, to_end = to_ends[:, :-1], to_ends[:, 1:]
         along = torch.where((to_start <= to_end) == start_is_near, along, length - along)
         tau = along.clamp_min(0).minimum(length)
-        return torch.addcmul(to_start.minimum(to_end), tau, tau - 2 * along).to(torch.float64)
+        return torch.addcmul(to_start.minimum(to_end), tau, torch.sub(tau, along, alpha=2)).to(torch.float64)
 
     return cost
 
