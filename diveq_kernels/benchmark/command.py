@@ -97,7 +97,7 @@ def _measure(cases: list[Case], device: str, options: argparse.Namespace) -> int
     wrong = []
     for case in cases:
         record = running.run_case(case, everyone, device, ceilings, options.seconds, _note())
-        print("\n".join(["", f"{case}: {OPERATIONS[case.operation]}", *lines(record), *savings(record)]))
+        print("\n".join(["", f"{case}: {OPERATIONS[case.operation]}", *lines(record), *savings(record)]), flush=True)
         wrong += running.wrong_ones(record)
     print(f"\n{_LEGEND}")
     for reason in wrong:
