@@ -1,4 +1,4 @@
-"""`benchmarks.compiling`: all that a session on a GPU launches is compiled before, once, by processes started once."""
+"""`benchmarks.compiling`: all that is launched on a GPU is compiled before, once, by processes started once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Driver:
     [("step", "train"), ("settle", "search"), ("search_fp16", "search"), ("product_bf16", "product")],
 )
 def test_a_gpu_finds_in_the_cache_what_is_compiled_ahead(name: str, operation: str) -> None:
-    """Compiling in many processes would else be for nothing: the launches of a session would compile it all again."""
+    """Compiling in many processes would else be for nothing: the launches would compile it all again."""
     mocked = lambda x: MockTensor(x.dtype, list(x.shape)) if isinstance(x, torch.Tensor) else x  # noqa: E731
     these = tiles.candidates(first_part(name), TABLE)[0]
     kernel = tiles.family(name).kernels[0]
