@@ -144,7 +144,7 @@ def check_written_is_kept(layer: nn.Module) -> None:
             "codebook must stay whole under FSDP, which would lose what the layer writes to it: "
             "fully_shard(model, ignored_params=diveq_kernels.distributed.replicate(model))"
         )
-    # Of its own ZeRO optimizers, in this order: stages 1 and 2, stage 3.
+    # DeepSpeed's marks on parameters: those of ZeRO's stages 1 and 2, and of stage 3.
     if hasattr(layer.codebook, "_hp_mapping") or hasattr(layer.codebook, "ds_id"):
         raise RuntimeError(
             "codebook must not be DeepSpeed's, which would lose what the layer writes to it: up to ZeRO stage 2 give "

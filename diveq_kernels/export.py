@@ -93,12 +93,6 @@ def _counts(chosen: Tensor, codewords: int) -> Tensor:
     return chosen.new_zeros(codewords, dtype=torch.int32).scatter_add(0, chosen.clamp_min(0), ones)
 
 
-def _quantized(rows: Tensor, kept: Tensor | None, value: Tensor) -> Tensor:
-    """z_q [N, D] without noise, which is the codeword; NaN where z is not finite."""
-    length = torch.linalg.vector_norm(value - rows, dim=-1, keepdim=True)
-    return quantized(rows, kept, value, length)
-
-
 def _nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str, backend: str) -> _Results:
     rows, kept = _rows(z, mask)
     dtype = compute_dtype(z, codebook)
@@ -168,7 +162,8 @@ def _results(
     z: Tensor, rows: Tensor, kept: Tensor | None, value: Tensor, indices: list[Tensor], codewords: int
 ) -> _Results:
     """(z_q, indices [Q, ...], counts [Q, K]) as the operations give them."""
-    z_q = _quantized(rows, kept, value).to(z.dtype).reshape(z.shape)
+    length = torch.linalg.vector_norm(value - rows, dim=-1, keepdim=True)
+    z_q = quantized(rows, kept, value, length).to(z.dtype).reshape(z.shape)
     stages = torch.stack(indices).to(torch.int32).reshape(len(indices), *z.shape[:-1])
     return z_q, stages, torch.stack([_counts(chosen, codewords) for chosen in indices])
 
