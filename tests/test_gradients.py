@@ -174,6 +174,24 @@ def test_values_in_every_dtype(target: Target, quantizer: Quantizer, noise_std: 
         torch.testing.assert_close(f64(found), wanted, rtol=0.51 * eps(dtype) + 2e-6, atol=2e-5)
 
 
+@on_every_target
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_nearest_values_in_every_dtype(target: Target, dtype: torch.dtype) -> None:
+    """2g(z − c_i) to a row, −2g(z − c_i) to its codeword, nothing where the mask leaves a row out."""
+    gen = generator()
+    z, codebook = torch.randn(300, 6, generator=gen).to(dtype), torch.randn(12, 6, generator=gen).to(dtype)
+    g, mask = torch.randn(300, generator=gen), torch.rand(300, generator=gen) < 0.8
+    leaves = [x.to(target.device).requires_grad_() for x in (z, codebook)]
+    found = F.nearest(*leaves, mask=mask.to(target.device), backend=target.backend)
+    dz, dc = torch.autograd.grad(found.sqdist, leaves, g.to(target.device, found.sqdist.dtype))
+    chosen = found.indices.cpu().clamp_min(0)
+    wanted = torch.where(mask[:, None], 2 * f64(g)[:, None] * (f64(z) - f64(codebook)[chosen]), 0.0)
+    of_codebook = torch.zeros(12, 6, dtype=torch.float64).index_add_(0, chosen, -wanted)
+    for gradient, expected in ((dz, wanted), (dc, of_codebook)):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(f64(gradient.cpu()), expected, rtol=0.51 * eps(dtype) + 2e-6, atol=2e-5)
+
+
 def gradients(
     target: Target, quantizer: Quantizer, z: Tensor, books: Tensor, g: Tensor, **keywords: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
