@@ -46,7 +46,7 @@ def _has_function_mode() -> bool:
     return modes > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(modes))
 
 
-def _seen(arguments: tuple) -> bool:
+def is_seen(arguments: tuple) -> bool:
     """Whether somebody wants to see the operation pass: a compiler, tracer, mode, transform, profiler or subclass."""
     return (
         torch.compiler.is_compiling()
@@ -104,7 +104,7 @@ class Operation:
         self._definition.register_torch_dispatch(FunctionalTensorMode, self._add_to_graph)
 
     def __call__(self, *arguments: Any) -> Any:
-        if _seen(arguments):
+        if is_seen(arguments):
             return self._call_seen(arguments)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return self._run(*arguments)
@@ -125,18 +125,27 @@ class Operation:
         """Set the gradient.
 
         Args:
-            backward: ``(ctx, *gradients)``, one gradient for each argument; calls ``by``.
+            backward: ``(ctx, *gradients)``, of which some may be None, but not all that there can be; calls ``by``, and
+                returns one gradient for each argument.
             save: ``(ctx, inputs, output)``, which keeps what ``backward`` needs.
             by: The operation with the formula, which has no gradient itself.
         """
-        differentiate(self._definition, backward, save, by=by._definition)
+
+        def save_alone(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.set_materialize_grads(False)  # or indices and counts would be given zeros, each a kernel on a GPU
+            save(ctx, inputs, output)
+
+        def backward_if_any(ctx: Any, *gradients: Tensor | None) -> Any:
+            some = any(gradient is not None for gradient in gradients)
+            return backward(ctx, *gradients) if some else (None,) * len(ctx.needs_input_grad)
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             output = self._run(*arguments)
-            save(ctx, arguments, output)
+            save_alone(ctx, arguments, output)
             return output
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        differentiate(self._definition, backward_if_any, save_alone, by=by._definition)
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_if_any)}
         self._function = type(self._name, (torch.autograd.Function,), methods)
         self._transform(backward, save)
         by._transform(_refusal(by._definition), lambda *_: None)

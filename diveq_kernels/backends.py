@@ -224,6 +224,20 @@ def select(op: str, device: torch.device | str, name: str) -> Callable:
     return _choose(op, _device(device), name)[1]
 
 
+def triton_part(part: str, device: torch.device | str, name: str) -> Callable | None:
+    """Triton's kernel for what no backend has an operation for, where Triton runs the operations; None elsewhere.
+
+    Args:
+        part: Name of a function of ``diveq_kernels.triton_kernels``.
+        device: Where its tensors are.
+        name: A backend, or "" to choose one.
+
+    Raises:
+        BackendUnavailableError: As ``select``.
+    """
+    return getattr(_load("triton"), part) if _choose("diveq", _device(device), name)[0] == "triton" else None
+
+
 def traced(
     op: str, device: torch.device | str, name: str, arguments: Sequence[Any]
 ) -> AbstractContextManager[None] | None:

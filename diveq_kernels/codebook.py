@@ -8,7 +8,6 @@ select the old codebook. On the CPU they look at the step counter and return ear
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from diveq_kernels import backends, distributed, philox
 from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels._operation import is_seen
+from diveq_kernels.usage import fewest_steps, replacement_due
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
@@ -34,11 +35,6 @@ def _(counter: Tensor) -> Tensor:
 # ---- replacement -----------------------------------------------------------------------------------------------------
 
 
-def replacement_due(iter_counter: Tensor, replacement_iters: int) -> Tensor:
-    """Whether the forward that now begins follows a complete interval: bool, of iter_counter's shape."""
-    return (iter_counter > 0) & (iter_counter % replacement_iters == 0)
-
-
 def _draw_used(cumulative: Tensor, seed: Tensor) -> Tensor:
     """For each codeword [Q, K] one of its own codebook, in proportion to use (inverse CDF) -> int64."""
     offsets = torch.arange(cumulative.numel(), device=cumulative.device).view_as(cumulative)
@@ -48,24 +44,29 @@ def _draw_used(cumulative: Tensor, seed: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).clamp_max(cumulative.shape[-1] - 1)
 
 
-def _replace(books: Tensor, replaced: Tensor, cumulative: Tensor, seed: Tensor, perturb_eps: float) -> Tensor:
-    """Books [Q, K, D] with copies drawn by ``cumulative`` use where ``replaced`` [Q, K]."""
+def _replace(
+    books: Tensor,
+    usage: Tensor,
+    iter_counter: Tensor,
+    seed: Tensor,
+    replacement_iters: int,
+    fewest: int,
+    perturb_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(books [Q, K, D] now, how many of their codewords were replaced: int32 []); see ``triton_kernels.replace``."""
+    used = usage >= fewest  # [Q, K]
+    due = replacement_due(iter_counter, replacement_iters).squeeze()
+    replaced = due & ~used & used.any(dim=-1, keepdim=True)
+    cumulative = torch.where(used, usage, 0).long().cumsum(dim=-1)  # [Q, K]
     dtype = compute_dtype(books)
+    seed = seed.squeeze().long()
     fresh = books.gather(1, _draw_used(cumulative, seed)[..., None].expand_as(books)).to(dtype)
     if perturb_eps:
         # Counters after those of the draws: neither depends on the other.
         noise = philox.noise(seed, 0, replaced.numel(), books.shape[-1], offset=replaced.numel())
         fresh += perturb_eps * noise.view_as(fresh).to(dtype)
-    return torch.where(replaced[..., None], fresh.to(books.dtype), books).contiguous()
-
-
-def _implementation(books: Tensor, name: str) -> Callable[..., Tensor]:
-    """One Triton kernel where Triton runs this backend's operations on these tensors; else ``_replace``."""
-    device = books.device
-    chosen = name == "triton" or (not name and device.type in backends.BACKENDS["triton"].automatic_on)
-    if not chosen or books.dtype == torch.float64 or backends.why_unavailable("triton", device, "replace"):
-        return _replace
-    return backends.select("replace", device, "triton")
+    now = torch.where(replaced[..., None], fresh.to(books.dtype), books).contiguous()
+    return now, replaced.sum(dtype=torch.int32)
 
 
 @torch.library.custom_op(
@@ -91,7 +92,7 @@ def replace_unused(
         codebook: [K, D] or [Q, K, D]; each of the Q is treated by itself.
         usage: int32 [K] or [Q, K], the number of steps since the last replacement in which a codeword was used.
         iter_counter: int32 [1], steps so far.
-        seed: int64 []; the same seed gives the same choice on every device and rank.
+        seed: int64 [] or [1]; the same seed gives the same choice on every device and rank.
         replacement_iters: R; due when the counter is a positive multiple of it.
         threshold: p; a codeword is replaced when it was used in less than this fraction of the R steps.
         perturb_eps: ε; ε·N(0, I) is added to the copies.
@@ -102,16 +103,15 @@ def replace_unused(
         (codebook_now, num_replaced): a new tensor like codebook, and int32 []. A codebook of which no codeword is used
         stays as it is.
     """
-    due = replacement_due(iter_counter, replacement_iters).squeeze()
-    if due.device.type == "cpu" and not due:
+    if iter_counter.device.type == "cpu" and not replacement_due(iter_counter, replacement_iters):
         return codebook.clone(memory_format=torch.contiguous_format), usage.new_zeros(())
     books, usage = (codebook, usage) if codebook.dim() == 3 else (codebook[None], usage[None])
-    used = usage.double() / replacement_iters >= threshold  # [Q, K]
-    replaced = due & ~used & used.any(dim=-1, keepdim=True)
-
-    cumulative = torch.where(used, usage, 0).long().cumsum(dim=-1)  # [Q, K]
-    codebook_now = _implementation(books, backend)(books, replaced, cumulative, seed, perturb_eps).view(codebook.shape)
-    num_replaced = replaced.sum(dtype=torch.int32)
+    kernel = backends.triton_part("replace", books.device, backend) if books.dtype != torch.float64 else None
+    fewest = fewest_steps(replacement_iters, threshold)
+    now, num_replaced = (kernel or _replace)(
+        books, usage, iter_counter, seed, replacement_iters, fewest, perturb_eps
+    )
+    codebook_now = now.view(codebook.shape)
     if verbose and num_replaced.device.type == "cpu" and num_replaced:
         print(f"diveq_kernels: replaced {int(num_replaced)} unused codewords")
     return codebook_now, num_replaced
@@ -362,12 +362,14 @@ class _PassOn(torch.autograd.Function):
 def edit(operation: Any, codebook: Tensor, *others: Any) -> Any:
     """``operation(codebook, *others)``, one of those whose gradient is ``pass_on``: a codebook, or one and more.
 
-    torch.func does not differentiate operations that are written in Python, so there the gradient goes past it.
+    torch.func does not differentiate operations that are written in Python, so there the gradient goes past it. Eager
+    calls that nobody looks at go past the dispatcher, whose way there takes longer than the edit.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+    seen = is_seen((codebook,))
+    if torch.compiler.is_compiling() or (seen and torch._C._functorch.peek_interpreter_stack() is None):
         return operation(codebook, *others)
     with torch.no_grad():
-        edited = operation(codebook, *others)
+        edited = (operation if seen else operation._init_fn)(codebook, *others)
     alone = isinstance(edited, Tensor)
     passing_on = _PassOn.apply(codebook, edited if alone else edited[0])  # type: ignore[no-untyped-call]
     return passing_on if alone else (passing_on, *edited[1:])

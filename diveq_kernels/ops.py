@@ -151,9 +151,13 @@ def _save_project(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(z, codebook, output[1])
 
 
-def _backward_project(ctx: Any, grad_points: Tensor, _: None, grad_t: Tensor) -> tuple:
-    need = ctx.needs_input_grad[:2]
-    gradients = project_backward(grad_points, grad_t, *ctx.saved_tensors, *need, ctx.backend)
+def _backward_project(ctx: Any, grad_points: Tensor | None, _: None, grad_t: Tensor | None) -> tuple:
+    need, (z, codebook, indices) = ctx.needs_input_grad[:2], ctx.saved_tensors
+    if grad_points is None:
+        grad_points = torch.zeros_like(z)
+    if grad_t is None:
+        grad_t = torch.zeros_like(indices, dtype=compute_dtype(z, codebook))
+    gradients = project_backward(grad_points, grad_t, z, codebook, indices, *need, ctx.backend)
     return (*_needed(gradients, need), None, None, None)
 
 

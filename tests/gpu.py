@@ -47,7 +47,10 @@ FILES = {
     + ("test_mask.py", "test_project.py", "test_project_gradients.py", "test_end_of_range.py", "test_noise.py"),
 }
 # Of a backend's own kernels, by part.
-OF_ONE = {"triton": {1: (), 2: ("test_triton_replace.py",)}, "cuda": {1: ("test_native_cuda.py",), 2: ()}}
+OF_ONE: dict[str, dict[int, tuple[str, ...]]] = {
+    "triton": {1: (), 2: ("test_triton_replace.py", "test_triton_usage.py")},
+    "cuda": {1: ("test_native_cuda.py",), 2: ()},
+}
 # Each compiles dozens of Triton kernels for what the interpreter shows as well: the first to lose.
 LAST = {"test_layouts", "test_sizes_about_a_tile", "test_rows_exactly_at_an_end"}
 # Other files with tests for a GPU, and why they are not worth its time.

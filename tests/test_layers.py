@@ -10,7 +10,8 @@ from layer_cases import CURVES, alike, for_curve_layers, for_every_layer, for_re
 
 import diveq_kernels.functional as F
 from diveq_kernels.layers import DIVEQ, SFDIVEQ, SFCodes
-from diveq_kernels.layers.base import histogram, perplexity
+from diveq_kernels.layers.base import histogram
+from diveq_kernels.usage import perplexity
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -225,11 +225,15 @@ def test_replacement_compiles_without_spills(architecture: int, dtype: torch.dty
     with recorded(architecture) as launches:
         for entry in table(f"sm_{architecture}")["step"]:
             books = meta(4, CODEWORDS, min(entry["max_dim"], 512), dtype=dtype)
-            replaced, uses = meta(4, CODEWORDS, dtype=torch.bool), meta(4, CODEWORDS, dtype=torch.int64)
+            usage, counter = meta(4, CODEWORDS, dtype=torch.int32), meta(1, dtype=torch.int32)
             for perturb_eps in (0.0, 1e-6):
-                triton_kernels.replace(books, replaced, uses, meta(dtype=torch.int64), perturb_eps)
+                triton_kernels.replace(books, usage, counter, counter, 100, 1, perturb_eps)
+        triton_kernels.count_use(usage, usage, counter, 100)
+        triton_kernels.perplexity(usage)
     kernels = check_fits(launches, architecture)
-    assert {kernel.name for kernel in kernels} == {"replace_kernel"} and len(kernels) == len(launches)
+    assert {kernel.name for kernel in kernels} == {
+        "cumulate_kernel", "replace_kernel", "count_use_kernel", "perplexity_kernel",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="needs Triton")
 import triton  # noqa: E402
 from triton_aot import recorded  # noqa: E402
 
-from diveq_kernels import codebook, triton_kernels  # noqa: E402
+from diveq_kernels import backends, codebook, triton_kernels  # noqa: E402
 from diveq_kernels.triton_kernels import launch, replace, rows  # noqa: E402
 
 ROWS, CODEWORDS, DIM = 300, 70, 24
@@ -111,9 +111,17 @@ def test_replacement_waits_for_nothing() -> None:
     """The operation's part that is the host's, too: what it does on a device, where it does not look at the counter."""
     books, usage = meta(3, CODEWORDS, DIM), meta(3, CODEWORDS, dtype=torch.int32)
     counter, seed = meta(1, dtype=torch.int32), meta(dtype=torch.int64)
-    with recorded(90) as launches, no_waiting(), mock.patch.object(codebook, "_implementation", lambda *_: replace):
+    with recorded(90) as launches, no_waiting(), mock.patch.object(backends, "triton_part", lambda *_: replace):
         codebook.replace_unused._init_fn(books, usage, counter, seed, 10, 0.1, 1e-3, True)
-    assert [launch.kernel.__name__ for launch in launches] == ["replace_kernel"]
+    assert [launch.kernel.__name__ for launch in launches] == ["cumulate_kernel", "replace_kernel"]
+
+
+def test_statistics_wait_for_nothing() -> None:
+    counts, counter = meta(3, CODEWORDS, dtype=torch.int32), meta(1, dtype=torch.int32)
+    with recorded(90) as launches, no_waiting():
+        triton_kernels.perplexity(counts)
+        triton_kernels.count_use(counts.clone(), counts, counter, 10)
+    assert [launch.kernel.__name__ for launch in launches] == ["perplexity_kernel", "count_use_kernel"]
 
 
 @pytest.mark.parametrize(

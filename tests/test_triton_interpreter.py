@@ -33,6 +33,7 @@ SELECTION = {
     "test_triton_bound.py": "triton-cpu",
     "test_triton_project.py": "triton",
     "test_triton_replace.py": "triton",
+    "test_triton_usage.py": "triton",
     "test_triton_watch.py": "triton",
 }
 # The same again where every search leaves rows to a second pass, however few there are.

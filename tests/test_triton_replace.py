@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -65,7 +67,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         launch(kernel, *arguments, **options)
 
     monkeypatch.setattr(module, "launch", watched)
-    monkeypatch.setattr(module.torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+
+    def junk(*arguments: Any, **keywords: Any) -> Tensor:
+        out = empty_like(*arguments, **keywords)
+        return out.fill_(float("nan") if out.is_floating_point() else -(2**60))
+
+    monkeypatch.setattr(module.torch, "empty_like", junk)
     return found
 
 
@@ -86,7 +93,8 @@ def test_the_torch_way(
     replaced = (usage < THRESHOLD * ITERS) & (usage >= THRESHOLD * ITERS).any(dim=-1, keepdim=True)
     for perturb_eps in (0.0, 0.3):
         found, count = replace("triton", books, usage, seed, perturb_eps)
-        assert launched.pop() == "replace_kernel" and not launched
+        assert launched == ["cumulate_kernel", "replace_kernel"]
+        launched.clear()
         expected, _ = replace("reference", books, usage, seed, perturb_eps)
         assert not launched
         assert count == replaced.sum() and found.is_contiguous() and found.dtype == dtype
@@ -122,14 +130,16 @@ def test_only_what_is_replaced_is_drawn(target: Target, monkeypatch: pytest.Monk
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, n=name: (drawn.append(n), f(*a))[1])
     books = torch.randn(2, 300, 6, generator=generator())
-    use = torch.ones(2, 300, dtype=torch.int64).cumsum(-1)
-    replaced = torch.zeros(2, 300, dtype=torch.bool)
-    seed = torch.tensor(3)
-    assert torch.equal(triton_kernels.replace(books, replaced, use, seed, 0.1), books) and not drawn
-    replaced[1, 299] = True
-    now = triton_kernels.replace(books, replaced, use, seed, 0.1)
-    assert drawn == ["_draw", "standard_normal"]  # one tile of many
-    assert torch.equal(now != books, replaced[..., None].expand_as(books))
+    usage, seed = torch.ones(2, 300, dtype=torch.int32), torch.tensor(3)
+    for steps in (ITERS, ITERS + 1):
+        counter = torch.tensor([steps], dtype=torch.int32)
+        now, count = triton_kernels.replace(books, usage, counter, seed, ITERS, 1, 0.1)
+        assert torch.equal(now, books) and count == 0 and not drawn
+        usage[1, 299] = steps - ITERS
+    usage[1, 299] = 0
+    now, count = triton_kernels.replace(books, usage, torch.tensor([ITERS], dtype=torch.int32), seed, ITERS, 1, 0.1)
+    assert drawn == ["_draw", "standard_normal"] and count == 1  # one tile of many
+    assert torch.equal(now != books, (usage == 0)[..., None].expand_as(books))
 
 
 @on_triton
@@ -146,33 +156,27 @@ def test_draws_follow_the_use(target: Target) -> None:
 
 
 def test_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Triton is the backend by default: on CUDA unless another is named; never for fp64."""
-    torch_way, kernel = codebook._replace, object()
-    reasons: list[str | None] = [None]
-    monkeypatch.setattr(backends, "why_unavailable", lambda name, device, op: reasons[0])
-    monkeypatch.setattr(backends, "select", lambda op, device, name: kernel)
-
-    class Books:
-        def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
-            self.device, self.dtype = torch.device(device), dtype
-
+    """Where Triton runs the layer's operations: on CUDA unless another is named; never for fp64."""
+    chosen: list[str] = ["triton"]
+    monkeypatch.setattr(backends, "_choose", lambda op, device, name: (name or chosen[0], None))
+    monkeypatch.setattr(backends, "_load", lambda name: SimpleNamespace(replace=name))
     for name in ("", "triton"):
-        assert codebook._implementation(Books("cuda"), name) is kernel
-        assert codebook._implementation(Books("cuda", torch.bfloat16), name) is kernel
-        assert codebook._implementation(Books("cuda", torch.float64), name) is torch_way
-        assert (codebook._implementation(Books("cpu"), name) is kernel) == (name == "triton")
+        assert backends.triton_part("replace", "cuda:0", name) == "triton"
     for name in ("reference", "cuda", "cpu"):
-        assert codebook._implementation(Books("cuda"), name) is torch_way
-    reasons[0] = "Triton is missing"
-    assert codebook._implementation(Books("cuda"), "") is torch_way
+        assert backends.triton_part("replace", "cuda:0", name) is None
+    chosen[0] = "cuda"  # Triton is missing
+    assert backends.triton_part("replace", "cuda:0", "") is None
+    monkeypatch.setattr(backends, "triton_part", mock.Mock(side_effect=AssertionError("it has no fp64")))
+    books = torch.randn(5, 3, dtype=torch.float64)
+    codebook.replace_unused(books, torch.arange(5).int(), torch.tensor([4]), torch.tensor(0), 4, 0.5, 0.0, False)
 
 
 @pytest.mark.parametrize("named", ["layer", "for a while"])
 def test_the_layer_s_backend_replaces(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(codebook, "_implementation", lambda books, name: asked.append(name) or codebook._replace)
+    monkeypatch.setattr(backends, "triton_part", lambda part, device, name: asked.append((part, name)))
     layer = DIVEQ(8, 4, replacement_iters=1, allow_warning=False, backend="reference" if named == "layer" else None)
     with backends.use_backend("reference" if named == "for a while" else None):
         for _ in range(3):
             layer(torch.randn(5, 4))
-    assert asked == ["reference"] * 2
+    assert asked.count(("replace", "reference")) == 2 and {name for _, name in asked} == {"reference"}

@@ -88,8 +88,10 @@ def launches(layout: Layout, deterministic: bool) -> list[Launch]:
             triton_kernels.project_backward(z, of_rows, z, book, indices, *need)
             triton_kernels.sf_diveq(z, book, dithers[1][0], None, seed, sigma, how)
             triton_kernels.sf_diveq_backward(z, z, book, dithers[1][0], indices, seed, sigma, *need)
-        uses = meta(stages, codewords, dtype=torch.int64)
-        triton_kernels.replace(books, meta(stages, codewords, dtype=torch.bool), uses, seed, sigma)
+        usage, counter = meta(stages, codewords, dtype=torch.int32), meta(1, dtype=torch.int32)
+        triton_kernels.replace(books, usage, counter, seed, 10, 1, sigma)
+        triton_kernels.count_use(usage, usage, counter, 10)
+        triton_kernels.perplexity(usage)
         if deterministic:  # the composites' gradients are then the reference's
             return
         of_groups = layout.books(dim // groups)[:groups]

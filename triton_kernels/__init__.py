@@ -1,8 +1,8 @@
 """Triton kernels, one file per kernel, behind the operations of ``diveq_kernels.ops``.
 
-Each function takes the arguments of the dispatcher op of its name without ``backend``; ``replace`` is a part of that of
-``diveq_kernels.codebook``. None is called with fp64 inputs. On CPU the kernels run only in Triton's interpreter, for
-tests.
+Each function takes the arguments of the dispatcher op of its name without ``backend``; ``replace``, ``perplexity`` and
+``count_use`` are parts of ``diveq_kernels.codebook`` and ``diveq_kernels.usage``. None is called with fp64 inputs. On
+CPU the kernels run only in Triton's interpreter, for tests.
 """
 
 import functools
@@ -15,9 +15,11 @@ import triton
 
 from diveq_kernels.triton_kernels.composite import product, residual
 from diveq_kernels.triton_kernels.composite_backward import product_backward, residual_backward
+from diveq_kernels.triton_kernels.count_use import count_use
 from diveq_kernels.triton_kernels.distance import nearest_backward
 from diveq_kernels.triton_kernels.diveq import diveq, diveq_backward
 from diveq_kernels.triton_kernels.launch import INTERPRETED, in_graph
+from diveq_kernels.triton_kernels.perplexity import perplexity
 from diveq_kernels.triton_kernels.project import project
 from diveq_kernels.triton_kernels.project_backward import project_backward
 from diveq_kernels.triton_kernels.replace import replace
@@ -25,10 +27,12 @@ from diveq_kernels.triton_kernels.search import nearest
 from diveq_kernels.triton_kernels.sf_diveq import sf_diveq, sf_diveq_backward
 
 __all__ = [
+    "count_use",
     "diveq",
     "diveq_backward",
     "nearest",
     "nearest_backward",
+    "perplexity",
     "product",
     "product_backward",
     "project",

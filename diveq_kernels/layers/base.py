@@ -13,13 +13,7 @@ from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels._operation import is_plain
 from diveq_kernels.codebook import in_forward
 from diveq_kernels.layers._arguments import check_count, check_flags
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp(−Σ p log p) of each histogram [..., K] -> fp32 [...]; 0 where it is empty."""
-    total = counts.sum(dim=-1)
-    p = counts.float() / total.clamp_min(1)[..., None]
-    return torch.where(total > 0, torch.special.xlogy(p, p).sum(dim=-1).neg().exp(), 0.0)
+from diveq_kernels.usage import perplexity
 
 
 def histogram(indices: Tensor, bins: int) -> Tensor:
@@ -43,11 +37,6 @@ def may_initialise(codebook: Tensor) -> bool:
     before = None if codebook.is_inference() else codebook._version  # a tensor of inference mode has none
     nn.init.zeros_(codebook)
     return before is None or codebook._version != before
-
-
-def in_step(values: Tensor, is_step: Tensor | int) -> Tensor:
-    """The values in a step, else 0."""
-    return values * is_step if isinstance(is_step, Tensor) else values
 
 
 def _is_of_several_sizes(*sizes: int) -> bool:
@@ -225,7 +214,7 @@ class Quantizer(MarkedCodebook):
 
     def _results(self, z_q: Tensor, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What ``forward`` and ``inference`` return."""
-        return self._as_input(z_q), indices.long(), perplexity(counts)
+        return self._as_input(z_q), indices.long(), perplexity(counts, self._backend())
 
     def _as_input(self, rows: Tensor) -> Tensor:
         """Rows [..., D] in the layout of the input."""

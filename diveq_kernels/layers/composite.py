@@ -18,9 +18,10 @@ from diveq_kernels.layers._arguments import (
     warn_unusual_noise,
     warn_unusual_sf_schedule,
 )
-from diveq_kernels.layers.base import histogram, in_step, load_as_finished, select
+from diveq_kernels.layers.base import histogram, load_as_finished, select
 from diveq_kernels.layers.replacement import ReplacingQuantizer
 from diveq_kernels.layers.sf_diveq import SFCodes
+from diveq_kernels.usage import in_step
 
 
 class CompositeQuantizer(ReplacingQuantizer):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from diveq_kernels import distributed
-from diveq_kernels.codebook import edit, replace_unused, replacement_due
+from diveq_kernels.codebook import edit, replace_unused
 from diveq_kernels.kmeans import kmeans_start
 from diveq_kernels.layers._arguments import check_flags, check_init, check_replacement, warn_unusual_replacement
-from diveq_kernels.layers.base import Quantizer, brings_codebook, in_step
+from diveq_kernels.layers.base import Quantizer, brings_codebook
+from diveq_kernels.usage import count_use, in_step, replacement_due
 
 
 class ReplacingQuantizer(Quantizer):
@@ -122,24 +123,24 @@ class ReplacingQuantizer(Quantizer):
         if not self.codebook_reset:
             return codebook
         clock = in_step(self._replacement_clock(), is_step)
+        if self._counts_are_free() and not replacement_due(int(clock), self.replacement_iters):
+            return codebook.clone(memory_format=torch.contiguous_format)  # as a pending backward keeps it
         # Nothing is drawn from torch's generator: its stream would depend on this, and ranks would have to agree on it.
-        seed = self.iter_counter.squeeze().long()
         codebook, num_replaced = edit(
             replace_unused,
             codebook,
             self.codebook_usage,
             clock,
-            seed,
+            self.iter_counter,  # the seed
             self.replacement_iters,
             self.discard_threshold,
             self.perturb_eps,
             self.verbose,
             self._backend(),
         )
-        if not self._counts_are_free() or replacement_due(clock, self.replacement_iters):
-            self._write(codebook)
-            with torch.no_grad():
-                self.num_replaced.add_(num_replaced)
+        self._write(codebook)
+        with torch.no_grad():
+            self.num_replaced.add_(num_replaced)
         return codebook
 
     @torch.no_grad()
@@ -151,8 +152,9 @@ class ReplacingQuantizer(Quantizer):
         if self.codebook_reset:
             if self._synchronises():
                 counts = distributed.sum_over_ranks(counts)
-            due = replacement_due(in_step(self._replacement_clock(), is_step), self.replacement_iters)
-            self.codebook_usage.copy_(torch.where(due, 0, self.codebook_usage) + in_step(counts > 0, is_step))
+            clock = in_step(self._replacement_clock(), is_step)
+            steps = int(clock) if self._counts_are_free() else clock
+            count_use(self.codebook_usage, counts, steps, self.replacement_iters, is_step, self._backend())
         if self.codebook_reset or self.init == "kmeans":
             self.iter_counter.clamp_(min=0)
             self._count_step(is_step)

@@ -17,7 +17,8 @@ from diveq_kernels.layers._arguments import (
     warn_unusual_noise,
     warn_unusual_sf_schedule,
 )
-from diveq_kernels.layers.base import Quantizer, histogram, in_step, load_as_finished, select
+from diveq_kernels.layers.base import Quantizer, histogram, load_as_finished, select
+from diveq_kernels.usage import in_step
 
 
 @storable
