@@ -66,7 +66,7 @@ def replace_kernel(
     n = book * codewords + j  # the codeword's number among those of all codebooks
     due = replacement_due(iter_counter, replacement_iters)
     some_used = tl.load(cumulative + (book + 1) * codewords - 1, mask=due, other=0) > 0
-    goes = live & some_used & (tl.load(usage + n, mask=live & due, other=fewest) < fewest)
+    goes = some_used & (tl.load(usage + n, mask=live & due, other=fewest) < fewest)
     key = tl.load(seed).to(tl.int64)
     epsilon = tl.cast(perturb_eps, tl.float32)
     number = tl.sum(goes.to(tl.int32), axis=0)

@@ -2,9 +2,9 @@
 #include <optional>
 
 #include "../ops.h"
+#include "book.h"
 #include "isa.h"
 #include "noise.h"
-#include "packed.h"
 
 namespace diveq {
 namespace {
@@ -42,8 +42,8 @@ void composite(Tensor z, Tensor books, Maybe dither, Maybe num_active, Maybe mas
   const Kernels& k = kernels();
   const Rows rows = rows_of(z), out = rows_of(z_q);
   const std::vector<Codes> codes = codes_of(books, dither);
-  const std::vector<PackedBook> packed = pack_all(k, codes);
   const int64_t total = row_count(z), dim = rows.dim, part = codes[0].dim, tile = tile_rows(k, dim, total);
+  const std::vector<Book> searched_in = books_of(k, codes, total);
   const Composite whole{k, codes, product, dim};
   const bool* kept = data<bool>(mask);
   const auto* const active = data<int64_t>(num_active);
@@ -62,7 +62,7 @@ void composite(Tensor z, Tensor books, Maybe dither, Maybe num_active, Maybe mas
     const float* searched = keep_rest ? remainder : x;
     for (size_t s = 0; s < codes.size(); ++s) {
       int32_t* found = chosen + s * total + first;
-      k.search(codes[s], packed[s].packed, exact, searched + (product ? s * part : 0), dim, n, found, work);
+      searched_in[s].search(exact, searched + (product ? s * part : 0), dim, n, found, work);
       for (int64_t r = 0; r < n; ++r) {
         const int64_t row = first + r;
         if ((kept && !kept[row]) || (active && active[row] <= (int64_t)s)) found[r] = -1;

@@ -72,11 +72,6 @@ inline bool finite(const float* z, int64_t dim) {
   return all_are;
 }
 
-struct Choice {
-  double distance;
-  int32_t index;
-};
-
 inline void consider(Choice& choice, const Codes& c, const float* z, int64_t j, float* scratch) {
   const double distance = exact_distance(c, z, j, scratch);
   if (distance < choice.distance || (distance == choice.distance && j < choice.index))

@@ -45,6 +45,12 @@ struct Unclear {
   int64_t again, in_first_pass, in_fp32;
 };
 
+// The nearest codeword so far, and ‖z - c‖² in fp64.
+struct Choice {
+  double distance;
+  int32_t index;
+};
+
 struct Kernels {
   const char* name;
   int group;  // rows that the microkernel takes at once
@@ -67,6 +73,11 @@ struct Kernels {
   // Index of the nearest for `rows` rows z [rows][ld]; scratch as search_scratch says.
   Unclear (*search)(const Codes&, const Packed&, bool exact, const float* z, int64_t ld, int64_t rows, int32_t* indices,
                     float* scratch);
+
+  // The same of plain codewords begin .. end - 1, which need not be packed: `choices` has the nearest of those before. Of
+  // scratch there are dim floats.
+  void (*search_few)(const Codes&, const float* z, int64_t ld, int64_t rows, int64_t begin, int64_t end, Choice* choices,
+                     float* limits, float* scratch);
 
   // σ times the standard normals of counters start .. start + quads - 1; out has room for 4 * (quads + lanes) floats.
   void (*noise)(uint64_t seed, uint64_t start, int64_t quads, float sigma, float* out);

@@ -42,6 +42,8 @@ int64_t panel_words(int64_t) { return 0; }
 
 #include "packed_search.inl"
 
+#include "few.inl"
+
 #include "noise.inl"
 
 #include "step.inl"
@@ -59,7 +61,7 @@ int64_t panel_words(int64_t) { return 0; }
 
 const Kernels DIVEQ_JOIN(kernels_, DIVEQ_ISA) = {
     DIVEQ_TEXT(DIVEQ_ISA), MR,      NR,         W,        kLeastScreened, kRows, kPanel, panel_words, read,
-    write,                 codeword, part,      pack,     search_scratch, search, noise,
+    write,                 codeword, part,      pack,     search_scratch, search, search_few, noise,
     words,                 sqdist,  distances, step,     gradient,       add,   add_pull, pull, unit, rotate, pack_curve,
     project_scratch,       project, between,   project_gradient, add_bend,
 };

@@ -2,8 +2,8 @@
 #include <cmath>
 
 #include "../ops.h"
+#include "book.h"
 #include "isa.h"
-#include "packed.h"
 
 namespace diveq {
 
@@ -11,15 +11,15 @@ void nearest(Tensor z, Tensor codebook, Maybe mask, bool exact, Tensor indices, 
   const Kernels& k = kernels();
   const Rows rows = rows_of(z);
   const Codes codes = codes_of(codebook, std::nullopt)[0];
-  const PackedBook book(k, codes);
   const int64_t count = row_count(z), dim = rows.dim, tile = tile_rows(k, dim, count);
+  const Book book(k, codes, count);
   const bool* kept = data<bool>(mask);
   auto* const chosen = data<int32_t>(indices);
   auto* const distances = data<float>(sqdist);
   each_tile(0, count, tile, tile * dim + dim + k.search_scratch(dim, tile), [&](int64_t first, int64_t n, float* scratch) {
     float *one = scratch + tile * dim, *rest = one + dim;
     const float* x = read_tile(k, rows, first, n, scratch);
-    k.search(codes, book.packed, exact, x, dim, n, chosen + first, rest);
+    book.search(exact, x, dim, n, chosen + first, rest);
     k.distances(codes, x, n, chosen + first, distances + first, one);
     for (int64_t r = first; kept && r < first + n; ++r)
       if (!kept[r]) chosen[r] = -1, distances[r] = 0;

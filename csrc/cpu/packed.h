@@ -162,10 +162,5 @@ class PackedPath : Kept {
   PackedCurve packed{};
 };
 
-inline std::vector<PackedBook> pack_all(const Kernels& k, const std::vector<Codes>& codes) {
-  std::vector<PackedBook> books;
-  for (const Codes& c : codes) books.emplace_back(k, c);
-  return books;
-}
 
 }  // namespace diveq

@@ -2,9 +2,9 @@
 #include <optional>
 
 #include "../ops.h"
+#include "book.h"
 #include "isa.h"
 #include "noise.h"
-#include "packed.h"
 
 namespace diveq {
 
@@ -13,8 +13,8 @@ void sf_diveq(Tensor z, Tensor codebook, Tensor dither, Maybe mask, Maybe seed, 
   const Kernels& k = kernels();
   const Rows rows = rows_of(z), out = rows_of(z_q);
   const Codes codes = codes_of(codebook, dither)[0];
-  const PackedBook book(k, codes);
   const int64_t total = row_count(z), dim = rows.dim, tile = tile_rows(k, dim, total);
+  const Book book(k, codes, total);
   const bool* kept = data<bool>(mask);
   auto* const chosen = data<int32_t>(indices);
 
@@ -25,7 +25,7 @@ void sf_diveq(Tensor z, Tensor codebook, Tensor dither, Maybe mask, Maybe seed, 
     float* work = noises + 2 * noise_floats;
     const float* x = read_tile(k, rows, first, n, scratch);
     float* made = made_tile(out, first, made_room);
-    k.search(codes, book.packed, exact, x, dim, n, chosen + first, work);
+    book.search(exact, x, dim, n, chosen + first, work);
     Noise noise1(k, seed, noise_std, dim, 0, noises);
     Noise noise2(k, seed, noise_std, dim, total * ((dim + 3) / 4), noises + noise_floats);
     for (int64_t r = 0; r < n; ++r) {
