@@ -1,4 +1,7 @@
-"""The codebook gradient under deterministic algorithms: the same sums as without them, rows left out or not."""
+"""The codebook gradient under deterministic algorithms: the same sums as without them, rows left out or not.
+
+Rows that are not finite, or too long for a distance in fp32, add nothing to them.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,22 @@ import torch
 from cases import QUANTIZERS, Quantizer, Target, generator, on_every_target
 from torch import Tensor
 
+import diveq_kernels.functional as F
+
+
+def rows_to_quantize(gen: torch.Generator) -> Tensor:
+    z = torch.randn(150, 6, generator=gen)
+    z[7], z[60, 2], z[149, 0] = float("nan"), float("inf"), 3e19
+    return z
+
 
 def codebook_gradient(quantizer: Quantizer, target: Target, deterministic: bool, seed: int) -> Tensor:
     gen = torch.Generator().manual_seed(seed)
-    z = torch.randn(150, 6, generator=gen)
+    z = rows_to_quantize(gen)
     books = torch.randn(quantizer.books_shape(7, 6), generator=gen)
-    mask = (torch.rand(150, generator=gen) < 0.7).to(target.device)
+    mask = torch.rand(150, generator=gen) < 0.7
+    mask[[7, 60, 149]] = True
+    mask = mask.to(target.device)
     keywords = quantizer.dither(books.to(target.device), gen)
     z, books = z.to(target.device), books.to(target.device).requires_grad_()
     torch.use_deterministic_algorithms(deterministic)
@@ -30,4 +43,26 @@ def test_sorted_sums_equal_unordered_ones(target: Target, quantizer: Quantizer) 
     expected = codebook_gradient(quantizer, Target("reference", target.device), False, seed)
     for deterministic in (False, True):
         found = codebook_gradient(quantizer, target, deterministic, seed)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def nearest_gradient(target: Target, deterministic: bool, seed: int) -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    z, codebook, g = rows_to_quantize(gen), torch.randn(7, 6, generator=gen), torch.randn(150, generator=gen)
+    mask = torch.arange(150, device=target.device) % 3 != 2
+    codebook = codebook.to(target.device).requires_grad_()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = F.nearest(z.to(target.device), codebook, mask=mask, backend=target.backend)
+        return torch.autograd.grad(found.sqdist, codebook, g.to(target.device))[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@on_every_target
+def test_sorted_sums_of_nearest_equal_unordered_ones(target: Target) -> None:
+    seed = generator().initial_seed()
+    expected = nearest_gradient(Target("reference", target.device), False, seed)
+    for deterministic in (False, True):
+        found = nearest_gradient(target, deterministic, seed)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

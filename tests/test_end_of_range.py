@@ -239,3 +239,16 @@ def test_project_of_rows_to_which_no_distance_is_in_fp32(target: Target, dim: in
     nearest[:2, 0] = 3e19
     torch.testing.assert_close(points[~bad], nearest[~bad], rtol=1e-6, atol=0)
     assert torch.equal(f64(found.t).isnan(), bad)
+
+
+@on_every_target
+def test_project_of_a_row_with_both_ends_out_of_reach(target: Target) -> None:
+    """Its distance is in fp32, those to the ends of the segment are not: point and gradient agree on what it is."""
+    codebook, z = torch.zeros(6, 2), torch.tensor([[0.0, 1.83e19], [0.0, 1.0]])
+    codebook[:2, 0] = torch.tensor([-3.7e18, 3.7e18])
+    leaves = [x.to(target.device).requires_grad_() for x in (z, codebook)]
+    found = F.project(*leaves, backend=target.backend)
+    dz, dc = torch.autograd.grad(found.points.sum(), leaves)
+    bad = found.points.isnan().all(1)
+    assert torch.equal(bad, found.t.isnan()) and torch.equal(bad, dz.isnan().any(1)) and not bad[1]
+    assert (found.points[~bad].abs() <= 1e13).all() and dc.isfinite().all()

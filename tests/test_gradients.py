@@ -255,13 +255,15 @@ def test_mixed_dtypes(target: Target, quantizer: Quantizer, of_books: torch.dtyp
 
 @on_every_target
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_codebook_gradient_is_accumulated_in_fp32(target: Target, dtype: torch.dtype) -> None:
-    """4096 equal contributions to one codeword: a sum in half precision stops growing after a few hundred."""
-    z = torch.zeros(4096, 2, dtype=dtype)
+@pytest.mark.parametrize("rows", [4097, 209])
+def test_codebook_gradient_is_accumulated_in_fp32(target: Target, rows: int, dtype: torch.dtype) -> None:
+    """One contribution of 2048 to a codeword, then many of 1, with which a sum in half precision does not grow."""
+    z = torch.zeros(rows, 2, dtype=dtype)
     codebook = torch.tensor([[1.0, 0.0]], dtype=dtype)
-    g = torch.ones(4096, 2, dtype=dtype)
+    g = torch.ones(rows, 2, dtype=dtype)
+    g[0] = 2048
     _, dc, _ = gradients(target, Quantizer("diveq", "single", False), z, codebook, g, noise_std=0.0)
-    assert dc.tolist() == [[4096.0, 0.0]]
+    assert dc.tolist() == [[rows + 2047.0, 0.0]]
 
 
 @on_every_target

@@ -86,3 +86,19 @@ def test_gradients_of_nearest_and_project(target: Target, name: str) -> None:
     assert torch.equal(masked[0][mask], zeroed[0][mask])
     assert (masked[0][~mask] == (0 if name == "nearest" else 1)).all()
     torch.testing.assert_close(masked[1], zeroed[1], rtol=1e-5, atol=1e-5)
+
+
+@on_every_target
+@pytest.mark.parametrize("name", ["nearest", "project"])
+def test_rows_left_out_do_not_notice_a_codeword_that_is_not_finite(target: Target, name: str) -> None:
+    """Nor the first one, which kernels may have at hand in place of none."""
+    gen = generator()
+    z = torch.randn(30, 4, generator=gen).to(target.device).requires_grad_()
+    codebook = torch.randn(7, 4, generator=gen).to(target.device)
+    codebook[0, 1] = float("nan")
+    mask = (torch.arange(30) % 3 != 1).to(target.device)
+    found = getattr(F, name)(z, codebook, mask=mask, backend=target.backend)
+    value, expected = (found.sqdist, 0.0) if name == "nearest" else (found.points, 1.0)
+    dz = torch.autograd.grad(value.sum(), z)[0]
+    assert torch.equal(value[~mask], torch.zeros_like(value[~mask]) if name == "nearest" else z[~mask])
+    assert (dz[~mask] == expected).all() and dz.isfinite().all()

@@ -238,3 +238,21 @@ def test_rows_too_long_of_nearest_and_project(target: Target, length: float, of:
     assert torch.equal(dz[~bad].isfinite(), torch.ones_like(dz[~bad], dtype=torch.bool))
     assert dz[bad].isnan().all() or of == "sqdist"
     torch.testing.assert_close(dc, run(spoilt, torch.where(bad.reshape(-1, *[1] * (g.ndim - 1)), 0.0, g))[2])
+
+
+@on_every_target
+@pytest.mark.parametrize("noise_std", [0.0, 0.1])
+def test_sf_row_whose_other_end_is_too_far(target: Target, noise_std: float) -> None:
+    """A row is quantized towards both ends or not at all, though all of the weight may be that of one."""
+    codebook = torch.tensor([[-1e25, 0.0], [3.0, 1.0], [0.0, 0.0], [1e25, 0.0]], device=target.device)
+    z = torch.tensor([[0.1, 0.2], [2.9, 1.0]], device=target.device).requires_grad_()
+    codebook.requires_grad_()
+    for dither in ([0.5, 0.5, 0.0], [1.0, 0.5, 0.5]):
+        weights = torch.tensor(dither, device=target.device)
+        found = F.sf_diveq(z, codebook, dither=weights, noise_std=noise_std, seed=2, backend=target.backend)
+        dz, dc = torch.autograd.grad(found.z_q.sum(), (z, codebook))
+        bad = found.indices != 1
+        assert bad.sum() == 1
+        assert found.z_q[bad].isnan().all() and found.z_q[~bad].isfinite().all()
+        assert dz[bad].isnan().all() and dz[~bad].isfinite().all() and dc[1:3].isfinite().all()
+        assert (dc[[0, 3]] == 0).all()

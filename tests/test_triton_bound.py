@@ -17,7 +17,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="needs Triton")
 tl = pytest.importorskip("triton.language", reason="needs Triton")
 
-from diveq_kernels.triton_kernels import INTERPRETED, nearest, pack, scan, search, settle  # noqa: E402
+from diveq_kernels.triton_kernels import INTERPRETED, nearest, pack, residual, scan, search, settle  # noqa: E402
 from diveq_kernels.triton_kernels.middle import middle  # noqa: E402
 from diveq_kernels.triton_kernels.product import error_bound  # noqa: E402
 
@@ -291,3 +291,14 @@ def test_products_in_error_cost_no_index(
     monkeypatch.setattr(search, "error_bound", lambda *_: 0.0)
     trusting = nearest(z, codebook, None, "exact")[1]
     assert float(excess(z, codebook, trusting).max()) > 4.0
+
+
+@interpreted
+@pytest.mark.parametrize("target", ["triton-cpu"])
+def test_each_stage_has_the_bound_of_its_own_codebook(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the first one, all of whose codewords are 0, allows for next to no error."""
+    z, codebook = crowded(40, 300, 16, 1e-3)
+    monkeypatch.setattr(scan, "multiply", moved_products(z, codebook))
+    books = torch.stack([torch.zeros_like(codebook), codebook])
+    found = residual(z, books, None, None, None, None, 0.0, "exact")[1][1]
+    assert float(excess(z, codebook, found).max()) <= 4.0
