@@ -256,3 +256,23 @@ def test_sf_row_whose_other_end_is_too_far(target: Target, noise_std: float) -> 
         assert found.z_q[bad].isnan().all() and found.z_q[~bad].isfinite().all()
         assert dz[bad].isnan().all() and dz[~bad].isfinite().all() and dc[1:3].isfinite().all()
         assert (dc[[0, 3]] == 0).all()
+
+
+@on_every_target
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_row_at_the_end_of_the_curve_before_a_bad_codeword(target: Target, bad: float) -> None:
+    """No segment goes on there, so the row is that end's."""
+    codebook = torch.tensor([[0.0, 0.0], [1.0, 0.0], [bad, 0.0], [5.0, 5.0], [6.0, 5.0]], device=target.device)
+    found = F.project(torch.tensor([[2.0, 0.5], [4.0, 4.0]], device=target.device), codebook, backend=target.backend)
+    assert found.indices.tolist() == [0, 3] and found.t.tolist() == [1.0, 0.0]
+
+
+@on_every_target
+def test_gradient_where_no_segment_has_a_length_in_fp32(target: Target) -> None:
+    """Rows beside codewords, but on no segment: a point that is not finite has no finite gradient."""
+    codebook = torch.tensor([[-3e19, 0.0], [3e19, 0.0]], device=target.device).requires_grad_()
+    z = torch.tensor([[-2.7e19, 3e18], [2.7e19, 9e18]], device=target.device).requires_grad_()
+    points = F.project(z, codebook, backend=target.backend).points
+    dz, dc = torch.autograd.grad(points.sum(), (z, codebook))
+    bad = points.isnan().all()
+    assert dz.isnan().all() == bad and dz.isfinite().all() != bad and (dc == 0).all() == bad
