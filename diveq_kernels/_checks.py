@@ -88,7 +88,7 @@ def check_mask(mask: Any, z: Tensor) -> None:
         raise TypeError(f"mask must be a bool torch.Tensor or None, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
-    check_shape(mask, "mask", tuple(z.shape[:-1]), "z.shape[:-1]")
+    check_shape(mask, "mask", tuple(z.shape[:-1]), "z's shape without D")
     check_same_device(mask, "mask", z)
 
 
