@@ -142,18 +142,6 @@ def test_only_what_is_replaced_is_drawn(target: Target, monkeypatch: pytest.Monk
     assert torch.equal(now != books, (usage == 0)[..., None].expand_as(books))
 
 
-@pytest.mark.parametrize("target", INTERPRETED, ids=str)
-def test_a_use_that_cannot_be_draws_no_other_memory(target: Target) -> None:
-    """A checkpoint may claim any: what is copied are codewords of the same codebook, whichever."""
-    from diveq_kernels import triton_kernels
-
-    books = torch.randn(2, 9, 3, generator=generator())
-    use = torch.arange(-1, -19, -1).view(2, 9)
-    found = triton_kernels.replace(books, torch.ones(2, 9, dtype=torch.bool), use, torch.tensor(3), 0.0)
-    for copies, book in zip(found, books, strict=True):
-        assert (copies[:, None] == book).all(-1).any(1).all()
-
-
 @on_triton
 def test_draws_follow_the_use(target: Target) -> None:
     """Of three codewords each is copied as often as it was used, whatever the torch way does."""

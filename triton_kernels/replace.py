@@ -23,7 +23,7 @@ def _draw(cumulative, seed, n, codewords):
     high, low, _, _ = tl.randint4x(seed, n)
     target = ((high.to(tl.int64) & 0x7FFFFFFF) << 32) | low.to(tl.uint32, bitcast=True).to(tl.int64)
     target = target % tl.load(cumulative + codewords - 1)  # not 0: something is used where something is replaced
-    # The first whose cumulative use exceeds the target: it is among ``left`` from ``found`` on, or right after them.
+    # The first whose cumulative use exceeds the target, as the last one's does: among ``left`` from ``found`` on.
     found = tl.zeros_like(n)
     left = tl.zeros_like(n) + codewords
     width = codewords
@@ -33,7 +33,7 @@ def _draw(cumulative, seed, n, codewords):
         found = tl.where(before, middle + 1, found)
         left = tl.where(before, left - left // 2 - 1, left // 2)
         width = width // 2
-    return tl.minimum(found, codewords - 1)  # whatever use a checkpoint claims
+    return found
 
 
 @triton.jit
