@@ -1,8 +1,9 @@
 """Codes as bytes: ⌈log2 K⌉ bits per index, and b bits per position of a curve.
 
-Layout, little-endian: magic ``DVQ1``, crc32 of all that follows it, then bits per index (u8), bits per t (u8), whether
-−1 occurs (u8), rank (u8), K (u64), shape (u64 each), the indices' bits, and t's bits. Values are packed lowest bit
-first and each of the two fields ends on a whole byte. Where −1 (a row left out) occurs, values are indices plus 1.
+Layout, little-endian: magic ``DVQ1``, crc32 of all that follows it, then bits per index (u8), bits per t (u8), flags
+(u8), rank (u8), K (u64), shape (u64 each), the indices' bits, and t's bits. Values are packed lowest bit first and each
+of the two fields ends on a whole byte. Flag 1: −1 (a row left out) occurs, and values are indices plus 1. Flag 2: a u64
+after the shape says how many values there are; those that follow them, such as stages that rest, are all −1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from diveq_kernels.layers.sf_diveq import SFCodes
 
 _MAGIC = b"DVQ1"
 _START = struct.Struct("<4sI")  # magic, crc32 of the rest
-_HEADER = struct.Struct("<BBBBQ")  # index bits, t bits, offset, rank, K
+_HEADER = struct.Struct("<BBBBQ")  # index bits, t bits, flags, rank, K
+_CUT = 2  # the flag
 _MOST_T_BITS = 24  # the integers up to 2**24 are exact in fp32
 _BLOCK = 1 << 20  # values unpacked to bits at a time; a multiple of 8, so that blocks end on whole bytes
 
@@ -30,7 +32,8 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
 
     Args:
         codes: What a layer's ``encode`` returns: int64 or int32 [...], or (indices, t) for the SF layers. −1 marks rows
-            that were left out; where it occurs, values take ⌈log2 (K + 1)⌉ bits.
+            that were left out; where it occurs, values take ⌈log2 (K + 1)⌉ bits. At the end it takes none, as of the
+            stages of a residual layer that ``num_active`` has left out.
         num_codes: K, the number of different indices: ``num_embeddings``, for the SF layers ``num_embeddings − 1``.
         t_bits: b, from 1 to 24; t is stored as round(t·(2^b − 1)). Without effect where codes has no t.
 
@@ -52,15 +55,17 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
     least, most = (int(x) for x in values.aminmax()) if values.numel() else (0, 0)
     if least < -1 or most >= num_codes:
         raise ValueError(f"codes must hold indices from -1 to {num_codes - 1}, got values from {least} to {most}")
-    offset = int(least < 0)
+    count = int((values >= 0).nonzero()[-1]) + 1 if most >= 0 and values.numel() else 0
+    cut, values = count < values.numel(), values[:count]
+    offset = int((values < 0).any())
     index_bits = _bits(num_codes + offset)
-    body = _HEADER.pack(index_bits, 0 if t is None else t_bits, offset, indices.dim(), num_codes)
-    body += struct.pack(f"<{indices.dim()}Q", *indices.shape)
+    body = _HEADER.pack(index_bits, 0 if t is None else t_bits, offset + _CUT * cut, indices.dim(), num_codes)
+    body += struct.pack(f"<{indices.dim()}Q", *indices.shape) + (struct.pack("<Q", count) if cut else b"")
     body += _pack(values + offset, index_bits)
     if t is not None:
         _checks.check_float_tensor(t, "codes.t")
         _checks.check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
-        positions = t.detach().cpu().reshape(-1).double()
+        positions = t.detach().cpu().reshape(-1)[:count].double()
         wrong = positions[~((positions >= 0) & (positions <= 1) | (values < 0))]
         if len(wrong):
             why = ", of a row that is not finite" if wrong[0].isnan() else ""
@@ -85,28 +90,32 @@ def unpack_codes(packed: bytes | bytearray | memoryview) -> Tensor | SFCodes:
     magic, checksum = _START.unpack_from(packed)
     if magic != _MAGIC:
         raise ValueError(f"packed must begin with {_MAGIC!r}, got {magic!r}: pack_codes did not make it")
-    index_bits, t_bits, offset, rank, num_codes = _HEADER.unpack_from(packed, _START.size)
-    start = _START.size + _HEADER.size + 8 * rank
+    index_bits, t_bits, flags, rank, num_codes = _HEADER.unpack_from(packed, _START.size)
+    cut, offset = bool(flags & _CUT), flags & ~_CUT
+    start = _START.size + _HEADER.size + 8 * (rank + cut)
     if len(packed) < start:
         raise ValueError(f"packed must have at least {start} bytes, got {len(packed)}: it is truncated")
-    shape = struct.unpack_from(f"<{rank}Q", packed, _START.size + _HEADER.size)
-    count = math.prod(shape)
+    *shape, count = struct.unpack_from(f"<{rank + cut}Q", packed, _START.size + _HEADER.size) + (0,) * (not cut)
+    whole = math.prod(shape)
+    count = count if cut else whole
     index_end = start + _bytes(count, index_bits)
     expected = index_end + _bytes(count, t_bits)
     if len(packed) == expected and zlib.crc32(packed[_START.size :]) != checksum:
         raise ValueError("packed is corrupted: its checksum does not match")
     if len(packed) != expected:
         raise ValueError(f"packed must have {expected} bytes, got {len(packed)}: it is truncated or corrupted")
-    if offset > 1 or t_bits > _MOST_T_BITS or index_bits != _bits(num_codes + offset) or count >= 2**63:
+    wrong_bits = t_bits > _MOST_T_BITS or index_bits != _bits(num_codes + offset)
+    if offset > 1 or wrong_bits or whole >= 2**63 or (cut and count >= whole):
         raise ValueError("packed holds numbers that pack_codes never writes: it did not make it")
     values = _unpack(packed[start:index_end], index_bits, count) - offset
     if values.numel() and int(values.max()) >= num_codes:
         raise ValueError(f"packed holds an index of {int(values.max())}, which is not below K = {num_codes}")
-    indices: Tensor = values.reshape(shape)
+    rest = whole - count
+    indices: Tensor = torch.nn.functional.pad(values, (0, rest), value=-1).reshape(shape)
     if not t_bits:
         return indices
-    levels = _unpack(packed[index_end:], t_bits, count)
-    return SFCodes(indices, (levels.double() / ((1 << t_bits) - 1)).float().reshape(shape))
+    t = (_unpack(packed[index_end:], t_bits, count).double() / ((1 << t_bits) - 1)).float()
+    return SFCodes(indices, torch.nn.functional.pad(t, (0, rest)).reshape(shape))
 
 
 def _bits(count: int) -> int:

@@ -38,6 +38,30 @@ def test_rows_left_out(K):
     assert torch.equal(unpack_codes(pack_codes(indices, K)), indices)
 
 
+@pytest.mark.parametrize("curve", [False, True])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_what_is_left_out_at_the_end_takes_nothing(curve, gaps):
+    """A lower rate of a residual layer is smaller, whether its last stages are cut off or marked as at rest."""
+
+    def pack(indices, t):
+        return pack_codes(SFCodes(indices, t) if curve else indices, 1000, t_bits=24)
+
+    whole, t = torch.randint(0, 1000, (8, 1, 90)), torch.rand(8, 1, 90)
+    if gaps:
+        whole[:, :, 5] = -1
+    for active in range(9):
+        indices = whole.clone()
+        indices[active:] = -1
+        again = unpack_codes(pack(indices, t))
+        assert torch.equal(again.indices if curve else again, indices)
+        if curve:
+            assert again.t.shape == t.shape
+            torch.testing.assert_close(again.t, torch.where(indices < 0, 0.0, t), rtol=0, atol=1e-7)
+        says_how_many = 8 if active < 8 else 0
+        assert len(pack(indices, t)) == len(pack(indices[:active], t[:active])) + says_how_many
+    assert unpack_codes(pack_codes(torch.tensor(-1), 5)) == -1
+
+
 def test_the_largest_indices_and_several_blocks(monkeypatch):
     monkeypatch.setattr(codes, "_BLOCK", 16)
     indices = torch.arange(1000) % 37
@@ -108,7 +132,8 @@ def test_bad_arguments():
 @pytest.mark.parametrize(
     ("header", "shape"),
     [((3, 0, 0, 2, 8), (2**40, 2**40)), ((4, 0, 0, 1, 8), (0,)), ((3, 0, 2, 1, 8), (0,)), ((3, 99, 0, 1, 8), (0,)),
-     ((0, 0, 0, 1, 1), (2**63,)), ((255, 0, 0, 1, 8), (0,))],
+     ((0, 0, 0, 1, 1), (2**63,)), ((255, 0, 0, 1, 8), (0,)), ((3, 0, 2, 1, 8), (4, 4)), ((3, 0, 2, 1, 8), (0, 0)),
+     ((0, 0, 2, 1, 1), (4, 2**40)), ((0, 0, 2, 1, 1), (2**63, 5))],
 )  # fmt: skip
 def test_numbers_that_are_never_packed(header, shape):
     body = codes._HEADER.pack(*header) + b"".join(n.to_bytes(8, "little") for n in shape)

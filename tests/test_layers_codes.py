@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_cases import CURVES, alike, for_every_layer, make
+from layer_cases import CURVES, alike, for_every_layer, for_every_layer_and_composite, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -112,3 +112,20 @@ class Encoder(torch.nn.Module):
 
     def forward(self, z):
         return self.layer.encode(z)
+
+
+@for_every_layer_and_composite
+def test_a_slice_of_the_codes_is_one_of_what_they_hold(kind):
+    """Of samples or stages: a pair's own would be the pair, or one of its tensors, and decode as something else."""
+    layer = make(kind, dim=6)
+    codes = layer.encode(torch.randn(4, 9, 6), torch.rand(4, 9) < 0.7)
+    for part in (slice(1), slice(2), slice(1, None), slice(None, None, 2)):
+        first = codes[part]
+        assert type(first) is type(codes)
+        for cut, whole in zip(*((x if isinstance(x, tuple) else (x,)) for x in (first, codes)), strict=True):
+            assert torch.equal(cut, whole[part])
+    if "Residual" in kind.__name__:
+        rest = codes if isinstance(codes, torch.Tensor) else codes.indices
+        one = layer.decode(codes[:1])
+        rest[1:] = -1
+        assert torch.equal(one, layer.decode(codes))

@@ -23,8 +23,10 @@ def histogram(indices: Tensor, bins: int) -> Tensor:
     return empty.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int32))[1:]  # not in place, for torch.vmap
 
 
-def select(table: Tensor, indices: Tensor) -> Tensor:
-    """Rows of table [K, D] for indices [...] -> [..., D]; zeros for index −1."""
+def select(table: Tensor, indices: Tensor, all_there: bool = False) -> Tensor:
+    """Rows of table [K, D] for indices [...] -> [..., D]; zeros for index −1, which may occur unless ``all_there``."""
+    if all_there:
+        return nn.functional.embedding(indices, table)
     return torch.where((indices >= 0)[..., None], table[indices.clamp_min(0)], 0)
 
 
@@ -333,18 +335,23 @@ class Quantizer(MarkedCodebook):
     def _backend(self) -> str:
         return backends.check_name(self.backend)
 
-    def _check_codes(self, indices: Any, count: int) -> None:
-        """Raise unless the codes are integers in −1..count−1; their values only where reading them costs no wait."""
+    def _check_codes(self, indices: Any, count: int) -> bool:
+        """Raise unless the codes are integers in −1..count−1; their values only where reading them costs no wait.
+
+        Returns:
+            Whether −1 is known not to occur.
+        """
         if not isinstance(indices, Tensor) or indices.dtype not in _checks.INTEGERS:
             got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
             raise TypeError(f"codes must hold an int32 or int64 tensor of indices, got {got}")
         if indices.device != self.codebook.device:
             raise ValueError(f"codes must be on the layer's device, {self.codebook.device}, got {indices.device}")
         if indices.device.type != "cpu" or not is_plain(indices) or indices.numel() == 0:
-            return
+            return False
         least, most = indices.aminmax()
         if least < -1 or most >= count:
             raise ValueError(f"codes must hold indices from -1 to {count - 1}, got values from {least} to {most}")
+        return bool(least >= 0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "channel_first" not in state:

@@ -33,13 +33,14 @@ class CompositeQuantizer(ReplacingQuantizer):
 
     num_codebooks: int
 
-    def _check_stages(self, indices: Any, count: int) -> None:
-        """Raise unless indices holds the codes of this layer: [q, ...], with at least ``_fewest_stages`` codebooks."""
-        self._check_codes(indices, count)
+    def _check_stages(self, indices: Any, count: int) -> bool:
+        """``_check_codes`` of the codes of this layer: [q, ...], with at least ``_fewest_stages`` codebooks."""
+        all_there = self._check_codes(indices, count)
         fewest = self._fewest_stages()
         if indices.dim() < 1 or not fewest <= indices.shape[0] <= self.num_codebooks:
             wanted = f"{fewest} to {self.num_codebooks}" if fewest < self.num_codebooks else f"{fewest}"
             raise ValueError(f"codes must have shape [{wanted}, ...], got {tuple(indices.shape)}")
+        return all_there
 
     # ---- for subclasses ----
 
@@ -160,9 +161,8 @@ class CompositeDIVEQ(CompositeQuantizer):
             ValueError: If codes has the wrong number of codebooks or is on another device, or a code is out of range
                 (checked on the CPU only, and not under torch.compile).
         """
-        self._check_stages(codes, self.num_embeddings)
-        dtype = compute_dtype(self.codebook)
-        parts = [select(book, chosen).to(dtype) for book, chosen in zip(self.codebook, codes, strict=False)]
+        all_there, dtype = self._check_stages(codes, self.num_embeddings), compute_dtype(self.codebook)
+        parts = [select(book, chosen, all_there).to(dtype) for book, chosen in zip(self.codebook, codes, strict=False)]
         return self._as_input(self._join(parts).to(self.codebook.dtype))
 
 
@@ -329,14 +329,14 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         if not isinstance(codes, (tuple, list)) or len(codes) != 2:
             raise TypeError(f"codes must be a pair (indices, t), got {type(codes).__name__}")
         indices, t = codes
-        self._check_stages(indices, self.num_embeddings - 1)
+        all_there = self._check_stages(indices, self.num_embeddings - 1)
         _checks.check_float_tensor(t, "codes.t")
         _checks.check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
         dtype = compute_dtype(self.codebook, t)
         parts = []
         for book, chosen, position in zip(self.codebook, indices, t, strict=False):
             weight = position.to(dtype)[..., None]
-            start, end = select(book, chosen).to(dtype), select(book[1:], chosen).to(dtype)
+            start, end = (select(table, chosen, all_there).to(dtype) for table in (book, book[1:]))
             parts.append((1 - weight) * start + weight * end)
         return self._as_input(self._join(parts).to(self.codebook.dtype))
 

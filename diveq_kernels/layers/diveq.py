@@ -113,8 +113,8 @@ class DIVEQ(ReplacingQuantizer):
             ValueError: If codes is on another device, or a code is out of range. The range is checked on the CPU only,
                 and not under torch.compile; elsewhere such a code is an error of the device, or 0 if negative.
         """
-        self._check_codes(codes, self.num_embeddings)
-        return self._as_input(select(self.codebook, codes))
+        all_there = self._check_codes(codes, self.num_embeddings)
+        return self._as_input(select(self.codebook, codes, all_there))
 
 
 class DIVEQDetach(DIVEQ):

@@ -23,10 +23,18 @@ from diveq_kernels.usage import in_step
 
 @storable
 class SFCodes(NamedTuple):
-    """Points of the curve: segment indices int64 [...], and positions t fp32 [...] in [0, 1] (fp64 if an input was)."""
+    """Points of the curve: segment indices int64 [...], and positions t fp32 [...] in [0, 1] (fp64 if an input was).
+
+    A slice is one of both tensors: ``codes[:n]`` are the codes of the first n stages, samples or whatever comes first.
+    """
 
     indices: Tensor
     t: Tensor
+
+    def __getitem__(self, index: Any) -> Any:  # of a plain pair, the slice [:n] of n > 1 stages would be the whole
+        if isinstance(index, slice):
+            return SFCodes(self.indices[index], self.t[index])
+        return tuple.__getitem__(self, index)
 
 
 class SFDIVEQ(Quantizer):
@@ -177,12 +185,12 @@ class SFDIVEQ(Quantizer):
         if not isinstance(codes, (tuple, list)) or len(codes) != 2:
             raise TypeError(f"codes must be a pair (indices, t), got {type(codes).__name__}")
         indices, t = codes
-        self._check_codes(indices, self.num_embeddings - 1)
+        all_there = self._check_codes(indices, self.num_embeddings - 1)
         _checks.check_float_tensor(t, "codes.t")
         _checks.check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
         dtype = compute_dtype(self.codebook, t)
-        start = select(self.codebook, indices).to(dtype)
-        end = select(self.codebook[1:], indices).to(dtype)
+        start = select(self.codebook, indices, all_there).to(dtype)
+        end = select(self.codebook[1:], indices, all_there).to(dtype)
         weight = t.to(dtype)[..., None]
         return self._as_input(((1 - weight) * start + weight * end).to(self.codebook.dtype))
 
