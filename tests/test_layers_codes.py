@@ -6,6 +6,9 @@ import pytest
 import torch
 from layer_cases import CURVES, alike, for_every_layer, for_every_layer_and_composite, make
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import normalize
+
+from diveq_kernels import ResidualDIVEQ, functional
 
 
 @for_every_layer
@@ -129,3 +132,25 @@ def test_a_slice_of_the_codes_is_one_of_what_they_hold(kind):
         one = layer.decode(codes[:1])
         rest[1:] = -1
         assert torch.equal(one, layer.decode(codes))
+
+
+def test_what_codecs_do_with_stages():
+    """The recipes of docs/migrating.md: some first stages with a gradient, and all but these."""
+    layer = make(ResidualDIVEQ, dim=6, num_codebooks=3, noise_std=0.0)
+    z = torch.randn(4, 9, 6, requires_grad=True)
+    whole, codes, _ = layer(z)
+    steps = int(layer.iter_counter)
+    first = functional.residual_diveq(z, layer.codebook[:1], noise_std=0.0)
+    assert torch.equal(first.indices, codes[:1]) and torch.equal(first.z_q, layer.decode(codes[:1]))
+    gradients = torch.autograd.grad(first.z_q.square().sum(), (z, layer.codebook))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients) and int(layer.iter_counter) == steps
+    rest = codes.clone()
+    rest[:1] = -1
+    torch.testing.assert_close(layer.decode(rest), whole - first.z_q)
+    of_samples = torch.tensor([1, 3, 2, 1])
+    lower = layer.encode(z, num_active=of_samples)
+    for sample, n in enumerate(of_samples):
+        assert torch.equal(lower[:n, sample], layer.encode(z[sample])[:n]) and (lower[n:, sample] == -1).all()
+    unit = normalize(z.detach().flatten(0, 1), dim=-1)
+    books = normalize(layer.codebook[0].detach(), dim=-1)
+    assert torch.equal(functional.diveq(unit, books).indices, (unit.double() @ books.double().mT).argmax(-1))
