@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -233,3 +235,40 @@ def test_an_automatic_fallback_is_logged_once() -> None:
     lines = [line for line in result.stderr.splitlines() if "diveq_kernels" in line]
     fallbacks = [line for line in lines if "'cpu' not used" in line]
     assert len(fallbacks) == ("cpu" in unavailable()) and len(lines) == len(set(lines))
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Modules of all backends but the reference raise the error that the test is parametrized with."""
+    modules = [backend.module for name, backend in backends.BACKENDS.items() if name != "reference"]
+    load = importlib.import_module
+
+    def import_module(name: str, *package: str) -> types.ModuleType:
+        if name in modules:
+            raise request.param("not here")
+        return load(name, *package)
+
+    def forget() -> None:
+        for cached in (backends._load, backends._choose, backends._log_fallback):
+            cached.cache_clear()
+
+    forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib, "import_module", import_module)
+        yield
+    forget()
+
+
+@pytest.mark.parametrize("nothing_loads", [ImportError, OSError, RuntimeError], indirect=True)
+@pytest.mark.parametrize(("device", "level"), [("cpu", logging.INFO), ("cuda", logging.WARNING)])
+@pytest.mark.usefixtures("nothing_loads")
+def test_whatever_keeps_a_backend_from_loading_is_a_reason(
+    device: str, level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which matters where somebody paid for an accelerator; a CPU's user may not care for a compiler."""
+    with caplog.at_level(logging.DEBUG, "diveq_kernels"), use_backend(None):
+        for name in ("nearest", "diveq"):
+            assert backends.select(name, device, "") is getattr(reference, name)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages and len(messages) == len(set(messages)) and all("not here" in message for message in messages)
+    assert {record.levelno for record in caplog.records} == {level}

@@ -62,6 +62,13 @@ def test_what_is_left_out_at_the_end_takes_nothing(curve, gaps):
     assert unpack_codes(pack_codes(torch.tensor(-1), 5)) == -1
 
 
+@pytest.mark.parametrize("t", [torch.nan, torch.inf, -3.0, 7.0])
+def test_positions_of_rows_left_out_do_not_matter(t):
+    indices = torch.tensor([4, -1, 0])
+    packed = pack_codes(SFCodes(indices, torch.tensor([0.25, t, 1.0])), 5)
+    assert packed == pack_codes(SFCodes(indices, torch.tensor([0.25, 0.0, 1.0])), 5)
+
+
 def test_the_largest_indices_and_several_blocks(monkeypatch):
     monkeypatch.setattr(codes, "_BLOCK", 16)
     indices = torch.arange(1000) % 37
@@ -120,6 +127,8 @@ def test_bad_arguments():
         pack_codes(torch.zeros(0, dtype=torch.int64), 0)
     with pytest.raises(ValueError, match="t_bits must be at most 24, got 25"):
         pack_codes(torch.zeros(1, dtype=torch.int64), 1, t_bits=25)
+    with pytest.raises(ValueError, match="t_bits must be an int >= 1, got 0"):
+        pack_codes(SFCodes(torch.zeros(1, dtype=torch.int64), torch.zeros(1)), 1, t_bits=0)
     for t in (torch.tensor([0.5, 1.5]), torch.tensor([0.5, torch.nan])):
         with pytest.raises(ValueError, match=r"codes.t must be in \[0, 1\]"):
             pack_codes((torch.zeros(2, dtype=torch.int64), t), 2)
@@ -138,4 +147,11 @@ def test_bad_arguments():
 def test_numbers_that_are_never_packed(header, shape):
     body = codes._HEADER.pack(*header) + b"".join(n.to_bytes(8, "little") for n in shape)
     with pytest.raises(ValueError, match="^packed "):
+        unpack_codes(codes._START.pack(b"DVQ1", zlib.crc32(body)) + body)
+
+
+@pytest.mark.parametrize("bits", [0b101, 0b110, 0b111])
+def test_indices_that_are_never_packed(bits):
+    body = codes._HEADER.pack(3, 0, 0, 1, 5) + (1).to_bytes(8, "little") + bytes([bits])
+    with pytest.raises(ValueError, match=f"packed holds an index of {bits}, which is not below K = 5"):
         unpack_codes(codes._START.pack(b"DVQ1", zlib.crc32(body)) + body)

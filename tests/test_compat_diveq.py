@@ -122,6 +122,8 @@ def test_noise_var_is_a_standard_deviation_here_too():
         u = layer(z)[0] - z  # the direction of noise and d = -z: its part across d is sigma * sqrt(D - 1) long
     assert (u[0, 1:].norm() / -u[0, 0]).item() == pytest.approx(0.05 * 4095**0.5, rel=0.4)
     assert layer.noise_var == layer.noise_std == 0.05
+    layer.noise_var = 0.0  # as scripts do that let the noise end
+    assert layer.noise_std == 0.0 and torch.equal(layer(z)[0], layer.codebook)
 
 
 def test_layers_pickle_while_patched():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from layer_cases import for_curve_layers, for_every_layer, for_replacing_layers, make
 
-from diveq_kernels.layers import DIVEQ, SFDIVEQ, _arguments
+from diveq_kernels.layers import DIVEQ, SFDIVEQ, ProductDIVEQ, ProductSFDIVEQ, ResidualSFDIVEQ, _arguments
 
 
 @for_every_layer
@@ -72,6 +72,12 @@ def test_bad_mask(kind):
 def test_bad_arguments(kind, keywords, error, message):
     with pytest.raises(error, match=message):
         kind(**({"num_embeddings": 8, "embedding_dim": 4, "allow_warning": False} | keywords))
+
+
+@for_every_layer
+def test_the_largest_sizes(kind):
+    layer = kind(1 << 22, 4096, allow_warning=False, device="meta")
+    assert layer.codebook.shape == (4194304, 4096)
 
 
 @pytest.mark.parametrize("kind", [DIVEQ, SFDIVEQ])
@@ -144,6 +150,10 @@ def nothing_warned_yet():
         (SFDIVEQ, {"skip_iters": 999, "avg_iters": 49}, ["skip_iters=999", "avg_iters=49"]),
         (SFDIVEQ, {"avg_iters": 101}, ["avg_iters=101"]),
         (SFDIVEQ, {"skip_iters": 1000, "avg_iters": 100}, []),
+        (ProductDIVEQ, {"num_codebooks": 2, "noise_std": 0.02, "replacement_iters": 300}, ["noise_std=0.02"]),
+        (ResidualSFDIVEQ, {"num_codebooks": 2, "replacement_iters": 100, "noise_std": 0.02}, ["noise_std=0.02"]),
+        (ResidualSFDIVEQ, {"num_codebooks": 2, "replacement_iters": 101}, ["replacement_iters=101"]),
+        (ProductSFDIVEQ, {"num_codebooks": 2, "skip_iters": 999, "avg_iters": 49}, ["skip_iters=999", "avg_iters=49"]),
     ],
 )
 def test_unusual_values_warn_once(kind, keywords, expected):

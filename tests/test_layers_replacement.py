@@ -223,6 +223,19 @@ def test_two_copies_replace_alike_whatever_was_drawn_elsewhere():
     assert one.num_replaced > 0 and torch.equal(one.codebook, two.codebook)
 
 
+@for_replacing_layers
+def test_every_replacement_draws_anew(kind):
+    layer = make(kind, replacement_iters=1, discard_threshold=1.0, perturb_eps=1.0)
+    moved = []
+    for _ in range(3):
+        with torch.no_grad():
+            layer.codebook.zero_()
+        layer(torch.ones(1, 5))  # one codeword is used: the others become its copies, which are noise alone
+        moved.append(layer.codebook.detach().clone())
+    replaced = moved[1] != 0
+    assert replaced.sum() == 11 * 5 and not (moved[1] == moved[2])[replaced].any()
+
+
 def test_verbose(capsys):
     layer = make(DIVEQ, verbose=True, replacement_iters=2, discard_threshold=0.5)
     for _ in range(3):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+import oracle
 import pytest
 import torch
-from cases import Quantizer, Target, for_every_quantizer, generator, on_every_target
+from cases import QUANTIZERS, Quantizer, Target, for_every_quantizer, generator, on_every_target
 from torch import Tensor
 
 import diveq_kernels.functional as F
@@ -46,6 +48,28 @@ def test_without_a_seed_torch_decides(target: Target, quantizer: Quantizer) -> N
     torch.manual_seed(7)
     assert torch.equal(run(), first) and torch.equal(run(), second)
     assert not torch.allclose(first, second)
+
+
+def test_drawn_seeds_have_63_bits() -> None:
+    seeds = [int(F.noise_seed(torch.zeros(1), 1.0, None)) for _ in range(64)]
+    assert len(set(seeds)) == 64 and min(seeds) >= 0 and max(seeds) >= 2**60
+
+
+@on_every_target
+@pytest.mark.parametrize("quantizer", [q for q in QUANTIZERS if q.space_filling], ids=str)
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float64)], ids=str)
+def test_dither_is_drawn_in_the_dtype_of_the_arithmetic(
+    target: Target, quantizer: Quantizer, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    z, books, dither = inputs(quantizer, target)
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    z, books = z.to(dtypes[0]), books.to(dtypes[1])
+    torch.manual_seed(4)
+    weights = torch.rand(dither["dither"].shape, dtype=wide, device=target.device)
+    expected = quantizer(z, books, noise_std=0, dither=weights, backend=target.backend)
+    torch.manual_seed(4)
+    found = quantizer(z, books, noise_std=0, backend=target.backend)
+    assert torch.equal(found.z_q, expected.z_q) and torch.equal(found.indices, expected.indices)
 
 
 @on_every_target
@@ -93,6 +117,18 @@ def test_a_row_keeps_its_noise_when_rows_are_added(target: Target, quantizer: Qu
     fewer = F.diveq(z[:11], books, seed=9, noise_std=0.5, backend=target.backend)
     more = F.diveq(z, books, seed=9, noise_std=0.5, backend=target.backend)
     assert torch.equal(fewer.z_q, more.z_q[:11])
+
+
+@on_every_target
+def test_a_uniform_that_is_all_but_0(target: Target) -> None:
+    """One in 10^7 is below 1e-7, which Box-Muller's logarithm takes for 1e-7 everywhere."""
+    seed = 2871038
+    word = int(oracle.words(seed, np.array([0])).view(np.int32)[0, 2])
+    assert (~word if word < 0 else word) * 4.6566127342e-10 < 1e-7
+    codebook = torch.eye(4, device=target.device)[:1]
+    z_q = F.diveq(torch.zeros_like(codebook), codebook, seed=seed, noise_std=1.0, backend=target.backend).z_q
+    towards = oracle.noise(seed, 1, 4) + torch.eye(4, dtype=torch.float64)[:1]
+    torch.testing.assert_close(z_q.cpu().double(), towards / towards.norm(), rtol=0, atol=1e-5)
 
 
 @on_every_target

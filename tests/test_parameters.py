@@ -39,8 +39,8 @@ def test_steps_are_as_large_as_asked_for() -> None:
 
 def test_a_layer_alone_and_one_that_is_shared() -> None:
     layer = DIVEQ(8, 4, **QUIET)
-    (group,) = parameter_groups(layer, codebook_lr=1)
-    assert group["params"][0] is layer.codebook
+    (group,) = parameter_groups(layer, codebook_lr=1, lr=2.0)
+    assert group["params"][0] is layer.codebook and group["lr"] == 1
     others, codebooks = parameter_groups(nn.ModuleList([layer, nn.Linear(2, 2), layer]), codebook_lr=1)
     assert len(codebooks["params"]) == 1 and len(others["params"]) == 2
 
@@ -60,10 +60,14 @@ def test_bad_input(made: Any, lr: Any, error: type[Exception], message: str) -> 
         parameter_groups(made, codebook_lr=lr)
 
 
-@pytest.mark.parametrize("how", ["parametrization", "weight_norm", "old weight_norm"])
+@pytest.mark.parametrize("how", ["parametrization", "weight_norm", "old weight_norm", "old spectral_norm"])
 def test_what_a_codebook_is_made_from(how: str) -> None:
     layer = nn.Sequential(nn.Linear(4, 4), DIVEQ(8, 4, codebook_reset=False, **QUIET))
-    made = {"weight_norm": nn.utils.parametrizations.weight_norm, "old weight_norm": nn.utils.weight_norm}
+    made = {
+        "weight_norm": nn.utils.parametrizations.weight_norm,
+        "old weight_norm": nn.utils.weight_norm,
+        "old spectral_norm": nn.utils.spectral_norm,
+    }
     if how == "parametrization":
         nn.utils.parametrize.register_parametrization(layer[1], "codebook", nn.Tanh())
     else:
@@ -75,5 +79,5 @@ def test_what_a_codebook_is_made_from(how: str) -> None:
     before = layer[1].codebook.detach().clone()
     layer(torch.randn(50, 4))[0].square().sum().backward()
     optimizer.step()
-    layer.eval()(torch.randn(2, 4))  # where the older weight_norm makes it
+    layer.eval()(torch.randn(2, 4))  # where the older functions make it
     assert not torch.equal(layer[1].codebook, before)
