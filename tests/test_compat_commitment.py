@@ -95,6 +95,9 @@ def test_only_that_loss_is_taken() -> None:
         found = _one_pass.mse_loss(a, b, **options)
         assert found.grad_fn.name() == "MseLossBackward0"  # type: ignore[union-attr]
         torch.testing.assert_close(found, wanted * (target.numel() if options else 1), rtol=1e-5, atol=0)
+    _one_pass.rotate_to(x, learned)
+    assert torch.autograd.grad(_one_pass.mse_loss(learned, x), learned)[0].any()
+    _one_pass.rotate_to(x, target)
     _one_pass.forget_loss()
     assert _one_pass.mse_loss(target, x).grad_fn.name() == "MseLossBackward0"  # type: ignore[union-attr]
 
@@ -158,6 +161,14 @@ def test_not_finite() -> None:
         assert torch.equal(gradient[:7], clean[:7]) and torch.equal(gradient[8:], clean[8:])
         sums, counts = native_sums(source)
         assert not sums[1].isfinite().all() and sums[0].isfinite().all() and counts.tolist() == [20.0, 20.0]
+
+
+def test_any_dtypes_on_any_default_device() -> None:
+    x, target = torch.randn(2, 7, 5, generator=generator()).unbind()
+    with torch.device("meta"):
+        rotated, distances = native_cpu.commit(x.half(), target)
+    assert rotated.dtype == distances.dtype == torch.float32 and rotated.device.type == distances.device.type == "cpu"
+    torch.testing.assert_close(distances, (x.half().float() - target).square().sum(dim=-1))
 
 
 def native_sums(x: Tensor) -> tuple[Tensor, Tensor]:

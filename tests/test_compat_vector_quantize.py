@@ -237,6 +237,16 @@ def test_the_noise_has_the_variance_asked_for():
     assert (u[1:].norm() / -u[0]).item() == pytest.approx(0.05 * 4095**0.5, rel=0.4)
 
 
+def test_no_step_without_a_gradient_to_take_it():
+    options = {"directional_reparam": True, "directional_reparam_variance": 1.0, "threshold_ema_dead_code": 1e-3}
+    layer = accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20, **options))
+    x = torch.randn(2, 10, 8)
+    quantized, indices, _ = layer(x, freeze_codebook=True)
+    torch.testing.assert_close(quantized, layer.codebook[indices])
+    quantized, indices, _ = layer.eval()(x.requires_grad_())
+    torch.testing.assert_close(quantized, layer.codebook[indices])
+
+
 def test_calls_that_need_all_distances():
     theirs = package.VectorQuantize(dim=8, codebook_size=20).eval()
     ours = accelerate_vector_quantize(copy.deepcopy(theirs))

@@ -128,6 +128,16 @@ def test_squared_distances():
     agree(program.module()(*arguments), F.nearest(arguments[0], arguments[1], mask=arguments[2]))
 
 
+def test_positions_of_rows_left_out():
+    class Projection(torch.nn.Module):
+        def forward(self, z, codebook, mask):
+            return F.project(z, codebook, mask=mask)
+
+    arguments = torch.randn(3, 5, DIM), torch.randn(12, DIM), torch.rand(3, 5) < 0.5
+    program = portable(torch.export.export(Projection(), arguments))
+    agree(program.module()(*arguments), F.project(arguments[0], arguments[1], mask=arguments[2]))
+
+
 @pytest.mark.parametrize("kind", [DIVEQ, ResidualDIVEQ, ProductDIVEQ], ids=lambda kind: kind.__name__)
 def test_equal_codewords(kind):
     """Either of them may be chosen, and nothing else."""
@@ -170,6 +180,20 @@ def test_functions_that_draw_noise_are_refused(name):
     arguments = torch.randn(9, DIM), codebooks.get(name, torch.randn(2, 12, DIM // 2))
     with pytest.raises(ValueError, match=rf"layers in eval\(\), got diveq\.{name.partition('_')[0]} with a seed: call"):
         portable(torch.export.export(Noisy(), arguments))
+
+
+def test_what_is_refused_is_found_in_branches_too():
+    class Dithered(torch.nn.Module):
+        def forward(self, z, codebook):
+            def dithered(z, codebook):
+                return F.sf_diveq(z, codebook, noise_std=0.0).z_q
+
+            return torch.cond(z.sum() > 0, dithered, lambda z, codebook: z.clone(), (z, codebook))
+
+    program = torch.export.export(Dithered(), (torch.randn(9, DIM), torch.randn(12, DIM)))
+    assert not any("diveq" in str(node.target) for node in program.graph.nodes)
+    with pytest.raises(ValueError, match=r"got one with diveq\.sf_diveq"):
+        portable(program)
 
 
 def test_every_operation_of_evaluation_has_its_form_in_aten():

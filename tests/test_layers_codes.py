@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from layer_cases import CURVES, alike, for_every_layer, for_every_layer_and_composite, make
+from layer_cases import COMPOSITES, CURVES, alike, for_every_curve, for_every_layer, for_every_layer_and_composite, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
@@ -39,6 +41,24 @@ def test_decoding_reaches_the_codebook_with_gradients(kind):
     layer.decode(codes).sum().backward()
     # The weights of a point's codewords add up to 1.
     torch.testing.assert_close(layer.codebook.grad.sum(), torch.tensor(45.0))
+
+
+@for_every_layer_and_composite
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_decoding_half_precision_rounds_once(kind, dtype):
+    layer = make(kind, dim=6, dtype=dtype, **({"num_codebooks": 3} if kind in COMPOSITES else {}))
+    codes = layer.encode(torch.randn(300, 6, dtype=dtype))
+    found, exact = layer.decode(codes), copy.deepcopy(layer).double().decode(codes)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=0.501 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@for_every_curve
+def test_positions_in_double_precision_are_used_as_such(kind):
+    layer = make(kind, dim=6)
+    codes = layer.encode(torch.randn(300, 6, dtype=torch.float64))
+    assert codes.t.dtype == torch.float64 and layer.codebook.dtype == torch.float32
+    assert torch.equal(layer.decode(codes), copy.deepcopy(layer).double().decode(codes).float())
 
 
 @for_every_layer

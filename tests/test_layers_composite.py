@@ -237,6 +237,23 @@ def test_no_replacement_once_on_the_curve(kind):
     assert torch.equal(layer.codebook, curve) and layer.num_replaced == replaced
 
 
+def test_stages_on_curves_go_on_in_full_precision():
+    layer, z = make(ResidualSFDIVEQ), torch.randn(300, 6).bfloat16()
+    z_q, indices, _ = layer.inference(z)
+    exact, expected, _ = copy.deepcopy(layer).double().inference(z.double())
+    assert torch.equal(indices, expected)
+    assert_close(z_q.double(), exact, rtol=0.501 * torch.finfo(z.dtype).eps, atol=1e-6)
+
+
+@curves
+def test_without_latents_to_build_it_the_curve_begins_with_a_replacement(kind):
+    layer = make(kind, skip_iters=3, avg_iters=0, replacement_iters=2, discard_threshold=1.0)
+    z = torch.randn(1, 6)
+    for due in (False, False, True):
+        layer(z)
+        assert (layer.num_replaced > 0) == due
+
+
 @curves
 def test_a_step_on_the_curve_is_the_function(kind):
     layer = make(kind, noise_std=1e-3)

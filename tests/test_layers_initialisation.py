@@ -134,6 +134,13 @@ def test_rows_left_out_and_rows_that_are_not_finite_do_not_count():
     torch.testing.assert_close(run(layer, steps, masks), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_largest_numbers_count(dtype):
+    rows = torch.full((4, 300), torch.finfo(dtype).max, dtype=dtype)
+    rows[1, 7], rows[2, 0], rows[3, 299] = torch.inf, torch.nan, -torch.inf
+    assert finite_rows(rows, None).tolist() == [True, False, False, False]
+
+
 @pytest.mark.parametrize("nothing", ["no rows", "all masked", "all NaN"])
 def test_a_step_without_rows_changes_nothing(nothing):
     layer = make(SFDIVEQ, 8, skip_iters=5, avg_iters=4)
@@ -148,6 +155,20 @@ def test_a_step_without_rows_changes_nothing(nothing):
     assert torch.equal(layer.codebook, before)
     layer(torch.randn(6, 5))
     assert not torch.equal(layer.codebook, before)
+
+
+@pytest.mark.parametrize("kind", [ResidualSFDIVEQ, ProductSFDIVEQ], ids=lambda kind: kind.__name__)
+def test_a_window_without_rows_leaves_the_codebook_as_it_was_drawn(kind):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # memory that nothing is written to holds NaN
+    try:
+        layer = kind(8, 4, 2, skip_iters=2, avg_iters=1, replacement_iters=2, allow_warning=False, verbose=False)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    drawn = layer.codebook.detach().clone()
+    for rows in (0, 5):
+        layer(torch.randn(rows, 4))
+        assert torch.equal(layer.codebook, drawn)
 
 
 def test_only_the_window_changes_the_codebook():
@@ -203,6 +224,16 @@ def test_steps_that_pass_z_through(kind):
     layer = make(kind, skip_iters=4, avg_iters=2)
     z_q, indices, _ = layer(z, mask)
     assert torch.equal(z_q, z) and (indices[mask] == 0).all() and (indices[~mask] == -1).all()
+
+
+@for_curve_layers
+def test_a_loss_on_what_passes_through_has_a_gradient(kind):
+    """Where z needs none the codebook's, of zeros, keeps ``backward`` from being an error."""
+    layer = make(kind, skip_iters=3, avg_iters=1)
+    for step in range(1, 4):
+        layer.codebook.grad = None
+        layer(torch.randn(9, 5))[0].sum().backward()
+        assert layer.codebook.grad.any() == (step == 3)
 
 
 def test_a_row_that_is_not_finite_passes_through():
