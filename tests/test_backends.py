@@ -9,10 +9,11 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cases import functions
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
@@ -102,13 +103,15 @@ def test_unknown_names() -> None:
     F.diveq(Z, CODEBOOK)  # the failed context left nothing behind
 
 
-def test_backward_runs_on_the_backend_of_the_forward() -> None:
-    z = Z.clone().requires_grad_()
-    with use_backend("reference"):
-        z_q = F.diveq(z, CODEBOOK + 1).z_q
-    with use_backend(missing()):
-        z_q.sum().backward()
-    assert z.grad is not None
+@pytest.mark.parametrize(("function", "shape"), functions())
+def test_backward_runs_on_the_backend_of_the_forward(function: Callable, shape: tuple[int, ...]) -> None:
+    for keywords, default in (({}, "reference"), ({"backend": "reference"}, None)):
+        z = Z.clone().requires_grad_()
+        with use_backend(default):
+            results = function(z, torch.ones(shape), **keywords)
+        with use_backend(missing()):
+            sum(result.sum() for result in results if result.requires_grad).backward()
+        assert z.grad is not None
 
 
 def test_each_gpu_has_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

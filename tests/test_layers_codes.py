@@ -12,6 +12,8 @@ from torch.nn.functional import normalize
 
 from diveq_kernels import ResidualDIVEQ, functional
 
+from diveq_kernels.layers import DIVEQ, ResidualDIVEQ, ResidualSFDIVEQ
+
 
 @for_every_layer
 def test_decoding_what_was_encoded(kind):
@@ -32,6 +34,13 @@ def test_decoding_where_there_are_no_values_to_look_at(kind):
     with FakeTensorMode():
         fake = make(kind)
         assert fake.decode(fake.encode(torch.randn(9, 5))).shape == (9, 5)
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_a_trace_of_decoding_has_no_values_in_it():
+    layer = make(DIVEQ).requires_grad_(False)
+    traced, codes = torch.jit.trace(lambda x: layer.decode(x), torch.tensor([1, 2, 3])), torch.tensor([11, -1, 0])
+    assert torch.equal(traced(codes), layer.decode(codes))
 
 
 @for_every_layer
@@ -59,6 +68,18 @@ def test_positions_in_double_precision_are_used_as_such(kind):
     codes = layer.encode(torch.randn(300, 6, dtype=torch.float64))
     assert codes.t.dtype == torch.float64 and layer.codebook.dtype == torch.float32
     assert torch.equal(layer.decode(codes), copy.deepcopy(layer).double().decode(codes).float())
+
+
+@pytest.mark.parametrize("kind", [ResidualDIVEQ, ResidualSFDIVEQ], ids=lambda kind: kind.__name__)
+def test_a_mask_and_stages_that_are_not_active(kind):
+    layer = make(kind, num_codebooks=3)
+    z, mask, active = torch.randn(2, 20, 5), torch.rand(2, 20) < 0.5, torch.randint(0, 4, (2, 20))
+    fewer = torch.where(mask, active, 0)
+    for found, expected in (
+        (layer.inference(z, mask, active), layer.inference(z, num_active=fewer)),
+        (layer.encode(z, mask, active), layer.encode(z, num_active=fewer)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @for_every_layer
