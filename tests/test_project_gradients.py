@@ -116,3 +116,21 @@ def test_near_an_end_of_a_long_segment(target: Target, at_end: bool) -> None:
     z, g = torch.rand(20, 3, generator=gen) + 0.5, torch.randn(20, 3, generator=gen)
     _, dz, _ = gradients(target, z, codebook, g, torch.zeros(20), None)
     torch.testing.assert_close(dz.cpu(), g * torch.tensor([1.0, 0.0, 0.0]), rtol=1e-5, atol=1e-5)
+
+
+@on_every_target
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_before_a_segment_without_length_in_fp32(target: Target, deterministic: bool) -> None:
+    """The difference of its ends is infinite there, and the gradient along it 0 all the same."""
+    if target.backend == "triton":
+        pytest.skip("leaves such segments out")
+    gen = generator()
+    codebook, z, g = torch.zeros(2, 3), torch.rand(20, 3, generator=gen), torch.randn(20, 3, generator=gen)
+    codebook[:, 0], z[:, 0] = torch.tensor([-3e38, 3e38]), -3.1e38
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        _, dz, dc = gradients(target, z, codebook, g, torch.ones(20), None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (dz == 0).all()
+    torch.testing.assert_close(dc.cpu(), torch.stack([g.sum(0), torch.zeros(3)]), rtol=1e-5, atol=1e-5)

@@ -217,7 +217,8 @@ void project_gradient(const float* g, float grad_t, const float* z, const float*
   *through = at > 0 && at < 1 ? (float)(((double)grad_t + sum(of_g)) / length) : 0.0f;
   if (grad_z)
     each(dim, [&](int64_t k, int n) {
-      const V value = finite ? *through * (load(end + k, n) - load(start + k, n)) : all(NAN);
+      V value = all(finite ? 0.0f : NAN);
+      if (finite && *through != 0) value = *through * (load(end + k, n) - load(start + k, n));  // which may be infinite
       store(grad_z + k, value, n);
     });
 }
@@ -228,6 +229,7 @@ void add_bend(bool to_end, const float* g, const float* z, const float* start, c
   const float weight = to_end ? t : 1 - t;
   each(dim, [&](int64_t k, int n) {
     const V a = load(start + k, n), d = load(end + k, n) - a, bent = load(z + k, n) - a - 2 * t * d;
-    store(out + k, load(out + k, n) + weight * load(g + k, n) + through * (to_end ? bent : -d - bent), n);
+    const V given = load(out + k, n) + weight * load(g + k, n);
+    store(out + k, through == 0 ? given : given + through * (to_end ? bent : -d - bent), n);
   });
 }
