@@ -121,7 +121,7 @@ def test_second_derivatives(unit: bool) -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("rows", "codewords", "dim"), [(1, 1, 1), (7, 3, 5), (1000, 30, 17), (300, 500, 64)])
+@pytest.mark.parametrize(("rows", "codewords", "dim"), [(1, 1, 1), (7, 3, 5), (2500, 30, 17), (300, 500, 64)])
 def test_sums_of_codewords(isa: str, rows: int, codewords: int, dim: int, weighted: bool) -> None:  # noqa: F811
     gen = generator()
     x = torch.randn(2, dim, rows, generator=gen).transpose(1, 2)

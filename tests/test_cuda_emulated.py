@@ -22,13 +22,16 @@ SELECTION = {
     "test_nearest.py": "about_a_tile or near_ties or far_apart or exact_ties or 1e+30 or (transposed and sliced)"
     " or (indices_and_distances and (float32 or bfloat16)) or (tie_to_the_lowest and 129) or no_rows or fast or masked",
     "test_project.py": "float32 or float16 or long_segments or about_a_tile or no_length or masked or 1e4 or sliced",
-    "test_quantize.py": "test_values or counts_are",
-    "test_gradients.py": "(values_in_every_dtype and (float32 or bfloat16)) or deterministic",
-    "test_project_gradients.py": "(test_values and float32) or (exactly_at and float16) or near_an_end",
-    "test_nonfinite.py": "nan or 0.0-inf or too_long",
+    "test_quantize.py": "test_values or counts_are or is_its_codeword or numbers_of_stages",
+    "test_gradients.py": "(values_in_every_dtype and (float32 or bfloat16)) or deterministic"
+    " or at_their_codeword or at_one_end",
+    "test_project_gradients.py": "(test_values and float32) or (exactly_at and float16) or near_an_end"
+    " or before_a_segment",
+    "test_nonfinite.py": "nan or 0.0-inf or too_long or nearest_and_project or good",
     "test_end_of_range.py": "cuda",
     "test_mask.py": "cuda",
-    "test_noise.py": "the_seed_decides",
+    "test_noise.py": "the_seed_decides or all_but_0",
+    "test_ties.py": "test_project",
     "test_native_cuda.py": "not large",
 }
 

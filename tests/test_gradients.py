@@ -353,7 +353,7 @@ def test_only_one_input_of_nearest_and_project_needs_a_gradient(target: Target, 
 
 @on_every_target
 @for_every_quantizer
-@pytest.mark.parametrize("noise_std", [0.0, 0.5])
+@pytest.mark.parametrize("noise_std", [0.0, 0.5, 1e-30])  # the last is without length in fp32
 def test_rows_at_their_codeword_pass_the_gradient_on(
     target: Target, quantizer: Quantizer, noise_std: float
 ) -> None:

@@ -10,8 +10,7 @@ from layer_cases import COMPOSITES, CURVES, alike, for_every_curve, for_every_la
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
-from diveq_kernels import ResidualDIVEQ, functional
-
+from diveq_kernels import functional
 from diveq_kernels.layers import DIVEQ, ResidualDIVEQ, ResidualSFDIVEQ
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import ALL_DTYPES, LAYOUTS, Target, eps, generator, lay_out
+from cases import ALL_DTYPES, LAYOUTS, Target, eps, generator, lay_out, ties
 from cpu_isa import check_nearest
 from test_project_gradients import by_definition, gradients
 from torch import Tensor
@@ -246,6 +246,14 @@ def test_results_are_rounded_to_nearest(isa: str, dtype: torch.dtype) -> None:
     z = torch.where(z.isfinite(), z, 0.0)
     found = F.diveq(z, codebook, noise_std=0, backend="cpu")
     assert torch.equal(found.z_q, codebook[found.indices].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ties_are_rounded_to_even(isa: str, dtype: torch.dtype) -> None:
+    codebook = ties(dtype)
+    z = codebook.to(dtype)
+    found = F.diveq(z, codebook, noise_std=0, backend="cpu")
+    assert torch.equal(found.indices, torch.arange(len(codebook))) and torch.equal(found.z_q, z)
 
 
 # ---- whole steps -----------------------------------------------------------------------------------------------------

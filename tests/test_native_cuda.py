@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import ALL_DTYPES, LAYOUTS, TARGETS, Target, eps, generator, lay_out
+from cases import ALL_DTYPES, LAYOUTS, TARGETS, Target, eps, generator, lay_out, ties
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -119,6 +119,15 @@ def test_results_are_rounded_to_nearest(target: Target, dtype: torch.dtype) -> N
     z = torch.where(z.isfinite(), z, 0.0)
     found = F.diveq(z.to(target.device), codebook.to(target.device), noise_std=0, backend="cuda")
     assert torch.equal(found.z_q.cpu(), codebook[found.indices.cpu()].to(dtype))
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ties_are_rounded_to_even(target: Target, dtype: torch.dtype) -> None:
+    codebook = ties(dtype)
+    z = codebook.to(dtype)
+    found = F.diveq(z.to(target.device), codebook.to(target.device), noise_std=0, backend="cuda")
+    assert torch.equal(found.indices.cpu(), torch.arange(len(codebook))) and torch.equal(found.z_q.cpu(), z)
 
 
 # ---- whole steps -----------------------------------------------------------------------------------------------------
@@ -266,6 +275,26 @@ def test_products_that_err_in_opposite_directions(target: Target) -> None:
     found = F.nearest(z.to(target.device), codebook.to(target.device), backend="cuda").indices.cpu()
     assert torch.equal(oracle.sqdist(z, codebook).argmin(1), places[1 : 2 * rows : 2])
     assert torch.equal(found, places[1 : 2 * rows : 2])
+
+    # The same as segments without length: no other ends there, as what is not finite stands between.
+    z, near, far = z.to(target.device), near.to(target.device), far.to(target.device)
+    curve = torch.zeros(6 * rows + 1000, dim, device=target.device)
+    curve[2 : 6 * rows : 3] = float("nan")
+    for place, points in enumerate((near, near, None, far, far)):
+        if points is not None:
+            curve[place : 6 * rows : 6] = points
+    assert torch.equal(F.project(z, curve, backend="cuda").indices.cpu(), 6 * torch.arange(rows))
+
+
+@on_every_device
+@pytest.mark.parametrize("codewords", [128, 256])
+def test_every_codeword_of_a_crowd(target: Target, codewords: int) -> None:
+    """In two, far apart, so that all of one are open: the last of a tile too."""
+    gen = generator()
+    side = torch.where(torch.arange(codewords) % 16 < 8, 1e3, -1e3)[:, None]
+    codebook = (side + torch.randn(codewords, 16, generator=gen)).to(target.device)
+    found = F.nearest(codebook, codebook, backend="cuda").indices
+    assert torch.equal(found.cpu(), torch.arange(codewords))
 
 
 @on_every_device

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from cases import QUANTIZERS, Quantizer, Target, for_every_quantizer, generator, on_every_target, same_sums
@@ -14,6 +17,15 @@ bad_values = pytest.mark.parametrize("bad", [NAN, INF, -INF])
 bad_values_and_dtypes = pytest.mark.parametrize(
     ("bad", "dtype"), [(NAN, torch.float32), (INF, torch.bfloat16), (-INF, torch.float32), (NAN, torch.float16)]
 )
+
+
+@contextmanager
+def deterministic_if(wanted: bool) -> Iterator[None]:
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @on_every_target
@@ -46,10 +58,11 @@ def assert_spoils_itself_only(
     spoilt[rows, 3] = bad
     spoilt[17] = bad
 
-    def run(z: Tensor, g: Tensor) -> tuple[F.Quantized, Tensor, Tensor]:
+    def run(z: Tensor, g: Tensor, deterministic: bool = False) -> tuple[F.Quantized, Tensor, Tensor]:
         z, c = z.clone().requires_grad_(), books.clone().requires_grad_()
         found = quantizer(z, c, **keywords)
-        return found, *torch.autograd.grad(found.z_q, (z, c), g)
+        with deterministic_if(deterministic):
+            return found, *torch.autograd.grad(found.z_q, (z, c), g)
 
     clean, clean_dz, _ = run(z, g)
     found, dz, dc = run(spoilt, g)
@@ -67,12 +80,16 @@ def assert_spoils_itself_only(
         assert same_sums(target, dc, only_good_rows)
     for incoming in (NAN, INF):
         g_spoilt = torch.where(rows[:, None], incoming, g)
-        assert same_sums(target, run(spoilt, g_spoilt)[2], dc)
+        for deterministic in (False, True):
+            assert same_sums(target, run(spoilt, g_spoilt, deterministic)[2], dc)
 
 
 @on_every_target
 @bad_values_and_dtypes
-def test_bad_rows_of_nearest_and_project(target: Target, bad: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bad_rows_of_nearest_and_project(
+    target: Target, bad: float, dtype: torch.dtype, deterministic: bool
+) -> None:
     gen = generator()
     z = torch.randn(60, 8, generator=gen).to(dtype).to(target.device)
     codebook = torch.randn(9, 8, generator=gen).to(dtype).to(target.device)
@@ -81,13 +98,17 @@ def test_bad_rows_of_nearest_and_project(target: Target, bad: float, dtype: torc
     spoilt = z.clone()
     spoilt[rows, 3] = bad
 
-    def run(z: Tensor) -> tuple[F.Nearest, F.Projected, list[Tensor]]:
+    def run(z: Tensor, of_bad: float = 0.0) -> tuple[F.Nearest, F.Projected, list[Tensor]]:
         z, c = z.clone().requires_grad_(), codebook.clone().requires_grad_()
         nearest, projected = F.nearest(z, c, backend=target.backend), F.project(z, c, backend=target.backend)
-        grads = torch.autograd.grad(nearest.sqdist[~rows].sum() + projected.points[~rows].sum(), (z, c))
+        g = torch.where(rows, of_bad, 1.0)
+        incoming = g.to(nearest.sqdist), g[:, None].expand_as(z).to(projected.points)
+        with deterministic_if(deterministic):
+            grads = torch.autograd.grad((nearest.sqdist, projected.points), (z, c), incoming)
         return nearest, projected, grads
 
     clean, spoiled = run(z), run(spoilt)
+    assert same_sums(target, run(spoilt, of_bad=1.0)[2][1], spoiled[2][1])
     for without, found, last in ((clean[0], spoiled[0], 8), (clean[1], spoiled[1], 7)):
         assert ((found.indices >= 0) & (found.indices <= last)).all()
         for a, b in zip(without, found, strict=True):
@@ -184,14 +205,16 @@ def test_rows_without_anything_good(target: Target, quantizer: Quantizer, bad: f
 
 @on_every_target
 @bad_values
-def test_no_good_segment_of_a_projection(target: Target, bad: float) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_no_good_segment_of_a_projection(target: Target, bad: float, deterministic: bool) -> None:
     gen = generator()
     z = torch.randn(6, 5, generator=gen).to(target.device).requires_grad_()
     codebook = torch.randn(5, 5, generator=gen).to(target.device)
     codebook[1::2, 2] = bad
     codebook.requires_grad_()
     found = F.project(z, codebook, backend=target.backend)
-    dz, dc = torch.autograd.grad(found.points, (z, codebook), torch.ones_like(z))
+    with deterministic_if(deterministic):
+        dz, dc = torch.autograd.grad(found.points, (z, codebook), torch.ones_like(z))
     assert found.points.isnan().all() and found.t.isnan().all() and dz.isnan().all()
     assert ((found.indices >= 0) & (found.indices < 4)).all() and (dc == 0).all()
 
@@ -213,6 +236,21 @@ def test_bad_rows_that_are_masked(target: Target, quantizer: Quantizer) -> None:
     g = torch.randn(40, 8, generator=gen).to(target.device)
     dz, dc = torch.autograd.grad(found.z_q, (z, books), g)
     assert torch.equal(dz[~mask], g[~mask]) and dz.isfinite().all() and dc.isfinite().all()
+
+
+@on_every_target
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize("noise_std", [0.0, 0.1])
+def test_one_end_too_long(target: Target, noise_std: float, end: int) -> None:
+    """Of a segment, for any row: the distance of the other does not make up for it."""
+    gen = generator()
+    z, codebook = torch.randn(20, 8, generator=gen), torch.randn(2, 8, generator=gen)
+    codebook[end] = 1e19
+    z, codebook = (x.to(target.device).requires_grad_() for x in (z, codebook))
+    dither = torch.tensor([0.5], device=target.device)
+    found = F.sf_diveq(z, codebook, dither=dither, noise_std=noise_std, seed=1, backend=target.backend)
+    dz, dc = torch.autograd.grad(found.z_q, (z, codebook), torch.ones_like(z))
+    assert found.z_q.isnan().all() and dz.isnan().all() and (dc == 0).all()
 
 
 @on_every_target

@@ -94,6 +94,20 @@ def test_segments_of_no_length(target: Target) -> None:
 
 
 @on_every_target
+@pytest.mark.parametrize("dim", [3, 24])
+def test_segments_of_no_length_on_their_own(target: Target, dim: int) -> None:
+    """Codewords that are not finite stand between them, so that no other segment ends there."""
+    gen = generator()
+    places = torch.randn(20, dim, generator=gen)
+    codebook = torch.stack([places, places, torch.full_like(places, float("nan"))], dim=1).flatten(0, 1)
+    z = torch.randn(100, dim, generator=gen)
+    found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    nearest = torch.cdist(z.double(), places.double()).argmin(1)
+    assert torch.equal(found.indices.cpu(), 3 * nearest) and (found.t == 0).all()
+    assert torch.equal(found.points.cpu(), places[nearest])
+
+
+@on_every_target
 def test_beyond_both_ends_and_on_the_curve(target: Target) -> None:
     line = torch.arange(6.0)[:, None] * torch.tensor([1.0, 2.0])
     z = torch.tensor([[-3.0, -1.0], [9.0, 11.0], [2.5, 5.0], [0.0, 0.0]])
