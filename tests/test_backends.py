@@ -104,7 +104,12 @@ def test_unknown_names() -> None:
 
 
 @pytest.mark.parametrize(("function", "shape"), functions())
-def test_backward_runs_on_the_backend_of_the_forward(function: Callable, shape: tuple[int, ...]) -> None:
+def test_backward_runs_on_the_backend_of_the_forward(
+    function: Callable, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+    select = backends.select
+    monkeypatch.setattr(backends, "select", lambda op, on, name: asked.append((op, name)) or select(op, on, name))
     for keywords, default in (({}, "reference"), ({"backend": "reference"}, None)):
         z = Z.clone().requires_grad_()
         with use_backend(default):
@@ -112,6 +117,9 @@ def test_backward_runs_on_the_backend_of_the_forward(function: Callable, shape: 
         with use_backend(missing()):
             sum(result.sum() for result in results if result.requires_grad).backward()
         assert z.grad is not None
+        (forward, _), (backward, _) = asked
+        assert backward == f"{forward}_backward" and {name for _, name in asked} == {"reference"}
+        asked.clear()
 
 
 def test_each_gpu_has_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,16 +309,6 @@ def test_active_stages(kind, training):
 
 
 @residual
-def test_wrong_shapes_with_channels_first_are_told_in_the_words_of_the_layer(kind):
-    layer = make(kind, channel_first=True)
-    z = torch.randn(4, 6, 5)
-    with pytest.raises(ValueError, match=r"mask must have shape z's shape without D = \(4, 5\), got \(4, 1, 5\)"):
-        layer(z, torch.ones(4, 1, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"num_active must have shape \[\], or z's shape without D = \(4, 5\), got"):
-        layer(z, num_active=torch.ones(4, 1, dtype=torch.int64))
-
-
-@residual
 def test_decoding_the_first_stages(kind):
     layer = make(kind)
     z = torch.randn(7, 6)

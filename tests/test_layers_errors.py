@@ -11,7 +11,15 @@ import pytest
 import torch
 from layer_cases import for_curve_layers, for_every_layer, for_replacing_layers, make
 
-from diveq_kernels.layers import DIVEQ, SFDIVEQ, ProductDIVEQ, ProductSFDIVEQ, ResidualSFDIVEQ, _arguments
+from diveq_kernels.layers import (
+    DIVEQ,
+    SFDIVEQ,
+    ProductDIVEQ,
+    ProductSFDIVEQ,
+    ResidualDIVEQ,
+    ResidualSFDIVEQ,
+    _arguments,
+)
 
 
 @for_every_layer
@@ -229,3 +237,13 @@ def test_a_tracer_that_goes_into_the_layer(kind):
     z = torch.randn(7, 5)
     traced = torch.fx.GraphModule(model, Tracer().trace(model))
     assert torch.equal(traced(z)[0], model(z)[0])
+
+
+@pytest.mark.parametrize("kind", [ResidualDIVEQ, ResidualSFDIVEQ], ids=lambda kind: kind.__name__)
+def test_wrong_shapes_with_channels_first_are_told_in_the_words_of_the_layer(kind):
+    layer = make(kind, dim=6, channel_first=True)
+    z = torch.randn(4, 6, 5)
+    with pytest.raises(ValueError, match=r"mask must have shape z's shape without D = \(4, 5\), got \(4, 1, 5\)"):
+        layer(z, torch.ones(4, 1, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"num_active must have shape \[\], or z's shape without D = \(4, 5\), got"):
+        layer(z, num_active=torch.ones(4, 1, dtype=torch.int64))

@@ -134,3 +134,24 @@ def test_before_a_segment_without_length_in_fp32(target: Target, deterministic: 
         torch.use_deterministic_algorithms(False)
     assert (dz == 0).all()
     torch.testing.assert_close(dc.cpu(), torch.stack([g.sum(0), torch.zeros(3)]), rtol=1e-5, atol=1e-5)
+
+
+@on_every_target
+def test_of_points_alone_and_of_positions_alone(target: Target) -> None:
+    """What nobody asks for adds nothing, and both together are the sum."""
+    gen = generator()
+    leaves = [torch.randn(n, 5, generator=gen).to(target.device).requires_grad_() for n in (40, 9)]
+    found = F.project(*leaves, backend=target.backend)
+    g, h = torch.randn(40, 5, generator=gen).to(target.device), torch.randn(40, generator=gen).to(target.device)
+
+    def run(*outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        values, incoming = zip(*outputs, strict=True)
+        return torch.autograd.grad(values, leaves, incoming, retain_graph=True)
+
+    of_points, of_t = run((found.points, g)), run((found.t, h))
+    points_only, t_only = run((found.points, g), (found.t, 0 * h)), run((found.points, 0 * g), (found.t, h))
+    for alone, with_zeros in ((of_points, points_only), (of_t, t_only)):
+        for a, b in zip(alone, with_zeros, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b, both in zip(of_points, of_t, run((found.points, g), (found.t, h)), strict=True):
+        torch.testing.assert_close(a + b, both, rtol=1e-4, atol=1e-4)
