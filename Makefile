@@ -77,7 +77,7 @@ tune:
 	$(GPU_PY) -m benchmarks.tune --resume --minutes 9
 
 sanitize: $(STAMP)
-	$(PY) tests/sanitized.py cpu tests/test_native_cpu.py tests/test_native_cpu_screen.py -q -k "not working_memory"
+	$(PY) tests/sanitized.py cpu tests/test_native_cpu.py tests/test_native_cpu_few.py tests/test_native_cpu_screen.py -q -k "not working_memory"
 
 sanitize-cuda: $(STAMP)
 	$(PY) tests/sanitized.py cuda tests/test_native_cuda.py tests/test_nearest.py tests/test_project.py -q \
