@@ -181,6 +181,15 @@ def test_only_the_window_changes_the_codebook():
     assert [counter for counter, was in enumerate(changed, start=1) if was] == [6, 7, 8, 9]
 
 
+def test_what_was_in_the_codebook_before_does_not_matter():
+    """Memory that nothing has been drawn into, of a model without its checkpoint: a first share is not added to it."""
+    steps = [torch.randn(20, 5) for _ in range(4)]
+    drawn, unwritten = (make(SFDIVEQ, 8, skip_iters=5, avg_iters=4) for _ in range(2))
+    with torch.no_grad():
+        unwritten.codebook.fill_(torch.nan)
+    assert torch.equal(run(unwritten, steps), run(drawn, steps))
+
+
 def test_averaging_over_all_steps():
     """With A = S there are only S−1 steps to average over."""
     steps = list(torch.randn(4, 6, 5))

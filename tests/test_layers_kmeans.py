@@ -17,7 +17,7 @@ from diveq_kernels import (
     ResidualDIVEQ,
     ResidualSFDIVEQ,
 )
-from diveq_kernels.kmeans import ITERATIONS, kmeans_start
+from diveq_kernels.kmeans import ITERATIONS, _spread, kmeans_start
 
 STAGES = {DIVEQ: (), DIVEQDetach: (), ResidualDIVEQ: (3,), ProductDIVEQ: (3,), ResidualSFDIVEQ: (3,)}
 STAGES |= {ProductSFDIVEQ: (3,)}
@@ -254,6 +254,23 @@ def test_opcheck(counter, shape):
     codebook = torch.randn(shape, requires_grad=True)
     counter = torch.tensor([counter], dtype=torch.int32)
     torch.library.opcheck(kmeans_start, (codebook, torch.randn(4, 5, 6), torch.rand(4, 5) < 0.8, counter, False, ""))
+
+
+def test_first_means_are_drawn_within_their_parts():
+    """Rows of an image come back to the same place in every line: equally far apart they would all be alike."""
+    kept = torch.ones(64, dtype=torch.bool)
+    of_seeds = [_spread(torch.arange(64.0)[:, None], kept, 8, seed, False).flatten() for seed in range(2)]
+    for chosen in of_seeds:
+        assert (chosen // 8).tolist() == list(range(8)) and len((chosen % 8).unique()) > 2
+    assert not torch.equal(*of_seeds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_means_of_half_precision_are_taken_in_full(dtype):
+    """They are those of a codebook in fp32, rounded once."""
+    z, codebook, counter = 3 + torch.randn(2000, 6).to(dtype), torch.randn(4, 6), torch.tensor([-1], dtype=torch.int32)
+    full = kmeans_start(codebook, z, None, counter, False, "")
+    assert torch.equal(kmeans_start(codebook.to(dtype), z, None, counter, False, ""), full.to(dtype))
 
 
 def run(rank, world, folder):

@@ -241,7 +241,10 @@ def test_verbose(capsys):
     for _ in range(3):
         layer(layer.codebook[:4].detach())
     assert capsys.readouterr().out == "diveq_kernels: replaced 8 unused codewords\n"
-    layer.verbose = False
     for _ in range(2):
+        layer(layer.codebook.detach())  # each of them is used
+    assert capsys.readouterr().out == ""  # nothing was to be replaced
+    layer.verbose = False
+    for _ in range(4):
         layer(layer.codebook[:4].detach())
     assert capsys.readouterr().out == ""
