@@ -242,7 +242,9 @@ def keep_shards(module: nn.Module) -> set[nn.Parameter]:
         layer._mark()
     shards = {layer.codebook for layer in layers}
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-    ignored |= {name for name, parameter in module.named_parameters() if parameter in shards}
+    names = {name for name, parameter in module.named_parameters() if parameter in shards}
+    # Whose gradients it averages, it asks by names that begin with a dot where the parameter is the model's own.
+    ignored |= names | {"." + name for name in names if "." not in name}
     set_ignored = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     set_ignored(module, sorted(ignored))  # type: ignore[no-untyped-call]
     return shards

@@ -27,6 +27,17 @@ class Model(torch.nn.Module):
         return self.quantizer.quantize(self.encoder(x))[0]
 
 
+class Itself(ShardedNearest):
+    """A model that is the quantizer, with an encoder in it."""
+
+    def __init__(self):
+        super().__init__(8, 3, rows="own", noise_std=0.0)
+        self.encoder = torch.nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.quantize(self.encoder(x))[0]
+
+
 def batch(rank):
     return torch.linspace(-1, 1, 30).reshape(10, 3) + rank
 
@@ -84,6 +95,13 @@ def run_wrapped(rank, world, folder):
     copied = copy.deepcopy(model)
     for kept in (model, copied):
         assert torch.equal(used(kept, DistributedDataParallel(kept)), whole)
+    itself = Itself()
+    keep_shards(itself)
+    alone = copy.deepcopy(itself)
+    parallel = DistributedDataParallel(itself)
+    parallel(batch(rank)).square().sum().backward()
+    alone(batch(rank)).square().sum().backward()
+    assert torch.equal(itself.codebook.grad, alone.codebook.grad)  # its own part's, not the mean of all parts'
     within = Model()
     keep_shards(within)  # DistributedDataParallel asks the model that it wraps
     with pytest.raises(RuntimeError, match="the one that is wrapped"):
