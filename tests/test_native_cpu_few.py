@@ -39,6 +39,14 @@ def test_the_nearest(isa: str, rows: int, threads: int) -> None:
         check_nearest(z, codebook * 1e-3)
 
 
+def test_every_codeword_is_found(isa: str, threads: int) -> None:
+    """Those at the ends of a thread's part too: rows so few that they are one tile, whose codebook threads share."""
+    codebook, rows = torch.randn(6000, 6, generator=generator()), 4
+    for first in range(0, len(codebook), rows):
+        found = F.nearest(codebook[first : first + rows], codebook, backend="cpu").indices
+        assert torch.equal(found, torch.arange(first, first + rows, dtype=found.dtype))
+
+
 def test_of_equal_codewords_the_first(isa: str, threads: int) -> None:
     gen = generator()
     some = torch.randn(5, 6, generator=gen)
@@ -63,6 +71,21 @@ def test_codewords_that_rounding_cannot_tell_apart(isa: str) -> None:
         check_nearest(z, codebook[order.flip(0)])
 
 
+@pytest.mark.parametrize("dim", [3, 4, 8])
+def test_a_nearer_codeword_whose_squares_in_fp32_look_farthest(isa: str, dim: int) -> None:
+    """Of many as far as each other, one whose rounding makes it look far comes after those that it makes look near."""
+    gen = generator()
+    z = torch.randn(1, dim, generator=gen)
+    codebook = z + torch.nn.functional.normalize(torch.randn(20000, dim, generator=gen), dim=-1) * 1.2
+    distances = oracle.sqdist(z, codebook)[0]
+    looks = (codebook - z).square().sum(1)
+    away = (looks / distances - 1).argsort()  # by what rounding does to them
+    nearer, farther = away[-5:], away[:100]
+    for j in nearer.tolist():
+        others = farther[distances[farther] > distances[j]]
+        check_nearest(z, codebook[torch.cat([others, torch.tensor([j])])])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes_and_strides(isa: str, layout: str, dtype: torch.dtype) -> None:
@@ -82,6 +105,17 @@ def test_the_ends_of_the_range(isa: str) -> None:
             found = F.nearest(z, codebook[order], backend="cpu").indices
             picked = distances[:, order].gather(1, found[:, None])[:, 0]
             assert (picked <= distances.amin(1) * (1 + 1e-6)).all(), scale
+
+
+@pytest.mark.parametrize("scale", [2e-23, 5e-23])
+def test_distances_of_a_few_units_of_the_least_number(isa: str, scale: float) -> None:
+    """Squares that vanish in fp32 or keep a bit or two make many a codeword look nearer than it is."""
+    gen = generator()
+    for _ in range(20):
+        z, codebook = (scale * torch.randn(n, 12, generator=gen) for n in (FEW, 300))
+        distances = oracle.sqdist(z, codebook)
+        found = F.nearest(z, codebook, backend="cpu").indices
+        assert (distances.gather(1, found[:, None])[:, 0] <= distances.amin(1) * (1 + 1e-14)).all()
 
 
 def test_what_is_not_finite(isa: str, threads: int) -> None:

@@ -96,6 +96,33 @@ def test_a_long_codeword_whose_sum_loses_more_than_a_short_one_may(isa: str, dim
     check_nearest(z, codebook)
 
 
+@pytest.mark.parametrize("dim", [16, 64, 1024])
+@pytest.mark.parametrize("place", [1, 8, 32])
+def test_sums_in_fp32_that_lose_all_or_gain_as_much(isa: str, dim: int, place: int) -> None:
+    """A large product, and others just below or just above half of its last bit: rounding misleads all it can."""
+    unit, large = 2.0**-23, 2.0**10  # of a sum between 1 and 2; rows are long, so that nothing else is
+    small = (unit / 2) ** 0.5
+    z = torch.full((1, dim), large * small)
+    first, second = torch.full((1, dim), 0.9 * small / large), torch.full((1, dim), 1.1 * small / large)
+    z[:, 0], first[:, 0], second[:, 0] = large, (1.01 + 0.15 * dim * unit) / large, 1.01 / large
+    codebook = torch.zeros(90, dim)
+    codebook[0], codebook[place] = second, first
+    distances = oracle.sqdist(z, codebook)[0]
+    assert distances.argmin() == place
+    assert (F.nearest(z.expand(9, dim), codebook, backend="cpu").indices == place).all()
+
+
+@pytest.mark.parametrize("dim", [256, 1024, 4096])
+def test_squares_in_fp32_that_lose_all_or_gain_as_much(isa: str, dim: int) -> None:
+    """The same of a distance, summed in as many parts as a vector has floats: nothing lies in the others."""
+    unit, there = 2.0**-23, torch.arange(dim) % 16 == 0  # of a sum between 1 and 2
+    first, second = (torch.where(there, (factor * unit / 2) ** 0.5, 0.0) for factor in (1.1, 0.9))
+    first[0], second[0] = (1.02 - 0.15 * dim / 16 * unit) ** 0.5, 1.02**0.5
+    codebook = torch.cat([second[None], first[None], 1.5 * torch.eye(dim)[:90]])
+    assert oracle.sqdist(torch.zeros(1, dim), codebook).argmin() == 1
+    assert (F.nearest(torch.zeros(9, dim), codebook, backend="cpu").indices == 1).all()
+
+
 @pytest.mark.parametrize("dim", [6, 32, 256, 1024])
 def test_rounding_of_sums_alone(isa: str, dim: int) -> None:
     """Every number is exact in 8 bits and in bf16, the sums are large and differ by ones.
