@@ -22,7 +22,7 @@ from diveq_kernels.layers.sf_diveq import SFCodes
 _MAGIC = b"DVQ1"
 _START = struct.Struct("<4sI")  # magic, crc32 of the rest
 _HEADER = struct.Struct("<BBBBQ")  # index bits, t bits, flags, rank, K
-_CUT = 2  # the flag
+_CUT, _COUNT = 2, struct.Struct("<Q")  # the flag, and what follows the shape then
 _MOST_T_BITS = 24  # the integers up to 2**24 are exact in fp32
 _BLOCK = 1 << 20  # values unpacked to bits at a time; a multiple of 8, so that blocks end on whole bytes
 
@@ -32,8 +32,8 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
 
     Args:
         codes: What a layer's ``encode`` returns: int64 or int32 [...], or (indices, t) for the SF layers. −1 marks rows
-            that were left out; where it occurs, values take ⌈log2 (K + 1)⌉ bits. At the end it takes none, as of the
-            stages of a residual layer that ``num_active`` has left out.
+            that were left out; where it occurs, values take ⌈log2 (K + 1)⌉ bits. All those at the end together take 8
+            bytes, such as the stages of a residual layer that ``num_active`` has left out.
         num_codes: K, the number of different indices: ``num_embeddings``, for the SF layers ``num_embeddings − 1``.
         t_bits: b, from 1 to 24; t is stored as round(t·(2^b − 1)). Without effect where codes has no t.
 
@@ -55,17 +55,21 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
     least, most = (int(x) for x in values.aminmax()) if values.numel() else (0, 0)
     if least < -1 or most >= num_codes:
         raise ValueError(f"codes must hold indices from -1 to {num_codes - 1}, got values from {least} to {most}")
-    count = int((values >= 0).nonzero()[-1]) + 1 if most >= 0 and values.numel() else 0
-    cut, values = count < values.numel(), values[:count]
-    offset = int((values < 0).any())
+    t_bits = 0 if t is None else t_bits
+    offset, count = int(least < 0), values.numel()
+    rest = int((values.flip(0) >= 0).byte().argmax()) if count and most >= 0 else count  # at the end, all −1
+    cut = rest * (_bits(num_codes + 1) + t_bits) > 8 * _COUNT.size
+    if cut:
+        values = values[: count - rest]
+        offset = int((values < 0).any())
     index_bits = _bits(num_codes + offset)
-    body = _HEADER.pack(index_bits, 0 if t is None else t_bits, offset + _CUT * cut, indices.dim(), num_codes)
-    body += struct.pack(f"<{indices.dim()}Q", *indices.shape) + (struct.pack("<Q", count) if cut else b"")
+    body = _HEADER.pack(index_bits, t_bits, offset + _CUT * cut, indices.dim(), num_codes)
+    body += struct.pack(f"<{indices.dim()}Q", *indices.shape) + (_COUNT.pack(len(values)) if cut else b"")
     body += _pack(values + offset, index_bits)
     if t is not None:
         _checks.check_float_tensor(t, "codes.t")
         _checks.check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
-        positions = t.detach().cpu().reshape(-1)[:count].double()
+        positions = t.detach().cpu().reshape(-1)[: len(values)].double()
         wrong = positions[~((positions >= 0) & (positions <= 1) | (values < 0))]
         if len(wrong):
             why = ", of a row that is not finite" if wrong[0].isnan() else ""
@@ -80,7 +84,8 @@ def unpack_codes(packed: bytes | bytearray | memoryview) -> Tensor | SFCodes:
 
     Raises:
         TypeError: If packed is no bytes-like object.
-        ValueError: If packed is truncated, has bytes added, is corrupted, or was not made by ``pack_codes``.
+        ValueError: If packed is truncated, has bytes added, is corrupted, or was not made by ``pack_codes``; or if
+            there is no memory for the codes, of which those at the end that are −1 take none in packed.
     """
     if not isinstance(packed, (bytes, bytearray, memoryview)):
         raise TypeError(f"packed must be bytes, got {type(packed).__name__}")
@@ -111,7 +116,10 @@ def unpack_codes(packed: bytes | bytearray | memoryview) -> Tensor | SFCodes:
     if values.numel() and int(values.max()) >= num_codes:
         raise ValueError(f"packed holds an index of {int(values.max())}, which is not below K = {num_codes}")
     rest = whole - count
-    indices: Tensor = torch.nn.functional.pad(values, (0, rest), value=-1).reshape(shape)
+    try:
+        indices: Tensor = torch.nn.functional.pad(values, (0, rest), value=-1).reshape(shape)
+    except RuntimeError as error:  # of a few bytes that claim to be a great many codes
+        raise ValueError(f"packed says that it holds {whole} codes, for which there is no memory") from error
     if not t_bits:
         return indices
     t = (_unpack(packed[index_end:], t_bits, count).double() / ((1 << t_bits) - 1)).float()

@@ -57,7 +57,7 @@ def test_what_is_left_out_at_the_end_takes_nothing(curve, gaps):
         if curve:
             assert again.t.shape == t.shape
             torch.testing.assert_close(again.t, torch.where(indices < 0, 0.0, t), rtol=0, atol=1e-7)
-        says_how_many = 8 if active < 8 else 0
+        says_how_many = 8 if active < 8 else 0  # 90 codes that rest take more
         assert len(pack(indices, t)) == len(pack(indices[:active], t[:active])) + says_how_many
     assert unpack_codes(pack_codes(torch.tensor(-1), 5)) == -1
 
@@ -155,3 +155,20 @@ def test_indices_that_are_never_packed(bits):
     body = codes._HEADER.pack(3, 0, 0, 1, 5) + (1).to_bytes(8, "little") + bytes([bits])
     with pytest.raises(ValueError, match=f"packed holds an index of {bits}, which is not below K = 5"):
         unpack_codes(codes._START.pack(b"DVQ1", zlib.crc32(body)) + body)
+
+
+def test_more_codes_than_there_is_memory_for():
+    """Those at the end take no bytes, so that a few bytes may claim any number of them."""
+    body = codes._HEADER.pack(5, 0, 2, 1, 32) + (2**62 - 1).to_bytes(8, "little") + bytes(8)
+    with pytest.raises(ValueError, match="^packed says that it holds 4611686018427387903 codes, for which there is no"):
+        unpack_codes(codes._START.pack(b"DVQ1", zlib.crc32(body)) + body)
+
+
+def test_few_codes_are_packed_as_they_are():
+    """Where leaving out those at the end saves less than saying so takes."""
+    for some in ([-1, 0, -1], -1, [[-1, -1, -1], [-1, -1, -1]], [3] * 20 + [-1] * 20):
+        indices = torch.tensor(some)
+        packed = pack_codes(indices, 4)
+        assert len(packed) == 20 + 8 * indices.dim() + math.ceil(indices.numel() * 3 / 8)
+        assert torch.equal(unpack_codes(packed), indices)
+    assert len(pack_codes(torch.tensor([3] * 20 + [-1] * 22), 4)) == 28 + 8 + math.ceil(20 * 2 / 8)

@@ -247,3 +247,10 @@ def test_wrong_shapes_with_channels_first_are_told_in_the_words_of_the_layer(kin
         layer(z, torch.ones(4, 1, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"num_active must have shape \[\], or z's shape without D = \(4, 5\), got"):
         layer(z, num_active=torch.ones(4, 1, dtype=torch.int64))
+
+
+def test_more_steps_than_there_can_be():
+    """As an int32 they would be others; R = 2^32 + 3 would replace every third step in a graph."""
+    assert make(DIVEQ, replacement_iters=2**31 - 1).replacement_iters == 2**31 - 1
+    with pytest.raises(ValueError, match="replacement_iters must be an int <= 2147483647, got 4294967299: code"):
+        make(DIVEQ, replacement_iters=2**32 + 3)

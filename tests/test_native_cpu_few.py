@@ -17,7 +17,7 @@ import diveq_kernels.functional as F
 if cpu_isa.missing:
     pytest.skip(f"the cpu backend is not built: {cpu_isa.missing}", allow_module_level=True)
 
-FEW = 8  # Book::kFew
+FEW = 4  # Book::kFew
 
 
 @pytest.fixture(params=[1, 3])

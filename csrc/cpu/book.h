@@ -1,4 +1,4 @@
-// A codebook to search: packed, unless rows are so few that packing would take longer than they do.
+// A codebook to search: packed, unless rows are so few that packing takes longer, wherever codewords lie.
 #pragma once
 
 #include <mutex>
@@ -11,7 +11,7 @@ namespace diveq {
 
 class Book {
  public:
-  static constexpr int64_t kFew = 8;
+  static constexpr int64_t kFew = 4;  // within one tile, with every instruction set
 
   Book(const Kernels& k, const Codes& codes, int64_t rows) : k_(k), codes_(codes) {
     if (rows > kFew || codes.dither) packed_.emplace(k, codes);

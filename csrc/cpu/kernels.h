@@ -74,10 +74,10 @@ struct Kernels {
   Unclear (*search)(const Codes&, const Packed&, bool exact, const float* z, int64_t ld, int64_t rows, int32_t* indices,
                     float* scratch);
 
-  // The same of plain codewords begin .. end - 1, which need not be packed: `choices` has the nearest of those before. Of
-  // scratch there are dim floats.
-  void (*search_few)(const Codes&, const float* z, int64_t ld, int64_t rows, int64_t begin, int64_t end, Choice* choices,
-                     float* limits, float* scratch);
+  // The same of plain codewords begin .. end - 1, which need not be packed: `choices` has the nearest of those before.
+  // Of scratch there are dim floats.
+  void (*search_few)(const Codes&, const float* z, int64_t ld, int64_t rows, int64_t begin, int64_t end,
+                     Choice* choices, float* limits, float* scratch);
 
   // σ times the standard normals of counters start .. start + quads - 1; out has room for 4 * (quads + lanes) floats.
   void (*noise)(uint64_t seed, uint64_t start, int64_t quads, float sigma, float* out);

@@ -162,5 +162,4 @@ class PackedPath : Kept {
   PackedCurve packed{};
 };
 
-
 }  // namespace diveq

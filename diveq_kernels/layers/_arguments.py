@@ -12,6 +12,7 @@ from typing import Any
 from diveq_kernels._checks import check_noise_std, check_number
 
 _DEFAULT_NOISE_STD = 1e-3
+_MOST_STEPS = 2**31 - 1  # that the int32 counter can count
 
 
 def check_count(value: Any, name: str, least: int, most: float = math.inf) -> int:
@@ -48,6 +49,9 @@ def check_interval(replacement_iters: Any) -> int:
     is_int = isinstance(replacement_iters, numbers.Integral) and not isinstance(replacement_iters, bool)
     if not is_int or replacement_iters <= 0:
         raise ValueError(f"replacement_iters must be a positive int, got {replacement_iters!r}")
+    if replacement_iters > _MOST_STEPS:
+        never = "codebook_reset=False replaces nothing"
+        raise ValueError(f"replacement_iters must be an int <= {_MOST_STEPS}, got {replacement_iters}: {never}")
     return int(replacement_iters)
 
 
