@@ -47,11 +47,11 @@ def test_a_right_result_with_noise_that_nobody_knows(operation: str) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_one_index_below_zero(operation: str) -> None:
-    """In Python −1 is the last codeword, which may well be the nearest."""
+    """Which in Python is the last codeword, and may be the nearest."""
 
     def change(output: Output) -> Output:
         indices = output.indices.clone()
-        return output._replace(indices=indices.masked_fill_(indices == CODEWORDS - 1 - (operation == "project"), -1))
+        return output._replace(indices=indices.masked_fill_(indices == indices.max(), -1))
 
     if operation == "project":
         assert judged(operation, change, ours=True).wrong.startswith("indices must be from 0")
