@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from typing import Any
 
@@ -432,7 +433,8 @@ def test_slug() -> None:
         (["--operation", "sort"], "operation must be one of search, quantize, "),
         (["--operation", "product", "--parts", "3"], "d must be a multiple of parts = 3 for product, got 8"),
         (["--parts", "0"], "parts must be at least 1, got 0"),
-        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--threads", "0"], f"threads must be from 1 to {os.cpu_count()}, this machine's processors, got 0"),
+        (["--threads", "99999"], "processors, got 99999"),
         (["--seconds", "-1"], "seconds must be a positive number, got -1.0"),
     ],
 )

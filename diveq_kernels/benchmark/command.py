@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +52,9 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     """
     if options.parts is not None and options.parts < 1:
         raise ValueError(f"parts must be at least 1, got {options.parts}")
-    if options.threads < 1:
-        raise ValueError(f"threads must be at least 1, got {options.threads}")
+    processors = os.cpu_count() or 1
+    if not 1 <= options.threads <= processors:  # torch ends the process where there are far more
+        raise ValueError(f"threads must be from 1 to {processors}, this machine's processors, got {options.threads}")
     if not 0 < options.seconds < float("inf"):
         raise ValueError(f"seconds must be a positive number, got {options.seconds}")
     if options.device == "cuda" and not torch.cuda.is_available():
