@@ -42,6 +42,7 @@ def just_beside(what: str, dim: int, gen: torch.Generator) -> tuple[Tensor, Tens
 def test_rounding_of_a_first_pass_that_nearly_reaches_its_bound(isa: str, what: str, dim: int) -> None:
     gen = generator()
     z, first, second = just_beside(what, dim, gen)
+    rows = torch.cat([z, -z]).repeat(5, 1)  # more than are compared with the codebook as it lies
     # With others as long, and more that are all but 0, or are in all but one place: for a centre that is.
     if what == "rows":  # what is longer has to be in another panel, whose bound is its own
         as_long = (-16 * z.sign()).expand(30, -1)
@@ -51,14 +52,17 @@ def test_rounding_of_a_first_pass_that_nearly_reaches_its_bound(isa: str, what: 
     codebook = torch.cat([first, second, as_long, others])
     distances = oracle.sqdist(z, codebook)
     assert distances[0, 0] < distances[0, 1] and distances[0, 2:].min() > 1.02 * distances[0, 1]
-    check_nearest(torch.cat([z, -z]), codebook)
+    check_nearest(rows, codebook)
+    if what == "rows":  # exactly about the origin, the two in a panel of their own, each twice to be apart
+        long = 2.0 ** (dim.bit_length() // 2 + 9) * torch.eye(dim)[:14]
+        check_nearest(rows, torch.cat([first, first, second, second, long, -long]))
     # Where many look nearer, rows go twice over the codebook.
-    check_nearest(torch.cat([z, -z]), torch.cat([first, second.expand(200, -1), as_long, others]))
+    check_nearest(rows, torch.cat([first, second.expand(200, -1), as_long, others]))
     # And so few of them that they are not left to fp32 there, with none beside the first.
     beside = as_long[:1].expand(64, -1)
     many = torch.cat([second.expand(300, -1), beside, first, beside, as_long, others.repeat(80, 1)])
-    check_nearest(torch.cat([z, -z]), many)
-    again, left, _ = left_open(torch.cat([z, -z]), many)
+    check_nearest(rows, many)
+    again, left, _ = left_open(rows, many)
     assert isa not in ("amx", "avx512vnni") or (again > 0 and left == 0)
 
 
@@ -78,7 +82,7 @@ def test_sums_in_fp32_that_lose_what_is_small(isa: str, dim: int, beside: str) -
     codebook = torch.cat([second, first, others])
     distances = oracle.sqdist(z, codebook)[0]
     assert distances[1] < distances[0]
-    check_nearest(z, codebook)
+    check_nearest(z.expand(9, -1), codebook)
 
 
 @pytest.mark.parametrize("dim", [16, 64, 1024])
@@ -93,7 +97,7 @@ def test_a_long_codeword_whose_sum_loses_more_than_a_short_one_may(isa: str, dim
     codebook = torch.cat([short, long, torch.zeros(90, dim)])
     distances = oracle.sqdist(z, codebook)[0]
     assert distances[1] < distances[0]
-    check_nearest(z, codebook)
+    check_nearest(z.expand(9, -1), codebook)
 
 
 @pytest.mark.parametrize("dim", [16, 64, 1024])
