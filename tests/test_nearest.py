@@ -103,6 +103,15 @@ def test_one_codeword_far_from_all_others(target: Target, codewords: int, outlie
 
 
 @on_every_target
+def test_neighbours_far_from_the_origin(target: Target) -> None:
+    """A few steps of fp32 lie between rows and codewords: less than the last digit of ‖c‖² in fp64."""
+    gen = generator()
+    z, codebook = (2**20 + torch.randint(-8, 9, (n, 512), generator=gen) / 16 for n in (200, 60))
+    found = F.nearest(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    assert_nearest(found, z, codebook, search_eps(target, z))
+
+
+@on_every_target
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize(
     ("rows", "codewords", "dim"),
@@ -231,6 +240,16 @@ def test_fast_is_as_good_as_bfloat16_inputs(target: Target, scale: float, dtype:
     codebook = (scale * torch.randn(200, 48, generator=gen)).to(dtype)
     found = F.nearest(z.to(target.device), codebook.to(target.device), precision="fast", backend=target.backend)
     over, rounding = excess("single", z, codebook, found.indices)
+    assert (over <= 4 * eps(torch.bfloat16) * rounding).all()
+
+
+@on_every_target
+def test_fast_is_as_good_far_from_the_origin(target: Target) -> None:
+    """What rounding is relative to is the distance from the codebook's centre."""
+    gen = generator()
+    z, codebook = 1e5 + torch.randn(300, 48, generator=gen), 1e5 + torch.randn(200, 48, generator=gen)
+    found = F.nearest(z.to(target.device), codebook.to(target.device), precision="fast", backend=target.backend)
+    over, rounding = excess("single", z.double() - 1e5, codebook.double() - 1e5, found.indices)
     assert (over <= 4 * eps(torch.bfloat16) * rounding).all()
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cases import QUANTIZERS, Quantizer, Target, for_every_quantizer, generator, on_every_target, same_sums
+from oracle import choose
 from torch import Tensor
 
 import diveq_kernels.functional as F
@@ -141,6 +142,21 @@ def test_a_bad_codeword_is_never_chosen(target: Target, quantizer: Quantizer, ba
     one = books.reshape(-1, books.shape[-1])[:9].repeat(1, 8 // books.shape[-1])
     nearest = F.nearest(z, one, backend=target.backend)
     assert where not in nearest.indices
+
+
+@on_every_target
+@for_every_quantizer
+@bad_values
+def test_most_codewords_are_bad(target: Target, quantizer: Quantizer, bad: float) -> None:
+    """The others are found all the same: what has no place is no part of a centre."""
+    gen = generator()
+    z, books = torch.randn(60, 8, generator=gen), torch.randn(quantizer.books_shape(90, 8), generator=gen)
+    books[..., :30, :] = books[..., 50:, :] = bad
+    dither = quantizer.dither(books, gen)
+    found = quantizer(z.to(target.device), books.to(target.device), backend=target.backend, noise_std=0.0, **dither)
+    weights = dither["dither"][..., 30:49] if dither else None
+    expected = choose(quantizer.kind, z, books[..., 30:50, :], weights)
+    assert torch.equal(found.indices.cpu(), 30 + expected) and found.z_q.isfinite().all()
 
 
 @on_every_target

@@ -17,6 +17,7 @@ from oracle import polyline_sqdist, sqdist
 from torch import Tensor
 
 import diveq_kernels.functional as F
+from diveq_kernels.reference.ties import first_of_equals
 
 CODEWORDS = 800
 APART = [1, 2, 4, 7, 8, 9, 16, 24, 31, 32, 40, 57, 62, 63, 64, 65, 66, 96, 120, 127, 128, 129, 192, 250, 256, 331]
@@ -119,3 +120,25 @@ def test_project(target: Target, precision: str, dtype: torch.dtype, tie: str) -
     z, codebook = curve_crowd(12, tie == "mirrored")
     found = found_by("project", target, z.to(dtype), codebook.to(dtype), precision)
     assert torch.equal(found, lowest(polyline_sqdist(z, codebook)))
+
+
+@on_every_target
+@pytest.mark.parametrize("name", ["nearest", "project"])
+def test_more_rows_than_a_block_has(target: Target, name: str) -> None:
+    """The reference looks at 128 codewords at a time then, and what ties lies in several of these parts."""
+    z, codebook = (crowd if name == "nearest" else curve_crowd)(12, mirrored=True)
+    expected = lowest((sqdist if name == "nearest" else polyline_sqdist)(z, codebook))
+    times = 8300 // len(z) + 1
+    found = found_by(name, target, z.repeat(times, 1), codebook, "exact")
+    assert torch.equal(found, expected.repeat(times))
+
+
+@pytest.mark.parametrize("step", [1, 7, 300, 1000])
+def test_the_first_of_equal_vectors(step: int) -> None:
+    """However many are looked at together; −0 is 0, and the same numbers in another order are another vector."""
+    gen = generator()
+    vectors = torch.randint(0, 2, (300, 6), generator=gen) * (1.0 - 2 * torch.randint(0, 2, (300, 6), generator=gen))
+    assert ((vectors == 0) & vectors.signbit()).any()
+    equal = (vectors[:, None] == vectors).all(dim=-1)
+    found = first_of_equals(lambda first, last: vectors[first:last], 300, step, vectors.device)
+    assert torch.equal(found, equal.int().argmax(dim=1)) and not torch.equal(found, torch.arange(300))
