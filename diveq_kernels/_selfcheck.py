@@ -1,8 +1,8 @@
 """What ``python -m diveq_kernels check`` runs: every available backend against the reference in float64.
 
-Inputs are fresh random numbers. A row whose index differs passes only where float64 finds the backend's choice as near,
-up to the rounding of the input; such rows are then left out of the other comparisons. An operation that raises fails
-its check, and the others go on.
+Inputs are fresh random numbers. A mask leaves some rows out, and some rows leave out stages of a residual quantizer. A
+row whose index differs passes only where float64 finds the backend's choice as near, up to the rounding of the input;
+such rows are then left out of the other comparisons. An operation that raises fails its check, and the others go on.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diveq_kernels import backends
+from diveq_kernels import backends, ops
 from diveq_kernels import functional as F
 from diveq_kernels.reference.search import interpolate
 
@@ -24,8 +24,18 @@ _SHAPES = ((1000, 300, 24), (257, 66, 3), (64, 1025, 130))  # (N, K, D)
 _GROUPS = 2
 
 
+class _Inputs(NamedTuple):
+    """Of one operation: z [N, D], codebook, dither, mask [N], active stages [N] of a residual quantizer, else None."""
+
+    z: Tensor
+    codebook: Tensor
+    dither: Tensor
+    mask: Tensor
+    active: Tensor | None
+
+
 class Result(NamedTuple):
-    """One line of the table: rows with a wrong index, and relative errors ‖x − ref‖/‖ref‖ against float64.
+    """One line of the table: rows with a wrong index or count, and relative errors ‖x − ref‖/‖ref‖ against float64.
 
     ``raised`` is the traceback of an operation that gave no result; the errors are NaN then.
     """
@@ -54,35 +64,39 @@ class _Operation(NamedTuple):
     Attributes:
         name: Shown in the table.
         op: The dispatcher operation behind it.
-        run: (z, codebook, dither, seed, backend) -> (output, indices).
+        run: (inputs, seed, backend) -> (output, indices).
         groups: "" for one codebook [K, D], "Q" for [Q, K, D], "M" for [M, K, D/M].
         curve: Whether indices are those of segments.
     """
 
     name: str
     op: str
-    run: Callable[[Tensor, Tensor, Tensor, int, str], tuple[Tensor, Tensor]]
+    run: Callable[[_Inputs, int, str], tuple[Tensor, Tensor]]
     groups: str = ""
     curve: bool = False
 
 
-def _nearest(z: Tensor, c: Tensor, _: Tensor, seed: int, backend: str) -> tuple[Tensor, Tensor]:
-    found = F.nearest(z, c, backend=backend)
+def _nearest(x: _Inputs, seed: int, backend: str) -> tuple[Tensor, Tensor]:
+    found = F.nearest(x.z, x.codebook, mask=x.mask, backend=backend)
     return found.sqdist, found.indices
 
 
-def _project(z: Tensor, c: Tensor, _: Tensor, seed: int, backend: str) -> tuple[Tensor, Tensor]:
-    return F.project(z, c, backend=backend)[:2]
+def _project(x: _Inputs, seed: int, backend: str) -> tuple[Tensor, Tensor]:
+    points, indices, t = F.project(x.z, x.codebook, mask=x.mask, backend=backend)
+    return torch.cat((points, t[:, None].to(points.dtype)), dim=-1), indices
 
 
 def _plain(function: Callable, noise_std: float = 0.01) -> Callable:
-    return lambda z, c, dither, seed, backend: function(z, c, noise_std=noise_std, seed=seed, backend=backend)
+    def run(x: _Inputs, seed: int, backend: str, **dither: Tensor) -> Any:
+        stages = {} if x.active is None else {"num_active": x.active}
+        given = {"noise_std": noise_std, "mask": x.mask, "seed": seed, "backend": backend}
+        return function(x.z, x.codebook, **given, **stages, **dither)
+
+    return run
 
 
 def _curve(function: Callable, noise_std: float = 0.01) -> Callable:
-    return lambda z, c, dither, seed, backend: function(
-        z, c, noise_std=noise_std, dither=dither, seed=seed, backend=backend
-    )
+    return lambda x, seed, backend: _plain(function, noise_std)(x, seed, backend, dither=x.dither)
 
 
 _OPERATIONS = (
@@ -99,20 +113,23 @@ _OPERATIONS = (
 )
 
 
-def _inputs(op: _Operation, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """Fresh z [N, D], codebook and dither; D is made a multiple of the number of groups."""
+def _inputs(op: _Operation, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> _Inputs:
+    """Fresh inputs; D is made a multiple of the number of groups."""
     n, k, d = shape
     d += (-d) % _GROUPS
     codebook_shape = {"": (k, d), "Q": (_GROUPS, k, d), "M": (_GROUPS, k, d // _GROUPS)}[op.groups]
     z = torch.randn(n, d, device=device).to(dtype)
     codebook = torch.randn(codebook_shape, device=device).to(dtype)
-    return z, codebook, torch.rand((*codebook_shape[:-2], k - 1), device=device)
+    dither = torch.rand((*codebook_shape[:-2], k - 1), device=device)
+    mask = torch.rand(n, device=device) < 0.9
+    active = torch.randint(_GROUPS + 1, (n,), device=device) if op.groups == "Q" else None
+    return _Inputs(z, codebook, dither, mask, active)
 
 
 def _costs(op: _Operation, z: Tensor, codebook: Tensor, dither: Tensor, indices: Tensor) -> Tensor:
-    """Float64 squared distance of each chosen part from what it had to match: [stages, N]."""
+    """Float64 squared distance of each chosen part from what it had to match: [stages, N]; −1 has chosen 0."""
     if op.op == "project":
-        indices = indices[0]
+        indices = indices[0].clamp_min(0)
         ends = codebook[indices], codebook[indices + 1]
         d = ends[1] - ends[0]
         t = (((z - ends[0]) * d).sum(-1) / d.square().sum(-1)).clamp(0, 1)
@@ -123,10 +140,11 @@ def _costs(op: _Operation, z: Tensor, codebook: Tensor, dither: Tensor, indices:
     for stage, (words, weights, chosen) in enumerate(
         zip(stages, dither.reshape(len(stages), -1), indices.reshape(len(stages), -1), strict=True)
     ):
-        part = words[chosen]
+        i = chosen.clamp_min(0)
+        part = words[i]
         if op.curve:
-            part = interpolate(part, words[chosen + 1], weights[chosen, None].double())
-        difference = targets[stage] - part
+            part = interpolate(part, words[i + 1], weights[i, None].double())
+        difference = targets[stage] - torch.where((chosen >= 0)[:, None], part, 0.0)
         costs.append(difference.square().sum(-1))
         if op.groups == "Q":
             targets[stage + 1 :] = [difference] * (len(stages) - stage - 1)
@@ -134,18 +152,31 @@ def _costs(op: _Operation, z: Tensor, codebook: Tensor, dither: Tensor, indices:
 
 
 def _differing_rows(
-    op: _Operation, exact: tuple[Tensor, Tensor, Tensor], ours: Tensor, theirs: Tensor, eps: float
+    op: _Operation, exact: _Inputs, ours: Tensor, theirs: Tensor, eps: float
 ) -> tuple[Tensor, int]:
     """Rows [N] whose indices differ, and how many of them float64 does not accept as ties."""
-    z = exact[0]
+    z = exact.z
     ours, theirs = ours.reshape(-1, len(z)), theirs.reshape(-1, len(z))
     differs = ours != theirs
     first = differs.int().argmax(dim=0, keepdim=True)  # later stages of a residual follow from the first difference
-    cost_ours, cost_theirs = (_costs(op, *exact, i).gather(0, first) for i in (ours, theirs))
-    scale = z.norm(dim=-1) + exact[1].norm(dim=-1).max()
+    cost_ours, cost_theirs = (_costs(op, *exact[:3], i).gather(0, first) for i in (ours, theirs))
+    scale = z.norm(dim=-1) + exact.codebook.norm(dim=-1).max()
     tie = cost_ours - cost_theirs <= 4 * eps * scale * (cost_theirs.sqrt() + eps * scale)
-    rows = differs.any(dim=0)
-    return rows, int((rows & ~tie.flatten()).sum())
+    rows, left_out = differs.any(dim=0), ((ours < 0) != (theirs < 0)).any(dim=0)
+    return rows, int((rows & (left_out | ~tie.flatten())).sum())
+
+
+def _miscounted(op: _Operation, x: _Inputs, backend: str) -> int:
+    """By how much the histogram that a layer gets is not that of the indices which come with it."""
+    if op.op in ("nearest", "project"):
+        return 0
+    between: tuple[Tensor | None, ...] = (x.dither if op.curve else None,) if op.op != "diveq" else ()
+    if op.op == "residual":
+        between = (*between, x.active.int() if x.active is not None else None)
+    _, indices, counts = getattr(ops, op.op)(x.z, x.codebook, *between, x.mask, None, 0.0, "exact", backend)
+    rows = indices.reshape(-1, len(x.z)).long() + 1
+    expected = torch.stack([chosen.bincount(minlength=counts.shape[-1] + 1)[1:] for chosen in rows])
+    return int((counts.reshape(expected.shape) - expected).abs().sum())
 
 
 def _relative(x: Tensor, exact: Tensor) -> float:
@@ -153,19 +184,20 @@ def _relative(x: Tensor, exact: Tensor) -> float:
 
 
 def _check(op: _Operation, backend: str, device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> Result:
-    z, codebook, dither = _inputs(op, shape, dtype, device)
-    exact = z.double(), codebook.double(), dither
+    inputs = _inputs(op, shape, dtype, device)
+    exact = inputs._replace(z=inputs.z.double(), codebook=inputs.codebook.double())
     seed = int(torch.randint(2**62, ()))
-    for x in (z, codebook, *exact[:2]):
+    for x in (*inputs[:2], *exact[:2]):
         x.requires_grad_()
-    output, indices = op.run(z, codebook, dither, seed, backend)
-    output64, indices64 = op.run(*exact, seed, "reference")
+    output, indices = op.run(inputs, seed, backend)
+    output64, indices64 = op.run(exact, seed, "reference")
     with torch.no_grad():
         rows, wrong = _differing_rows(op, exact, indices, indices64, torch.finfo(dtype).eps)
+        wrong += _miscounted(op, inputs, backend)
         g = torch.randn_like(output64)
         g[rows] = 0  # nothing flows to or from rows decided by a tie
         g = g.to(output.dtype)
-    grads = torch.autograd.grad(output, (z, codebook), g)
+    grads = torch.autograd.grad(output, inputs[:2], g)
     grads64 = torch.autograd.grad(output64, exact[:2], g.double())
     with torch.no_grad():
         same = ~rows
@@ -218,7 +250,7 @@ def report(only: str | None = None) -> bool:
 
     Each line is flushed, so that a check that is killed has shown what it found.
     """
-    print("errors are ‖x − ref‖/‖ref‖ against float64; wrong: rows whose index is not a nearest one\n")
+    print("errors are ‖x − ref‖/‖ref‖ against float64; wrong: rows whose index is not a nearest one, or not counted\n")
     print(f"{'backend':<10} {'device':<6} {'operation':<20} {'dtype':<9} wrong    output     ∂L/∂z     ∂L/∂C")
     sys.stdout.flush()
     failed, told = 0, {}

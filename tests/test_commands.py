@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -117,6 +119,45 @@ def test_check_finds_output_that_was_never_written(broken_backend: types.ModuleT
 
     broken_backend.product = unwritten  # type: ignore[attr-defined]
     assert failures() == {"product_diveq", "product_sf_diveq"}
+
+
+def without(name: str, argument: str) -> Callable:
+    """The reference's operation, which does not look at an argument."""
+    function = getattr(reference, name)
+    place = list(inspect.signature(function).parameters).index(argument)
+    return lambda *args: function(*args[:place], None, *args[place + 1 :])
+
+
+def changed(name: str, change: Callable) -> Callable:
+    """The reference's operation with another third result."""
+
+    def function(*args: object) -> tuple[torch.Tensor, ...]:
+        first, second, third = getattr(reference, name)(*args)
+        return first, second, change(third)
+
+    return function
+
+
+COUNTED = ("diveq", "sf_diveq", "residual", "product")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *[pytest.param(name, without(name, "mask"), id=f"mask of {name}") for name in ("nearest", "project", *COUNTED)],
+        pytest.param("residual", without("residual", "num_active"), id="stages"),
+        *[pytest.param(name, changed(name, lambda counts: counts + 1), id=f"counts of {name}") for name in COUNTED],
+        pytest.param("project", changed("project", lambda t: 0.9 * t), id="positions"),
+        pytest.param(
+            "project_backward", lambda g, h, *args: reference.project_backward(g, 0 * h, *args), id="of positions"
+        ),
+    ],
+)
+def test_check_finds_what_is_wrong_in_a_part(name: str, wrong: Callable, broken_backend: types.ModuleType) -> None:
+    setattr(broken_backend, name, wrong)
+    for op in _selfcheck._OPERATIONS:
+        result = _selfcheck.check(op.name, "cpu", "cpu", torch.float32, (100, 20, 4))
+        assert result.passed == (op.op != name.removesuffix("_backward")), result
 
 
 def test_check_goes_on_after_an_operation_that_raises(
