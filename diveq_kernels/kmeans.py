@@ -93,10 +93,11 @@ def kmeans_start(
     residual, found = part == rows.shape[1], []
     for stage in range(Q):
         columns = rows if residual else rows[:, stage * part : (stage + 1) * part].contiguous()
-        found.append(_kmeans(columns, kept, K, stage, sync, backend))
+        found.append(_kmeans(columns, kept, K, stage, sync, backend).to(codebook.dtype))
         if residual and stage < Q - 1:
-            rows = rows - found[-1][_search(rows, found[-1], kept, backend).clamp_min(0)]
-    now = torch.stack(found).to(codebook.dtype).reshape(codebook.shape)
+            words = found[-1].to(rows.dtype)  # as rounded: what that leaves is the next stages' to quantize
+            rows = rows - words[_search(rows, words, kept, backend).clamp_min(0)]
+    now = torch.stack(found).reshape(codebook.shape)
     return torch.where(due, now, codebook).contiguous()
 
 

@@ -273,6 +273,40 @@ def test_means_of_half_precision_are_taken_in_full(dtype):
     assert torch.equal(kmeans_start(codebook.to(dtype), z, None, counter, False, ""), full.to(dtype))
 
 
+def rounds(rows, codewords, seed):
+    """The definition: so many rounds from the first means."""
+    means = _spread(rows, torch.ones(len(rows), dtype=torch.bool), codewords, seed, False)
+    for _ in range(10):
+        means = lloyd(rows, means)
+    return means
+
+
+def begun(codebook, z, counter=-1):
+    return kmeans_start(codebook, z, None, torch.tensor([counter], dtype=torch.int32), False, "")
+
+
+def test_ten_rounds_by_definition():
+    """In fp64, where no row is in doubt; a counter of 0 is that of a codebook which begins as it is."""
+    z, codebook = latents(3000).double(), torch.randn(2, 20, 6, dtype=torch.float64)
+    rest, found = z, begun(codebook, z)
+    for stage, book in enumerate(found):
+        expected = rounds(rest, 20, stage)
+        torch.testing.assert_close(book, expected, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(expected, lloyd(rest, expected), rtol=1e-6, atol=1e-6)  # more would change it
+        rest = rest - expected[torch.cdist(rest, expected).argmin(dim=1)]
+    assert torch.equal(begun(codebook, z, 0), codebook)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stages_are_found_in_what_rounded_codewords_leave(dtype):
+    """What the first stage loses by its dtype is not lost."""
+    z = 1000 + torch.randn(40, 6)
+    found = begun(torch.zeros(2, 12, 6, dtype=dtype), z).double()
+    rest = z.double() - found[0][torch.cdist(z.double(), found[0]).argmin(dim=1)]
+    expected = rounds(rest, 12, 1)
+    torch.testing.assert_close(found[1], expected, rtol=torch.finfo(dtype).eps, atol=2e-3)
+
+
 def run(rank, world, folder):
     start(rank, world, folder)
     found = {}

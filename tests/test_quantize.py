@@ -256,6 +256,11 @@ def test_residual_stages_that_are_not_active(target: Target, space_filling: bool
             assert (found.indices[a:, rows] == -1).all()
             if a:
                 assert torch.equal(found.indices[:a, rows], alone[a - 1].indices[:, rows])
+        # A mask leaves out more of them.
+        mask = (torch.rand(6, 10, generator=gen) < 0.6).to(target.device)
+        masked = quantizer(z, books, num_active=active, mask=mask, **keywords, **dither)
+        assert torch.equal(masked.z_q, torch.where(mask[..., None], found.z_q, z))
+        assert torch.equal(masked.indices, torch.where(mask, found.indices, -1))
 
 
 @on_every_target
