@@ -64,30 +64,32 @@ class _Operation(NamedTuple):
     Attributes:
         name: Shown in the table.
         op: The dispatcher operation behind it.
-        run: (inputs, seed, backend) -> (output, indices).
+        run: (inputs, noise_std, seed, backend) -> (output, indices).
         groups: "" for one codebook [K, D], "Q" for [Q, K, D], "M" for [M, K, D/M].
         curve: Whether indices are those of segments.
+        noise_std: Of the step, where the operation has one.
     """
 
     name: str
     op: str
-    run: Callable[[_Inputs, int, str], tuple[Tensor, Tensor]]
+    run: Callable[[_Inputs, float, int, str], tuple[Tensor, Tensor]]
     groups: str = ""
     curve: bool = False
+    noise_std: float = 0.01
 
 
-def _nearest(x: _Inputs, seed: int, backend: str) -> tuple[Tensor, Tensor]:
+def _nearest(x: _Inputs, noise_std: float, seed: int, backend: str) -> tuple[Tensor, Tensor]:
     found = F.nearest(x.z, x.codebook, mask=x.mask, backend=backend)
     return found.sqdist, found.indices
 
 
-def _project(x: _Inputs, seed: int, backend: str) -> tuple[Tensor, Tensor]:
+def _project(x: _Inputs, noise_std: float, seed: int, backend: str) -> tuple[Tensor, Tensor]:
     points, indices, t = F.project(x.z, x.codebook, mask=x.mask, backend=backend)
     return torch.cat((points, t[:, None].to(points.dtype)), dim=-1), indices
 
 
-def _plain(function: Callable, noise_std: float = 0.01) -> Callable:
-    def run(x: _Inputs, seed: int, backend: str, **dither: Tensor) -> Any:
+def _plain(function: Callable) -> Callable:
+    def run(x: _Inputs, noise_std: float, seed: int, backend: str, **dither: Tensor) -> Any:
         stages = {} if x.active is None else {"num_active": x.active}
         given = {"noise_std": noise_std, "mask": x.mask, "seed": seed, "backend": backend}
         return function(x.z, x.codebook, **given, **stages, **dither)
@@ -95,17 +97,17 @@ def _plain(function: Callable, noise_std: float = 0.01) -> Callable:
     return run
 
 
-def _curve(function: Callable, noise_std: float = 0.01) -> Callable:
-    return lambda x, seed, backend: _plain(function, noise_std)(x, seed, backend, dither=x.dither)
+def _curve(function: Callable) -> Callable:
+    return lambda x, noise_std, seed, backend: _plain(function)(x, noise_std, seed, backend, dither=x.dither)
 
 
 _OPERATIONS = (
     _Operation("nearest", "nearest", _nearest),
     _Operation("project", "project", _project, curve=True),
     _Operation("diveq", "diveq", _plain(F.diveq)),
-    _Operation("diveq, no noise", "diveq", _plain(F.diveq, 0.0)),
+    _Operation("diveq, no noise", "diveq", _plain(F.diveq), noise_std=0.0),
     _Operation("sf_diveq", "sf_diveq", _curve(F.sf_diveq), curve=True),
-    _Operation("sf_diveq, no noise", "sf_diveq", _curve(F.sf_diveq, 0.0), curve=True),
+    _Operation("sf_diveq, no noise", "sf_diveq", _curve(F.sf_diveq), curve=True, noise_std=0.0),
     _Operation("residual_diveq", "residual", _plain(F.residual_diveq), "Q"),
     _Operation("residual_sf_diveq", "residual", _curve(F.residual_sf_diveq), "Q", curve=True),
     _Operation("product_diveq", "product", _plain(F.product_diveq), "M"),
@@ -166,14 +168,15 @@ def _differing_rows(
     return rows, int((rows & (left_out | ~tie.flatten())).sum())
 
 
-def _miscounted(op: _Operation, x: _Inputs, backend: str) -> int:
+def _miscounted(op: _Operation, x: _Inputs, seed: int, backend: str) -> int:
     """By how much the histogram that a layer gets is not that of the indices which come with it."""
     if op.op in ("nearest", "project"):
         return 0
     between: tuple[Tensor | None, ...] = (x.dither if op.curve else None,) if op.op != "diveq" else ()
     if op.op == "residual":
         between = (*between, x.active.int() if x.active is not None else None)
-    _, indices, counts = getattr(ops, op.op)(x.z, x.codebook, *between, x.mask, None, 0.0, "exact", backend)
+    drawn = F.noise_seed(x.z, op.noise_std, seed)
+    _, indices, counts = getattr(ops, op.op)(x.z, x.codebook, *between, x.mask, drawn, op.noise_std, "exact", backend)
     rows = indices.reshape(-1, len(x.z)).long() + 1
     expected = torch.stack([chosen.bincount(minlength=counts.shape[-1] + 1)[1:] for chosen in rows])
     return int((counts.reshape(expected.shape) - expected).abs().sum())
@@ -189,11 +192,11 @@ def _check(op: _Operation, backend: str, device: str, dtype: torch.dtype, shape:
     seed = int(torch.randint(2**62, ()))
     for x in (*inputs[:2], *exact[:2]):
         x.requires_grad_()
-    output, indices = op.run(inputs, seed, backend)
-    output64, indices64 = op.run(exact, seed, "reference")
+    output, indices = op.run(inputs, op.noise_std, seed, backend)
+    output64, indices64 = op.run(exact, op.noise_std, seed, "reference")
     with torch.no_grad():
         rows, wrong = _differing_rows(op, exact, indices, indices64, torch.finfo(dtype).eps)
-        wrong += _miscounted(op, inputs, backend)
+        wrong += _miscounted(op, inputs, seed, backend)
         g = torch.randn_like(output64)
         g[rows] = 0  # nothing flows to or from rows decided by a tie
         g = g.to(output.dtype)
