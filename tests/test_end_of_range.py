@@ -55,7 +55,19 @@ def about_the_end(dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
     return rows[:, None] * line, at[:, None] * line
 
 
-CASES = {"far in one place": far_in_one_place, "far in all": far_in_all, "about the end": about_the_end}
+def about_on_one_side(dim: int, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The same line, with the shorter ones on this side of the origin: rows nearer to a long one have all ahead."""
+    line = torch.nn.functional.normalize(torch.randint(0, 2, (1, dim), generator=gen) - 0.5)
+    at = torch.cat([torch.linspace(2e18, 6e18, 30), torch.linspace(1.85e19, 1.92e19, 28)])
+    return torch.linspace(2e18, 1.9e19, 120)[:, None] * line, at[:, None] * line
+
+
+CASES = {
+    "far in one place": far_in_one_place,
+    "far in all": far_in_all,
+    "about the end": about_the_end,
+    "about the end, on one side": about_on_one_side,
+}
 
 
 def assert_least(found: Tensor, distances: Tensor) -> None:
