@@ -269,6 +269,16 @@ def test_all_rows_are_left_where_a_codeword_does_not_fit(outlier: float, left: l
     assert left == [set(mask.nonzero()[:, 0].tolist())] * 2
 
 
+@pytest.mark.parametrize("power", [-62, -42, -38, 37, 41, 58])
+def test_all_rows_are_left_where_codewords_are_next_to_nothing_or_huge(
+    power: int, left: list[set[int]], target: str
+) -> None:
+    z, codebook = clusters(40)
+    scale = 2.0**power / middle(codebook[None], 16).squares.sum(1)[0].sqrt().median()
+    find(scale * z, scale * codebook)
+    assert left[0] == (set(range(40)) if abs(power) > 40 else set())
+
+
 def test_rows_of_any_length_about_the_centre(left: list[set[int]], target: str) -> None:
     """In fp16 each has a scale of its own; one that is the centre itself has none."""
     gen = generator()
