@@ -118,6 +118,18 @@ def test_of_equal_scores_a_first_look_decides_none(looked: list[set[int]], left:
     assert looked == [set(rows[::13].tolist())] and left == []
 
 
+def test_a_first_look_takes_no_padding_for_a_codeword(left: list[set[int]], target: str) -> None:
+    """``fast``: the last codeword is nearer, and its score not: the group that is looked at ends in padding."""
+    gen = generator()
+    codebook = 4 * torch.randn(131, 12, generator=gen)
+    codebook[130] = codebook[128] + 0.01 * torch.randn(12, generator=gen)  # 130 begins a group, 136 is of the other
+    z = codebook[128] + 0.02 * torch.randn(200, 12, generator=gen)
+    with forced("search_bf16", TILE):
+        found = search.find(z.bfloat16(), codebook, None, None, "fast")
+    misled = (found == 128) & (sqdist(z.bfloat16(), codebook).argmin(1) == 130)
+    assert ((found == 128) | (found == 130)).all() and misled.any()
+
+
 @pytest.mark.parametrize("times", [1e-4, 0.01, 0.25, 1e2, 1e3, 1e4])
 def test_any_middle_and_middling_length_are_right(
     times: float, left: list[set[int]], target: str, monkeypatch: pytest.MonkeyPatch
@@ -270,9 +282,7 @@ def test_all_rows_are_left_where_a_codeword_does_not_fit(outlier: float, left: l
 
 
 @pytest.mark.parametrize("power", [-62, -42, -38, 37, 41, 58])
-def test_all_rows_are_left_where_codewords_are_next_to_nothing_or_huge(
-    power: int, left: list[set[int]], target: str
-) -> None:
+def test_all_rows_are_left_where_codewords_are_tiny_or_huge(power: int, left: list[set[int]], target: str) -> None:
     z, codebook = clusters(40)
     scale = 2.0**power / middle(codebook[None], 16).squares.sum(1)[0].sqrt().median()
     find(scale * z, scale * codebook)
