@@ -228,11 +228,15 @@ def faster_peers(record: Record) -> str:
     found = []
     for case in record["cases"]:
         own = ours_in(case)
-        for result in case["results"] if own else []:
-            if not result["ours"] and result["status"] == MEASURED and factor_of(result, own) < 1:
-                shape = f"{case['case']['operation']} at {shape_of(case['case'])} in {case['case']['dtype']}"
-                found.append(f"- {shape}: {result['contestant']} takes {factor_of(result, own):.2f} of our time.")
-    return "\n".join(found) or "In this part no peer is faster than our exact result."
+        faster = [
+            f"{result['contestant']} takes {factor_of(result, own):.2f}"
+            for result in case["results"]
+            if own and not result["ours"] and result["status"] == MEASURED and factor_of(result, own) < 1
+        ]
+        if faster:
+            shape = f"{case['case']['operation']} at {shape_of(case['case'])} in {case['case']['dtype']}"
+            found.append(f"- {shape}: {', '.join(faster)} of our time.")
+    return "\n".join(found) or f"In the part `{record['part']}` no peer is faster than our exact result."
 
 
 def refused(record: Record) -> str:
