@@ -142,6 +142,46 @@ def test_rounding_of_sums_alone(isa: str, dim: int) -> None:
     check_nearest(rows, torch.cat([torch.zeros(401, dim), far]))
 
 
+def placed(fillers: Tensor, at: list[tuple[Tensor, int]]) -> Tensor:
+    """``fillers``, in pairs of opposite ones where the centre is found, and others at every fourth place.
+
+    So the centre is exactly the origin.
+    """
+    codebook, count = fillers.clone(), len(fillers)
+    sample = [s * count // 32 for s in range(32)]
+    codebook[sample[1::2]] = -codebook[sample[::2]]
+    for codewords, place in at:
+        free = [j for j in range(place, count, 4) if j not in sample]
+        codebook[free[: len(codewords)]] = codewords
+    return codebook
+
+
+@pytest.mark.parametrize("length", [2.0**-5, 4.0])
+@pytest.mark.parametrize(("dim", "count"), [(5, 16384), (9, 16384), (10, 16384), (10, 8192), (16, 8192)])
+def test_scores_that_differ_in_their_low_bits_alone(isa: str, dim: int, count: int, length: float) -> None:
+    """Where a bound has the number of its codewords: of two as good as equally near one is first, the other last.
+
+    Every number is exact in 8 bits and in bf16, codewords are of one length, scores just above a power of two.
+    """
+    gen = generator()
+    for _ in range(4):
+        bases = 2.0 * torch.randint(0, 63, (50, dim), generator=gen)
+        bases[:, :3] = torch.tensor([127.0, 40.0, 80.0])
+        squares = bases.square().sum(1)
+        base = bases[torch.frexp(squares / 2 - length * (squares - 800)).mantissa.abs().argmin()]
+        signs = torch.randint(0, 2, (16 + count, dim), generator=gen) * 2.0 - 1.0
+        fillers = base[torch.rand(count, dim, generator=gen).argsort(1)] * signs[16:]
+        first = base * signs[:16]
+        second, z = base[[0, 2, 1, *range(3, dim)]] * signs[:16], length * first
+        z[:, 1:3] = 60 * length * signs[:16, 1:3] * torch.tensor([1 - 2.0**-16, 1 + 2.0**-16])
+        for early, late in ((first, second), (second, first)):
+            ends = [(late, count - 64 * n - 62) for n in range(6)]  # more than are looked at before scores are asked
+            codebook = placed(fillers, [(early, 2), *ends])
+            distances = oracle.sqdist(codebook, z).T
+            found = F.nearest(z, codebook, backend="cpu").indices
+            assert torch.equal(distances.gather(1, found[:, None])[:, 0], distances.amin(1))
+
+
 @pytest.mark.parametrize("dim", [8, 64])
 def test_codewords_of_very_different_lengths(isa: str, dim: int) -> None:
     """As the later stages of a residual quantizer have them, and some that are not finite."""
@@ -183,6 +223,20 @@ def test_scores_at_the_end_of_the_range(isa: str) -> None:
         codebook = (directions.double() * squares.sqrt()).float()
         found = F.nearest(9e17 * z, codebook, backend="cpu").indices
         distances = oracle.sqdist(9e17 * z, codebook)
+        assert (distances.gather(1, found[:, None])[:, 0] <= distances.amin(1) * (1 + 1e-14)).all()
+
+
+@pytest.mark.parametrize("dim", [5, 9, 16, 64])
+def test_differences_whose_squares_underflow(isa: str, dim: int) -> None:
+    """Of those that are looked at, whose distances in fp32 are a few units of the least number."""
+    gen = generator()
+    others = 1e-10 * torch.nn.functional.normalize(torch.randn(64, dim, generator=gen))
+    codebook = torch.stack([others, -others], 1).flatten(0, 1)
+    for length in (1e-22, 4e-23):
+        z, near = (length / dim**0.5 * torch.randn(n, dim, generator=gen) for n in (200, 3))
+        codebook[1:4] = near  # of one lane
+        distances = oracle.sqdist(z, codebook)
+        found = F.nearest(z, codebook, backend="cpu").indices
         assert (distances.gather(1, found[:, None])[:, 0] <= distances.amin(1) * (1 + 1e-14)).all()
 
 
