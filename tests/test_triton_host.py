@@ -195,6 +195,41 @@ def test_which_tables_architectures_have() -> None:
     assert all(table != own["default"] for name, table in own.items() if name != "default")
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "default"])
+def test_entries_hold_rows_up_to_their_most(architecture: str) -> None:
+    for kind, entries in launch._table(architecture).items():
+        of_dims = {entry["max_dim"]: {name: entry[name] for name in entry if name != "max_dim"} for entry in entries}
+        least = [1, *(dim + 1 for dim in of_dims)]
+        for first, (last, tiles) in zip(least, of_dims.items(), strict=False):
+            assert launch._entry(architecture, kind, first) == launch._entry(architecture, kind, last) == tiles
+        assert least[-1] == 4097
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one; a graph's node is run by others, and a CPU has no device to choose."""
+    current: list[torch.device] = []
+    found: list[torch.device | None] = []
+
+    @contextlib.contextmanager
+    def chosen(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def run(*arguments: Any, **options: Any) -> None:
+        assert arguments == (5, "x") and options == {"D": 3}
+        found.append(current[-1] if current else None)
+
+    monkeypatch.setattr(torch.cuda, "device", chosen)
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
+    kernel, second = {(7, 2): run}, torch.device("cuda", 1)
+    launch.launch(kernel, (7, 2), second, 5, "x", D=3)
+    launch.launch(kernel, (7, 2), torch.device("cpu"), 5, "x", D=3)
+    with launch.in_graph():
+        launch.launch(kernel, (7, 2), second, 5, "x", D=3)
+    assert found == [second, None, None]
+
+
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (12, 0)])
 def test_gpus_that_are_too_old_are_refused(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Their shared memory is smaller than many a tile."""
