@@ -154,6 +154,20 @@ def test_near_ties(target: Target) -> None:
 
 
 @on_every_target
+def test_near_ties_among_codewords_of_one_length(target: Target) -> None:
+    """Five candidates, more than a first pass measures, and no short codeword for whose sake a bound is wide."""
+    gen = generator()
+    rows, dim = 40, 64
+    z = torch.randn(rows, dim, generator=gen)
+    away = torch.nn.functional.normalize(torch.randn(5, rows, dim, generator=gen), dim=2)
+    codebook = z + 4.0 * away * (1 + 1.5e-5 * torch.arange(5)[torch.randperm(5, generator=gen), None, None])
+    codebook = codebook.transpose(0, 1).reshape(5 * rows, dim)[torch.arange(10 * rows) // 2]
+    codebook[1::2] = 1.1 * torch.randn(5 * rows, dim, generator=gen)  # neighbours share what a kernel knows of them
+    found = F.nearest(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    assert torch.equal(found.indices.cpu(), sqdist(z, codebook).argmin(1))
+
+
+@on_every_target
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_tiny_and_huge_values(target: Target, scale: float) -> None:
     gen = generator()

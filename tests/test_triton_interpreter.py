@@ -17,7 +17,8 @@ import pytest
 TESTS = Path(__file__).parent
 # Chosen to reach every kernel and its branches in minutes. Not the finite differences: fp64 goes to the reference.
 SELECTION = {
-    "test_nearest.py": "(test_indices_and_distances and float32) or far_apart or exact_ties or transposed or no_rows",
+    "test_nearest.py": "(test_indices_and_distances and float32) or far_apart or exact_ties or transposed or no_rows"
+    " or near_ties",
     "test_quantize.py": "test_values and float32 or (its_codeword and 1e-30) or (not_active and 0.0)"
     " or counts_are",
     "test_gradients.py": "(values_in_every_dtype and float32) or deterministic or (their_codeword and 0.5)"

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from diveq_kernels import reference  # noqa: E402
 from diveq_kernels.triton_kernels import INTERPRETED, project  # noqa: E402
+from diveq_kernels.triton_kernels.curve import pack_curve  # noqa: E402
 from diveq_kernels.triton_kernels.launch import configuration, forced  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (TRITON_INTERPRET=1)")
@@ -74,3 +75,45 @@ def test_only_rows_with_a_hidden_segment_have_another_pass(target: str, monkeypa
     near, far = codebook.double()[found[1][other].long()], codebook.double()[found[1][other].long() + 1]
     t = (((rows - near) * (far - near)).sum(1) / (far - near).square().sum(1)).clamp(0, 1)
     assert ((rows - torch.lerp(near, far, t[:, None])).square().sum(1) <= least * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("target", ["triton-cpu"])
+@pytest.mark.parametrize(("product", "unit"), [("bf16", 2.0**-7), ("tf32", 2.0**-11), ("bf16x3", 2.0**-16)])
+def test_segments_as_the_projection_reads_them(product: str, unit: float, target: str) -> None:
+    """From the end nearer to the centre; measured from what is multiplied, where that is one product."""
+    codebook, slack = 3.0 + torch.randn(41, 20, generator=generator()), 1e-3
+    codebook[7] = codebook[6]
+    codebook[20, 3], codebook[30, 3] = float("nan"), 8e18
+    curve = pack_curve(codebook, product, {"BLOCK_K": 16, "BLOCK_D": 16}, slack)
+    a, v = curve.segments.double().sum(1).transpose(0, 1).reshape(2, 48, 32)
+    assert not a[40:].any() and not v[40:].any() and not a[:, 20:].any() and not v[:, 20:].any()
+    a, v = a[:40, :20], v[:40, :20]
+    scale, shift, low, high, square, norm, leave = curve.table.double()
+    assert square[40:].isposinf().all() and leave[39:].isposinf().all()
+    there = torch.ones(40, dtype=torch.bool)
+    there[[19, 20, 29, 30]] = False
+    words = codebook.double() - curve.centre[:20].double()
+    start, end = words[:-1], words[1:]
+    length, from_start = (end - start).norm(dim=1), start.norm(dim=1) <= end.norm(dim=1)
+    near = torch.where(from_start[:, None], start, end)
+    along = torch.where(length[:, None] > 0, (end - start) / length[:, None], 0.0)
+    for found, wanted in ((a, near), (v, along)):
+        assert ((found - wanted).abs() <= unit * wanted.abs() + 2e-6)[there].all() and not found[~there].any()
+
+    moves, of_v, rounding = there & (length > 0), v.norm(dim=1), unit if product == "bf16x3" else 2e-6
+    begin = torch.where(from_start, 0.0, -length)
+    goes_on = there & torch.cat([there[1:], torch.tensor([False])])
+    past = begin + length + 2 * slack * (a.norm(dim=1) + length)
+    for found, wanted, where in (
+        (scale, 1 / of_v, moves),
+        (shift, -(a * v).sum(1) / of_v, moves),
+        (low, begin, there),
+        (high, begin + length, there),
+        (square, a.square().sum(1), there),
+        (norm, a.norm(dim=1), there),
+        (leave, past, goes_on),
+    ):
+        error = (found[:40] - wanted).abs()
+        assert (error <= 4 * rounding * (1 + a.square().sum(1)))[where].all()
+    assert (scale[:40][~moves] == 0).all() and square[:40][~there].isposinf().all()
+    assert leave[:40][there & ~goes_on].isposinf().all()

@@ -1,4 +1,4 @@
-"""Rows that two strides do not describe, in Triton's interpreter: kernels read a copy and write scratch."""
+"""Rows that two strides do not describe, or that are taken in several blocks of columns, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def outcome(name: str, z: Tensor, codebook: Tensor, grad: Tensor) -> list[Tensor
 
 @pytest.mark.parametrize("name", ["nearest", "diveq", "project"])
 def test_leading_dimensions_in_another_order(name: str, target: str) -> None:
+    """Kernels read a copy and write scratch."""
     gen = generator()
     z, codebook = torch.randn(4, 3, 5, 6, generator=gen).permute(2, 1, 0, 3), torch.randn(9, 6, generator=gen)
     grad = torch.randn(3, 5, 4, 6, generator=gen).transpose(0, 1)
@@ -38,3 +39,20 @@ def test_leading_dimensions_in_another_order(name: str, target: str) -> None:
     expected = outcome(name, z.contiguous(), codebook, grad)
     for found, wanted in zip(outcome(name, z, codebook, grad), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["nearest", "diveq", "project"])
+def test_values_that_are_not_finite_before_the_last_block(name: str, target: str) -> None:
+    """Whether a row adds to the codebook's gradient is known by all of its columns."""
+    gen, dim = generator(), 300
+    z, codebook = torch.randn(9, dim, generator=gen), torch.randn(4, dim, generator=gen)
+    grad = torch.randn(9, dim, generator=gen) if name != "nearest" else torch.randn(9, generator=gen)
+    z[2, 5], z[8, 250] = float("nan"), float("inf")
+    good = torch.ones(9, dtype=torch.bool).index_fill(0, torch.tensor([2, 8]), False)
+    found = outcome(name, z, codebook, grad)
+    z[~good] = codebook[0]
+    expected = outcome(name, z, codebook, torch.where(good if name == "nearest" else good[:, None], grad, 0.0))
+    assert not found[0][~good].isfinite().any()
+    for value, wanted in zip(found[:3], expected, strict=False):
+        assert torch.equal(value[good], wanted[good])
+    torch.testing.assert_close(found[3], expected[3], rtol=1e-5, atol=1e-5)
