@@ -204,6 +204,46 @@ def test_every_operation_of_evaluation_has_its_form_in_aten():
     assert {name for name in names if not name.endswith("_backward")} - set(_IN_ATEN) == {"sf_diveq"}
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16",) * 2], ids=str)
+@pytest.mark.parametrize("name", ["nearest", "diveq", "project", "residual", "product"])
+def test_what_is_written_in_aten_gives_what_the_operation_gives(name, dtypes):
+    """Of z and a codebook of two dtypes, with a mask, stages left out, and a row and a codeword that are not finite."""
+    from diveq_kernels.export import _IN_ATEN
+
+    z, books = (torch.randn(n, m, DIM).to(getattr(torch, d)) for n, m, d in zip((7, 3), (9, 12), dtypes, strict=True))
+    books[:, 4, ::2] = torch.nan
+    books = {"residual": books, "product": books[..., : DIM // 3]}.get(name, books[0])
+    mask, active = torch.rand(7, 9) < 0.6, torch.randint(0, 4, (7, 9))
+    mask[0, :4], active[0, :4] = True, 0
+    z[1, 0], mask[1, 0], active[1, 0] = torch.nan, True, 3
+    between = {"residual": (None, active, mask, None, 0.0), "product": (None, mask, None, 0.0)}
+    between |= {"diveq": (mask, None, 0.0)}
+    arguments = z, books, *between.get(name, (mask,)), "exact", "reference"
+    found, expected = _IN_ATEN[name](*arguments), getattr(ops, name)(*arguments)
+    assert len(found) == len(expected)
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        tolerance = 4 * torch.finfo(want.dtype).eps if want.is_floating_point() else 0
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=4 * tolerance, equal_nan=True)
+
+
+def test_precision_is_that_of_the_program():
+    """Exact ones tell codewords apart that are the same to fp32's products, as fast ones do not."""
+    from diveq_kernels.export import _IN_ATEN
+
+    codebook = torch.randn(40, DIM)
+    codebook[20:] = codebook[:20] + 1e-5 * torch.randn(20, DIM)
+    z = codebook + 1e-6 * torch.randn(40, DIM)
+    for name in ("nearest", "project", "diveq", "residual", "product"):
+        books = {"residual": codebook[None], "product": codebook[None]}.get(name, codebook)
+        between = {"residual": (None, None, None, None, 0.0), "product": (None, None, None, 0.0)}
+        between |= {"diveq": (None, None, 0.0)}
+        middle = between.get(name, (None,))
+        exact, fast = (_IN_ATEN[name](z, books, *middle, how, "reference")[1] for how in ("exact", "fast"))
+        assert torch.equal(exact, getattr(ops, name)(z, books, *middle, "exact", "reference")[1]), name
+        assert not torch.equal(exact, fast), name
+
+
 _ELSEWHERE = """
 import sys, torch
 sys.modules["diveq_kernels"] = None

@@ -209,10 +209,10 @@ def test_curves_begin_with_what_reached_each_stage(kind, S, A):
 
 def test_a_curve_begins_with_the_rows_that_use_its_stage():
     curve, codebook, z = torch.randn(2, 4, 3), torch.randn(2, 4, 3), torch.randn(8, 3)
-    indices = torch.zeros(2, 8, dtype=torch.int32)
+    indices = torch.randint(0, 4, (2, 8), dtype=torch.int32)
     indices[1, ::2] = -1
     built = torch.ops.diveq.composite_sf_initialise(curve, codebook, z, indices, None, torch.tensor([1]), 2, 1)
-    assert_close(built, torch.stack([z.view(4, 2, 3).mean(1), (z - codebook[0, 0])[1::2]]))
+    assert_close(built, torch.stack([z.view(4, 2, 3).mean(1), (z - codebook[0][indices[0]])[1::2]]))
 
 
 @pytest.mark.parametrize("part", [6, 2])
@@ -221,6 +221,8 @@ def test_opcheck_of_the_initialisation(part):
     indices = torch.randint(0, 8, (3, 20), dtype=torch.int32)
     arguments = (curve, codebook, torch.randn(20, 6), indices, torch.rand(20) < 0.7, torch.tensor([3]), 5, 3)
     torch.library.opcheck(torch.ops.diveq.composite_sf_initialise.default, arguments)
+    strided = (curve.mT.contiguous().mT, *arguments[1:])
+    torch.library.opcheck(torch.ops.diveq.composite_sf_initialise.default, strided, test_utils="test_faketensor")
 
 
 @curves

@@ -295,4 +295,7 @@ def test_opcheck(dtype, counter, masked):
     codebook = torch.randn(6, 3).to(dtype).requires_grad_()
     z = torch.randn(3, 4, 2).to(dtype).movedim(1, -1)[:, :, :3].requires_grad_()
     mask = torch.rand(3, 2) < 0.7 if masked else None
-    torch.library.opcheck(sf_initialise, (codebook, z, mask, torch.tensor([counter], dtype=torch.int32), 5, 3))
+    arguments = (z, mask, torch.tensor([counter], dtype=torch.int32), 5, 3)
+    torch.library.opcheck(sf_initialise, (codebook, *arguments))
+    strided = codebook.detach().mT.contiguous().mT
+    torch.library.opcheck(sf_initialise, (strided, *arguments), test_utils="test_faketensor")

@@ -124,6 +124,8 @@ def test_a_codebook_with_strides():
         now, _ = replace(codebook, usage, counter=counter)
         expected, _ = replace(codebook.contiguous(), usage, counter=counter)
         assert torch.equal(now, expected) and now.is_contiguous()
+        arguments = (codebook, usage.int(), torch.tensor([counter]), torch.tensor(3), 10, 0.25, 1e-3, False)
+        torch.library.opcheck(replace_unused, arguments, test_utils="test_faketensor")
 
 
 # ---- the layer -----------------------------------------------------------------------------------------------------

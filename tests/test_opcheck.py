@@ -79,6 +79,25 @@ def test_opcheck(
 
 @on_every_target
 @pytest.mark.parametrize("name", OPERATIONS)
+def test_fakes_of_fp64_rows_and_permuted_codebooks(target: Target, name: str) -> None:
+    """Distances and positions are fp64 then, and gradients of codebooks contiguous whatever their strides."""
+    args = arguments(name, target, noise=True, mask=True, dtype=torch.float64, permuted=True)
+    books = args[1].detach()
+    args[1] = books.mT.contiguous().mT.requires_grad_()
+    assert not args[1].is_contiguous()
+    operation = getattr(torch.ops.diveq, name.split()[0]).default
+    recorder = Recorder()
+    with recorder:
+        outputs = [out for out in operation(*args) if out.requires_grad]
+        torch.autograd.grad([out.sum() for out in outputs], args[:2])
+    assert len(recorder.calls) == 2
+    for called, arguments_of_call, keywords in recorder.calls:
+        given = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments_of_call)
+        torch.library.opcheck(called, given, keywords, test_utils=("test_schema", "test_faketensor"))
+
+
+@on_every_target
+@pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize(("need_z", "need_books"), [(True, False), (False, True)])
 def test_fakes_of_partial_gradients(target: Target, name: str, need_z: bool, need_books: bool) -> None:
     """Only one gradient asked for: fake and real agree on what the backward operation returns."""

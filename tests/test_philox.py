@@ -59,6 +59,17 @@ def test_integers_and_normals_agree_with_the_definition() -> None:
         torch.testing.assert_close(normals.double(), expected, rtol=0, atol=1e-6)
 
 
+def test_the_least_and_greatest_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A radius is that of 1e-7 at most, which one of 0 would have without end; and 1 is no uniform."""
+    words = torch.tensor([0, 1, 214, 215, 400, 2**32 - 1, 2**32 - 300, 2**31 - 1, 2**31])
+    monkeypatch.setattr(philox, "randint4x", lambda seed, offset: (words, torch.zeros_like(words)) * 2)
+    uniform = torch.minimum(words, 2**32 - 1 - words).double() * 2**-31
+    found = philox.normal4x(torch.tensor(0), words).double()
+    expected = (-2 * uniform.clamp_min(1e-7).log()).sqrt()
+    torch.testing.assert_close(found[:7], torch.stack((expected, 0 * expected) * 2, dim=-1)[:7], rtol=1e-6, atol=0)
+    assert philox.uniform4x(torch.tensor(0), words).max() < 1 and found[7:, 0].min() > 0
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_integers_and_normals_agree_with_triton() -> None:
     seeds, offsets = seeds_and_offsets()

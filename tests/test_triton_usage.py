@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,8 +137,13 @@ def test_a_layer_s_step(target: Target, kind: type, launched: list[str], monkeyp
 
 
 def test_the_least_use_is_that_of_the_fraction() -> None:
-    """n / R >= p in fp64, as the definition has it."""
+    """n / R >= p in fp64, as the definition has it; where p·R is rounded down to a whole number too."""
+
+    def above(threshold: float) -> float:
+        return math.nextafter(threshold, 2)
+
+    thresholds = (0.0, 1e-9, 0.01, 0.07, 0.1, 0.29, 0.3, 1 / 3, 0.5, 0.58, 2 / 3, 0.999999, 1.0)
     for iters in (1, 2, 3, 7, 10, 50, 100, 1000, 12345):
-        for threshold in (0.0, 1e-9, 0.01, 0.07, 0.1, 0.29, 0.3, 1 / 3, 0.5, 0.58, 2 / 3, 0.999999, 1.0):
+        for threshold in (*thresholds, above(1 / 3), above(2 / 3)):
             fewest = usage.fewest_steps(iters, threshold)
             assert fewest / iters >= threshold and (fewest == 0 or (fewest - 1) / iters < threshold)
