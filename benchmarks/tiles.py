@@ -246,7 +246,9 @@ def _call(operation: str, case: Case, inputs: Inputs, precision: str) -> None:
         for weights in (None, dither.expand(case.parts, -1)):
             triton_kernels.product(z, codebook, weights, None, *rest, precision)
     else:
-        triton_kernels.project(z, codebook, None, precision)
+        checked = operation == "project_train"  # by `check`, which gives a mask
+        mask = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if checked else None
+        triton_kernels.project(z, codebook, mask, precision)
         if operation == "project_train":
             of_t = torch.zeros(case.rows, device=device)
             triton_kernels.project_backward(grad, of_t, z, codebook, indices, True, True)
