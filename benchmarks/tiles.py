@@ -247,9 +247,9 @@ def _call(operation: str, case: Case, inputs: Inputs, precision: str) -> None:
             triton_kernels.product(z, codebook, weights, None, *rest, precision)
     else:
         checked = operation == "project_train"  # by `check`, which gives a mask
-        mask = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device) if checked else None
+        mask = torch.ones(case.rows, dtype=torch.bool, device=device) if checked else None
         triton_kernels.project(z, codebook, mask, precision)
-        if operation == "project_train":
+        if checked:
             of_t = torch.zeros(case.rows, device=device)
             triton_kernels.project_backward(grad, of_t, z, codebook, indices, True, True)
 
