@@ -387,7 +387,9 @@ def test_offsets_past_two_to_the_31(name: str, layout: str) -> None:
             alone, whole = run(last), run(z)
         finally:
             torch.use_deterministic_algorithms(False)
-        assert torch.equal(whole[0], alone[0]) and torch.equal(whole[1], alone[1])
+        # More rows go through other kernels, which add up a distance in another order.
+        torch.testing.assert_close(whole[0], alone[0], rtol=1e-6 if name == "nearest" else 0, atol=0)
+        assert torch.equal(whole[1], alone[1])
         # But for the order of sums: of a row, of which the reference's tiles may differ, and of rows.
         torch.testing.assert_close(whole[2], alone[2], rtol=eps(torch.bfloat16), atol=1e-4)
         torch.testing.assert_close(whole[3], alone[3], rtol=1e-4, atol=1e-3)
