@@ -147,7 +147,7 @@ def _allowed(name: str, max_dim: int, tiles: Tiles, table: Table) -> bool:
     widest = max(16, 1 << (min(max_dim, 512) - 1).bit_length())
     multiplies = name in searches or name in projections
     limits = {
-        "BLOCK_N": {"settle": (4, 64), "exhaust": (1, 8)}.get(name, (16 if multiplies else 4, 256)),
+        "BLOCK_N": (16 if multiplies else 4, 64 if name == "settle" else 256),
         "BLOCK_K": ((32 if name in searches else 16) if multiplies else 8, 256),
         "BLOCK_D": (16, widest),
         "num_warps": (4 if multiplies else 1, 8),

@@ -4,11 +4,11 @@ A row is decided if no other group may hold its nearest codeword: for ``exact`` 
 none has the same score. The others are listed for settle.py, which begins anew with them.
 
 Most rows need no more, and for one group of each there is a leaner way than settling: many rows at a time, and of each
-row one pair of codewords after another, of which each column of the row is loaded and converted once. Neighbouring
-threads read whole lines of memory together, for which the L2 cache need be asked once, and no sum waits for other
-warps. What there is to know of codewords beside their columns is loaded after the loop over them: a load inside would
-have a layout of its own, and every turn would pass through shared memory; one before would hold registers that the loop
-needs.
+row one codeword after another; of long rows two, so that columns of the row are loaded and converted half as often.
+Neighbouring threads read whole lines of memory together, for which the L2 cache need be asked once, and no sum waits
+for other warps. What there is to know of codewords beside their columns is loaded after the loop over them: a load
+inside would have a layout of its own, and every turn would pass through shared memory; one before would hold registers
+that the loop needs.
 """
 
 from __future__ import annotations
@@ -44,26 +44,28 @@ def _squares(x, codebook, at, code_stride, code_step, weight, first, D: tl.const
 
 @triton.jit
 def _distances(
-    z, starts, step, codebook, code_stride, code_step, dither, j, real,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_D: tl.constexpr,
+    z, starts, step, codebook, code_stride, code_step, dither, one, other, positive,
+    D: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """‖z − c‖² [BN] for points j [BN] and for those after them, or for the last of all where there are none."""
-    CHUNK: tl.constexpr = min(PADDED_D & -PADDED_D, BLOCK_D)
-    COLUMNS: tl.constexpr = (D + CHUNK - 1) // CHUNK * CHUNK  # the search's own chunks can be wider, and go past a row
-    one, other = tl.minimum(j, real - 1), tl.minimum(j + 1, real - 1)
+    """‖z − c_j‖² [BN] for points ``one`` and ``other`` [BN], all of which are there; ``other`` can be None."""
     of_one, of_other = None, None
     if dither is not None:
         of_one = tl.load(dither + one).to(tl.float32)[:, None]
-        of_other = tl.load(dither + other).to(tl.float32)[:, None]
-    at, next_to = one.to(tl.int64) * code_stride, other.to(tl.int64) * code_stride
+        if other is not None:
+            of_other = tl.load(dither + other).to(tl.float32)[:, None]
+    first_at = one.to(tl.int64) * code_stride
     x = _columns(z, starts, step, 0, D, CHUNK)
-    a = _squares(x, codebook, at, code_stride, code_step, of_one, 0, D, CHUNK)
-    b = _squares(x, codebook, next_to, code_stride, code_step, of_other, 0, D, CHUNK)
+    a = _squares(x, codebook, first_at, code_stride, code_step, of_one, 0, D, CHUNK)
+    b = a
+    if other is not None:
+        second_at = other.to(tl.int64) * code_stride
+        b = _squares(x, codebook, second_at, code_stride, code_step, of_other, 0, D, CHUNK)
     if COLUMNS > CHUNK:
-        for first in range(CHUNK, hidden_from_compiler(COLUMNS, real), CHUNK):
+        for first in range(CHUNK, hidden_from_compiler(COLUMNS, positive), CHUNK):
             x = _columns(z, starts, step, first, D, CHUNK)
-            a += _squares(x, codebook, at, code_stride, code_step, of_one, first, D, CHUNK)
-            b += _squares(x, codebook, next_to, code_stride, code_step, of_other, first, D, CHUNK)
+            a += _squares(x, codebook, first_at, code_stride, code_step, of_one, first, D, CHUNK)
+            if other is not None:
+                b += _squares(x, codebook, second_at, code_stride, code_step, of_other, first, D, CHUNK)
     return tl.sum(a, axis=1), tl.sum(b, axis=1)
 
 
@@ -102,12 +104,20 @@ def look_kernel(
 
     starts = row_starts(tl.minimum(n, rows - 1), inner, outer_stride, inner_stride, D)
     distances = tl.full((BLOCK_N, 8), float("inf"), tl.float32)
-    for i in range(4):
-        one, other = _distances(
-            z, starts, step, codebook, code_stride, code_step, dither, begin + 8 * i, real, D, PADDED_D, BLOCK_D,
+    CHUNK: tl.constexpr = min(PADDED_D & -PADDED_D, BLOCK_D)
+    COLUMNS: tl.constexpr = (D + CHUNK - 1) // CHUNK * CHUNK  # the search's own chunks can be wider, and go past a row
+    PAIRS: tl.constexpr = COLUMNS > CHUNK  # else the row's only chunk is kept
+    for i in range(0, 8, 2 if PAIRS else 1):
+        one = tl.minimum(begin + i // 2 * 8 + i % 2, real - 1)
+        other = None
+        if PAIRS:
+            other = tl.minimum(begin + i // 2 * 8 + 1, real - 1)
+        d, of_other = _distances(
+            z, starts, step, codebook, code_stride, code_step, dither, one, other, real, D, COLUMNS, CHUNK,
         )  # fmt: skip
-        distances = tl.where(member == 2 * i, one[:, None], distances)
-        distances = tl.where(member == 2 * i + 1, other[:, None], distances)
+        distances = tl.where(member == i, d[:, None], distances)
+        if PAIRS:
+            distances = tl.where(member == i + 1, of_other[:, None], distances)
     of_members = tl.load(bias + begin[:, None] + member // 2 * 8 + member % 2)  # +Inf for padding
     distances = tl.where(there[:, None] & (of_members < float("inf")), distances, float("inf"))
     distance, nearest = tl.min(distances, axis=1, return_indices=True)
