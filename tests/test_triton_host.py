@@ -206,7 +206,7 @@ def test_entries_hold_rows_up_to_their_most(architecture: str) -> None:
 
 
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which need not be the current one; a graph's node is run by others, and a CPU has no device to choose."""
+    """Which need not be the current one, and is not chosen where it is; nor for a graph's node, or on a CPU."""
     current: list[torch.device] = []
     found: list[torch.device | None] = []
 
@@ -221,13 +221,15 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
         found.append(current[-1] if current else None)
 
     monkeypatch.setattr(torch.cuda, "device", chosen)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
     kernel, second = {(7, 2): run}, torch.device("cuda", 1)
     launch.launch(kernel, (7, 2), second, 5, "x", D=3)
+    launch.launch(kernel, (7, 2), torch.device("cuda", 0), 5, "x", D=3)
     launch.launch(kernel, (7, 2), torch.device("cpu"), 5, "x", D=3)
     with launch.in_graph():
         launch.launch(kernel, (7, 2), second, 5, "x", D=3)
-    assert found == [second, None, None]
+    assert found == [second, None, None, None]
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (12, 0)])

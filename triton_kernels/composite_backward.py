@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels import reference
-from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.parts import load_composite
 from diveq_kernels.triton_kernels.rows import deliver, load_rows, output_like, row_starts, rows_of, store_rows
@@ -104,7 +104,7 @@ def _backward(
         tile = configuration("composite_backward", dim, z.device)
         dither = None if dither is None else dither.contiguous()
         launch(
-            composite_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            composite_backward_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(grad), *rows_of(z), rows, codebooks, *codebooks.stride(), dither,
             0 if dither is None else dither.stride(0), indices.contiguous(), seed, noise_std,
             *(written or (None, 1, 0, 0, 1)), total if need_codebook else None, codebooks.shape[1],

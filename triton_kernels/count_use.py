@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels.triton_kernels.launch import launch
+from diveq_kernels.triton_kernels.launch import cdiv, launch
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def count_use(usage: Tensor, counts: Tensor, iter_counter: Tensor, replacement_i
     """
     codewords, block = usage.numel(), 1024
     launch(
-        count_use_kernel, (triton.cdiv(codewords, block),), usage.device,
+        count_use_kernel, (cdiv(codewords, block),), usage.device,
         usage, counts.contiguous(), iter_counter, replacement_iters, codewords, BLOCK_K=block, num_warps=4,
     )  # fmt: skip
     torch.autograd.graph.increment_version(usage)

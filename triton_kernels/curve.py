@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
+from diveq_kernels.triton_kernels.launch import INTERPRETED, cdiv, configuration, launch
 from diveq_kernels.triton_kernels.middle import middle
 from diveq_kernels.triton_kernels.product import round_for_product, split
 from diveq_kernels.triton_kernels.rows import load_targets
@@ -130,8 +130,8 @@ def pack_curve(codebook: Tensor, product: str, tiles: dict[str, int], kappa: flo
         kappa: The κ of its bound.
     """
     dim, count = codebook.shape[1], codebook.shape[0] - 1
-    padded_dim = triton.cdiv(dim, tiles["BLOCK_D"]) * tiles["BLOCK_D"]
-    padded_count = triton.cdiv(count, tiles["BLOCK_K"]) * tiles["BLOCK_K"]
+    padded_dim = cdiv(dim, tiles["BLOCK_D"]) * tiles["BLOCK_D"]
+    padded_count = cdiv(count, tiles["BLOCK_K"]) * tiles["BLOCK_K"]
     narrow = product in ("bf16", "bf16x3") and not INTERPRETED  # the interpreter's bf16 product is wrong
     dtype = torch.bfloat16 if narrow else torch.float32
     parts = 2 if product == "bf16x3" else 1
@@ -144,7 +144,7 @@ def pack_curve(codebook: Tensor, product: str, tiles: dict[str, int], kappa: flo
     )
     tile = configuration("curve", dim, device)
     launch(
-        curve_kernel, (triton.cdiv(padded_count, tile["BLOCK_K"]),), device,
+        curve_kernel, (cdiv(padded_count, tile["BLOCK_K"]),), device,
         codebook, *codebook.stride(), curve.centre, curve.segments, curve.table, count, padded_count, kappa,
         TILE=tiles["BLOCK_K"], PRODUCT=product, UPCAST=INTERPRETED, PARTS=parts,
         D=dim, PADDED_D=padded_dim, BLOCK_D=tiles["BLOCK_D"], **tile,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull
-from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.rows import (
     deliver,
     load_rows,
@@ -63,7 +63,7 @@ def nearest_backward(
     if rows:
         tile = configuration("step", dim, z.device)
         launch(
-            nearest_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            nearest_backward_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             grad.contiguous(), *rows_of(z), rows, codebook, *codebook.stride(), indices,
             *(written or (None, 1, 0, 0, 1)), into.atomic, weights, D=dim, **tile,
         )  # fmt: skip

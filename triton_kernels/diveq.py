@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, end_of_row
-from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.rows import (
     deliver,
@@ -100,7 +100,7 @@ def diveq(
     if rows:
         tile = configuration("step", dim, z.device)
         launch(
-            diveq_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            diveq_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(z), rows, codebook, *codebook.stride(), indices, *written, counts, seed, noise_std, D=dim, **tile,
         )  # fmt: skip
     return deliver(z_q, written), indices, counts
@@ -158,7 +158,7 @@ def diveq_backward(
     if rows:
         tile = configuration("step", dim, z.device)
         launch(
-            diveq_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            diveq_backward_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(grad), *rows_of(z), rows, codebook, *codebook.stride(), indices, seed, noise_std,
             *(written or (None, 1, 0, 0, 1)), into.atomic, weights, D=dim, **tile,
         )  # fmt: skip

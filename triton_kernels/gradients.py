@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.rows import Rows, load_rows, load_targets, row_starts
 
@@ -125,7 +125,7 @@ class CodebookGradient:
             order, ends = sorted_rows(indices, segments)
             tile = configuration("segments", dim, codebook.device)
             launch(
-                segment_kernel, (codewords, triton.cdiv(dim, tile["BLOCK_D"])), codebook.device,
+                segment_kernel, (codewords, cdiv(dim, tile["BLOCK_D"])), codebook.device,
                 *z, codebook, *codebook.stride(), order, ends, weights, result, segments, indices.numel(),
                 ENDS=self._ends, D=dim, **tile,
             )  # fmt: skip

@@ -44,6 +44,11 @@ def _entry(architecture: str, kind: str, dim: int) -> dict[str, int]:
     raise AssertionError(f"the last entry of {kind!r} must hold every dim")
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉. Triton's own looks for a kernel's constants among its arguments, which takes longer than all of this."""
+    return (a + b - 1) // b
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many of a GPU; as many as most have where there is none."""
@@ -90,6 +95,8 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
     """Run a kernel on the current stream of the device that holds its tensors."""
     if _in_graph.get():  # what runs the graph sees to device and stream
         torch.library.wrap_triton(kernel)[grid](*arguments, **options)
-        return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options)
+    else:  # without a context, which costs as much as some kernels take
         kernel[grid](*arguments, **options)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels.triton_kernels.launch import launch
+from diveq_kernels.triton_kernels.launch import cdiv, launch
 
 _SAMPLE = tl.constexpr(32)  # codewords
 _COLUMNS = 32
@@ -77,7 +77,7 @@ def middle(codebooks: Tensor, padded_dim: int, centred: bool = True) -> Middle:
     """Of codebooks [S, K, D], any strides; D' = padded_dim."""
     stages, count, dim = codebooks.shape
     columns = min(padded_dim, _COLUMNS)
-    chunks = triton.cdiv(padded_dim, columns)
+    chunks = cdiv(padded_dim, columns)
     found = Middle(
         *(torch.empty(shape, dtype=torch.float32, device=codebooks.device)
           for shape in ((stages, padded_dim), (stages, chunks, _SAMPLE.value), (stages, 3)))

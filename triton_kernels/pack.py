@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
+from diveq_kernels.triton_kernels.launch import INTERPRETED, cdiv, configuration, launch
 from diveq_kernels.triton_kernels.middle import Middle, middle, middling_and_short
 from diveq_kernels.triton_kernels.product import scale_of, split
 from diveq_kernels.triton_kernels.rows import load_targets
@@ -145,8 +145,8 @@ def pack(
     stages, count, dim = codebooks.shape
     count -= int(dither is not None)
     device = codebooks.device
-    padded_dim = triton.cdiv(dim, tiles["BLOCK_D"]) * tiles["BLOCK_D"]
-    padded_count = triton.cdiv(count, tiles["BLOCK_K"]) * tiles["BLOCK_K"]
+    padded_dim = cdiv(dim, tiles["BLOCK_D"]) * tiles["BLOCK_D"]
+    padded_count = cdiv(count, tiles["BLOCK_K"]) * tiles["BLOCK_K"]
     parts = 2 if product in ("bf16x3", "bf16x2") else 1
     dither = None if dither is None else dither.contiguous()
     if around is None:
@@ -164,11 +164,11 @@ def pack(
     tile = configuration("pack", dim, device)
     launch(
         pack_kernel,
-        (triton.cdiv(padded_count, tile["BLOCK_K"]), stages),
+        (cdiv(padded_count, tile["BLOCK_K"]), stages),
         device,
         codebooks, *codebooks.stride(), dither, 0 if dither is None else dither.stride(0),
         *around, packed.points, packed.bias, too_wide, count, padded_count,
-        CHUNKS=chunks, PADDED_CHUNKS=triton.next_power_of_2(chunks),
+        CHUNKS=chunks, PADDED_CHUNKS=1 << (chunks - 1).bit_length(),
         PRODUCT=product, EXACT=exact, UPCAST=INTERPRETED, D=dim, PADDED_D=padded_dim,
         BLOCK_D=min(tiles["BLOCK_D"], 64), **tile,
     )  # fmt: skip

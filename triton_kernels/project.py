@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.curve import HIGH, LEAVE, LOW, NORM, SCALE, SHIFT, SQUARE, pack_curve
-from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch
+from diveq_kernels.triton_kernels.launch import INTERPRETED, cdiv, configuration, launch
 from diveq_kernels.triton_kernels.product import error_bound, held, multiply, split
 from diveq_kernels.triton_kernels.rows import (
     ALL,
@@ -349,7 +349,7 @@ def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
         crowded = none_yet(rows, z.device) if exact else ALL
         for taken, left in ((ALL, crowded), (crowded, ALL))[: 1 + exact]:
             launch(
-                project_kernel, (triton.cdiv(rows, tiles["BLOCK_N"]),), z.device,
+                project_kernel, (cdiv(rows, tiles["BLOCK_N"]),), z.device,
                 *dense(rows_of(z)), rows, mask, codebook, *codebook.stride(),
                 curve.centre, curve.segments, curve.table, curve.table.shape[1], kappa,
                 *taken, *left, *dense(written), indices, position,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.gradients import add_pull, run_of, sorted_rows
-from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.project import position_on
 from diveq_kernels.triton_kernels.rows import (
     deliver,
@@ -125,7 +125,7 @@ def project_backward(
         weights = torch.empty((2, rows), dtype=torch.float32, device=z.device) if in_order else None
         tile = configuration("project_backward", dim, z.device)
         launch(
-            project_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            project_backward_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(grad_points), grad_t.contiguous(), *rows_of(z), rows, codebook, *codebook.stride(), indices,
             *(written or (None, 1, 0, 0, 1)), total if need_codebook and not in_order else None, weights,
             D=dim, **tile,
@@ -134,7 +134,7 @@ def project_backward(
             order, ends = sorted_rows(indices, codewords - 1)
             tile = configuration("project_segments", dim, z.device)
             launch(
-                project_segment_kernel, (codewords, triton.cdiv(dim, tile["BLOCK_D"])), z.device,
+                project_segment_kernel, (codewords, cdiv(dim, tile["BLOCK_D"])), z.device,
                 *rows_of(grad_points), *rows_of(z), codebook, *codebook.stride(), order, ends, weights, total,
                 codewords - 1, rows, D=dim, **tile,
             )  # fmt: skip

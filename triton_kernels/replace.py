@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.count_use import replacement_due
-from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.noise import standard_normal
 from diveq_kernels.triton_kernels.rows import load_rows, store_rows
 
@@ -115,7 +115,7 @@ def replace(
     launch(cumulate_kernel, (books,), codebooks.device, *step, num_replaced, codewords, BLOCK_K=1024, num_warps=4)
     tile = configuration("step", dim, codebooks.device)
     launch(
-        replace_kernel, (triton.cdiv(codewords, tile["BLOCK_N"]), books), codebooks.device,
+        replace_kernel, (cdiv(codewords, tile["BLOCK_N"]), books), codebooks.device,
         codebooks, *codebooks.stride(), *step, seed, perturb_eps, out, num_replaced, codewords,
         PERTURB=bool(perturb_eps), D=dim, **tile,
     )  # fmt: skip

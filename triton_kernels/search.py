@@ -17,17 +17,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from diveq_kernels.triton_kernels import exhaust, settle
 from diveq_kernels.triton_kernels.exhaust import exhaust_kernel
-from diveq_kernels.triton_kernels.launch import INTERPRETED, configuration, launch, multiprocessors
+from diveq_kernels.triton_kernels.launch import INTERPRETED, cdiv, configuration, launch, multiprocessors
 from diveq_kernels.triton_kernels.look import look_kernel
 from diveq_kernels.triton_kernels.middle import Middle
 from diveq_kernels.triton_kernels.pack import Packed, pack
 from diveq_kernels.triton_kernels.product import error_bound, product_for
-from diveq_kernels.triton_kernels.rows import ALL, Listed, dense, none_yet, rows_of
+from diveq_kernels.triton_kernels.rows import ALL, Listed, Rows, dense, none_yet, rows_of
 from diveq_kernels.triton_kernels.scan import scan_kernel
 from diveq_kernels.triton_kernels.settle import settle_kernel
 
@@ -73,7 +72,7 @@ class Search:
 
     def grid(self, rows: int) -> tuple[int]:
         """One program per tile of rows."""
-        return (triton.cdiv(rows, self.tiles["BLOCK_N"]),)
+        return (cdiv(rows, self.tiles["BLOCK_N"]),)
 
     def splits(self, rows: int) -> int:
         """Into how many parts of the codebook, a power of 2, a scan of so few rows is to be cut to fill the GPU.
@@ -92,12 +91,16 @@ class Search:
 class _Problem(NamedTuple):
     """Rows z, the codewords (or dithered points) that they look for, and where the results go."""
 
-    z: Tensor
+    z: Rows
     codebook: Tensor
     dither: Tensor | None
     mask: Tensor | None
     indices: Tensor
     sqdist: Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
 
     @property
     def rows(self) -> int:
@@ -113,16 +116,16 @@ class _Problem(NamedTuple):
         return Search(product, self.codebook[None], weights, precision, **of_the_first_pass)
 
     def counter(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.int32, device=self.z.device)
+        return torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def no_rows_yet(self) -> Listed:
-        return none_yet(self.rows, self.z.device)
+        return none_yet(self.rows, self.device)
 
     def decide(
         self, search: Search, taken: Listed, left: Listed, most: int = 0, too_wide: Tensor | None = None
     ) -> None:
         """Scan the rows ``taken``, look and settle; rows that this cannot decide are listed in ``left``."""
-        z, rows, device = self.z, self.rows, self.z.device
+        rows, device = self.rows, self.device
         places, options = search.tiles["BLOCK_K"] // 8, search.options
         points, bias, centre, lengths, count = search.arguments
         splits = 1 if taken is not ALL else search.splits(rows)
@@ -131,11 +134,11 @@ class _Problem(NamedTuple):
         hidden, squares = (torch.empty(n, dtype=torch.float32, device=device) for n in (rows * splits, rows))
         launch(
             scan_kernel, (*search.grid(rows), splits), device,
-            *dense(rows_of(z)), rows, self.mask, points, bias, centre, lengths, count,
+            *self.z, rows, self.mask, points, bias, centre, lengths, count,
             *taken, scores, tiles, hidden, squares, SPLITS=splits, **{"IN_REGISTERS": 0, **options},
         )  # fmt: skip
         arguments = (
-            scores, tiles, hidden, squares, *dense(rows_of(z)), rows, self.mask,
+            scores, tiles, hidden, squares, *self.z, rows, self.mask,
             self.codebook, *self.codebook.stride(), self.dither, bias, lengths, self.points,
         )  # fmt: skip
         options = {"GROUPS": groups, "PLACES": places, **{name: options[name] for name in _OF_SETTLE}}
@@ -143,12 +146,12 @@ class _Problem(NamedTuple):
             taken = self.no_rows_yet()
             tile = configuration("look", options["D"], device)
             launch(
-                look_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), device,
+                look_kernel, (cdiv(rows, tile["BLOCK_N"]),), device,
                 *arguments, *taken, too_wide, self.indices, self.sqdist, **options, **tile,
             )  # fmt: skip
         tile = configuration("settle", options["D"], device)
         launch(
-            settle_kernel, (torch.sym_min(triton.cdiv(rows, tile["BLOCK_N"]), settle.PROGRAMS),), device,
+            settle_kernel, (torch.sym_min(cdiv(rows, tile["BLOCK_N"]), settle.PROGRAMS),), device,
             *arguments, *taken, *left, too_wide, self.indices, self.sqdist,
             PROGRAMS=settle.PROGRAMS, MOST=most, **options, **tile,
         )  # fmt: skip
@@ -156,11 +159,11 @@ class _Problem(NamedTuple):
     def exhaust(self, search: Search, taken: Listed) -> None:
         """Measure every codeword for the rows ``taken``."""
         launch(
-            exhaust_kernel, (torch.sym_min(self.rows, exhaust.PROGRAMS),), self.z.device,
-            *dense(rows_of(self.z)), self.codebook, *self.codebook.stride(), self.dither,
+            exhaust_kernel, (torch.sym_min(self.rows, exhaust.PROGRAMS),), self.device,
+            *self.z, self.codebook, *self.codebook.stride(), self.dither,
             search.packed.bias, self.points, *taken, self.indices, self.sqdist,
             PROGRAMS=exhaust.PROGRAMS, D=search.options["D"], PADDED_D=search.options["PADDED_D"],
-            **configuration("exhaust", search.options["D"], self.z.device),
+            **configuration("exhaust", search.options["D"], self.device),
         )  # fmt: skip
 
 
@@ -184,7 +187,7 @@ def find(
     """
     indices = torch.empty(z.shape[:-1], dtype=torch.int32, device=z.device)
     dither, mask = (None if x is None else x.contiguous() for x in (dither, mask))
-    problem = _Problem(z, codebook, dither, mask, indices, sqdist)
+    problem = _Problem(dense(rows_of(z)), codebook, dither, mask, indices, sqdist)
     if not problem.rows:
         return indices
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diveq_kernels.triton_kernels.diveq import along_step, end_of_step
 from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, end_of_row
-from diveq_kernels.triton_kernels.launch import configuration, launch
+from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.rows import (
     deliver,
     load_rows,
@@ -89,7 +89,7 @@ def sf_diveq(
     if rows:
         tile = configuration("step", dim, z.device)
         launch(
-            sf_diveq_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            sf_diveq_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(z), rows, codebook, *codebook.stride(), dither.contiguous(), indices,
             *written, counts, seed, noise_std, _second_offset(z), D=dim, **tile,
         )  # fmt: skip
@@ -161,7 +161,7 @@ def sf_diveq_backward(
     if rows:
         tile = configuration("step", dim, z.device)
         launch(
-            sf_diveq_backward_kernel, (triton.cdiv(rows, tile["BLOCK_N"]),), z.device,
+            sf_diveq_backward_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(grad), *rows_of(z), rows, codebook, *codebook.stride(), dither.contiguous(), indices, seed,
             noise_std, _second_offset(z), *(written or (None, 1, 0, 0, 1)), into.atomic, weights, D=dim, **tile,
         )  # fmt: skip
