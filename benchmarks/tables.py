@@ -324,13 +324,13 @@ def kernels(record: Record) -> str:
             others = [s["total"] for s in record["searches"] if (s["dtype"], s["dim"]) == key and not s["chosen"]]
             rows.append([
                 *map(str, key), " ".join(map(str, search["tiles"].values())), f"{search['total']:.3g}",
-                f"{search['kernels']['scan']:.3g}", f"{after:.3g}",
+                f"{search['kernels']['scan']:.3g}", f"{after:.3g}", f"{search['kernels'].get('exhaust', 0.0):.2g}",
                 f"{2 * pairs * search['dim'] / search['total'] * 1e3 / rate:.0%}",
                 f"{min(others):.3g} to {max(others):.3g}" if others else "",
                 f"{goals[key]:g}" if key in goals else "",
             ])  # fmt: skip
-    headings = ["dtype", "D", "tile", "all, ms", "scan", "look and settle", "of a bf16 product", "other tiles, ms"]
-    headings.append("goal, ms")
+    headings = ["dtype", "D", "tile", "all, ms", "scan", "look and settle", "exhaust", "of a bf16 product"]
+    headings += ["other tiles, ms", "goal, ms"]
     versions = ", ".join(f"{name} {version}" for name, version in record["machine"]["versions"].items() if version)
     note = (
         f"N = {record['rows']}, K = {record['codewords']}, exact. {record['machine']['device']}; {record['method']}. "
