@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from benchmarks import run, tables
+from benchmarks.parts import PARTS
 from diveq_kernels import _selfcheck
-from diveq_kernels.benchmark import machine
+from diveq_kernels.benchmark import contestants, machine
 
 
 class KilledError(Exception):
@@ -111,28 +112,38 @@ def test_a_part_without_cases_is_not_measured(monkeypatch: pytest.MonkeyPatch, t
     assert tables.block("x/shapes", "speed") == tables.block("x/shapes", "faster_peers") == tables.NOT_MEASURED
 
 
-def test_kernel_times_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [False, True])
+def test_kernel_times_are_written_one_by_one(steps: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="needs Triton")
     from benchmarks import kernel_times
 
     left = [2]
 
-    def measure(dtype: str, dim: int) -> dict[str, Any]:
+    def measure(*what: Any) -> dict[str, Any]:
         if not left[0]:
             raise KilledError
         left[0] -= 1
-        return {"dtype": dtype, "dim": dim}
+        return {"what": [getattr(one, "name", None) or str(one) for one in what]}
 
+    path, found = tmp_path / ("steps.json" if steps else "kernels.json"), "steps" if steps else "searches"
     monkeypatch.setattr(kernel_times, "measure", measure)
+    monkeypatch.setattr(kernel_times, "measure_step", measure)
+    ours = contestants.ours("cuda", ["triton", "cuda"])
+    monkeypatch.setattr(contestants, "ours", lambda device: ours)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(machine, "describe", lambda device: {"device": "a GPU", "commit": "abc"})
     monkeypatch.setattr(machine, "ceilings", lambda device: {})
-    monkeypatch.setattr(sys, "argv", ["kernel_times", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["kernel_times", "--out", str(tmp_path), *["--steps"] * steps])
     with pytest.raises(KilledError):
         kernel_times.main()
-    record = read(tmp_path / "kernels.json")
-    assert [search["dim"] for search in record["searches"]] == [16, 64] and not record["finished"]
+    record = read(path)
+    first = [["bfloat16", "16"], ["bfloat16", "64"]]
+    if steps:  # exact ones only
+        first = [["search 131072×4096×128 float32", f"diveq-kernels {name}"] for name in ("triton", "cuda")]
+    assert [one["what"] for one in record[found]] == first and not record["finished"]
     assert record["machine"]["commit"] == "abc"
     left[0] = math.inf
     kernel_times.main()
-    assert read(tmp_path / "kernels.json")["finished"]
+    assert read(path)["finished"] and len(read(path)[found]) == (
+        2 * len(PARTS["operations"].cases["cuda"]) if steps else 9
+    )
