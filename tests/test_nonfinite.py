@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import QUANTIZERS, Quantizer, Target, for_every_quantizer, generator, on_every_target, same_sums
+from cases import QUANTIZERS, Quantizer, Target, eps, for_every_quantizer, generator, on_every_target, same_sums
 from oracle import choose
 from torch import Tensor
 
@@ -119,7 +119,9 @@ def test_bad_rows_of_nearest_and_project(
     assert spoiled[1].points[rows].isnan().all() and spoiled[1].t[rows].isnan().all()
     assert torch.equal(clean[2][0][~rows], spoiled[2][0][~rows])
     assert spoiled[2][1].isfinite().all()
-    torch.testing.assert_close(clean[2][1], spoiled[2][1], rtol=1e-5, atol=1e-5)
+    # Sums in no order, the emulated kernels' too, may be rounded to neighbours in the codebook's dtype.
+    rounding = eps(dtype) if "cuda" in target else 0.0
+    torch.testing.assert_close(clean[2][1], spoiled[2][1], rtol=1e-5 + rounding, atol=1e-5)
 
 
 @on_every_target
@@ -152,9 +154,10 @@ def test_most_codewords_are_bad(target: Target, quantizer: Quantizer, bad: float
     gen = generator()
     z, books = torch.randn(60, 8, generator=gen), torch.randn(quantizer.books_shape(90, 8), generator=gen)
     books[..., :30, :] = books[..., 50:, :] = bad
-    dither = quantizer.dither(books, gen)
-    found = quantizer(z.to(target.device), books.to(target.device), backend=target.backend, noise_std=0.0, **dither)
-    weights = dither["dither"][..., 30:49] if dither else None
+    on_device = books.to(target.device)
+    dither = quantizer.dither(on_device, gen)
+    found = quantizer(z.to(target.device), on_device, backend=target.backend, noise_std=0.0, **dither)
+    weights = dither["dither"][..., 30:49].cpu() if dither else None
     expected = choose(quantizer.kind, z, books[..., 30:50, :], weights)
     assert torch.equal(found.indices.cpu(), 30 + expected) and found.z_q.isfinite().all()
 
