@@ -71,7 +71,7 @@ def same_sums(target: Target, a: Tensor, b: Tensor) -> bool:
 
 
 def same_rows(target: Target, a: Tensor, b: Tensor) -> bool:
-    """Whether gradients of rows are equal: to rounding on a GPU, whose kernels for fewer outputs are other programs."""
+    """Whether rows or gradients are equal: to rounding on a GPU, where other strides or outputs are other programs."""
     if target.device == "cuda":
         return torch.allclose(a.double(), b.double(), rtol=8 * eps(a.dtype), atol=8 * eps(a.dtype))
     return torch.equal(a, b)
