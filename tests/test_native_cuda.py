@@ -54,7 +54,10 @@ def test_codewords_that_lie_where_they_were_drawn_are_not_all_measured(
 
     tries = 40 if target.device == "cuda" else 4  # other processes may have a GPU for milliseconds
     times = [(seconds(drawn), seconds(spread)) for _ in range(tries)]
-    assert min(one for one, _ in times) < 1.8 * min(other for _, other in times)
+    # For some rows an eighth of the codewords stays open by chance: little work, and little time emulated, but on a GPU
+    # one warp does it, and takes about as long as the whole search. With all of them open it would be dozens of times.
+    most = 15.0 if target.device == "cuda" else 1.8
+    assert min(one for one, _ in times) < most * min(other for _, other in times)
 
 
 @on_every_device
