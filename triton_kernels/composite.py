@@ -35,7 +35,7 @@ from diveq_kernels.triton_kernels.rows import (
 )
 from diveq_kernels.triton_kernels.scan import scan
 from diveq_kernels.triton_kernels.search import Search
-from diveq_kernels.triton_kernels.settle import is_open, settle
+from diveq_kernels.triton_kernels.settle import open_classes, settle
 
 _PROGRAMS = 2048  # more than any GPU runs at once; each has a tile of residuals
 
@@ -99,7 +99,7 @@ def composite_kernel(
             of_points = points + s * count * PARTS * PADDED_D
             of_bias, of_centre = bias + s * count, centre + s * PADDED_D
             source_step = step if GROUP > 0 else 1
-            best, where, least_hidden, squares = scan(
+            best, where, of_classes, squares = scan(
                 source, source_starts, source_step, live, of_points, of_bias, of_centre, lengths + 3 * s,
                 count, 0, count,
                 PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
@@ -111,7 +111,7 @@ def composite_kernel(
                 codewords, PRODUCT, EXACT, KAPPA, 0, D, PADDED_D, BLOCK_N, GROUPS, GROUPS,
             )  # fmt: skip
             if EXACT:
-                undecided = is_open(undecided, limit, least_hidden, squares, live)
+                undecided = open_classes(undecided, limit, of_classes, squares, live) != 0
                 j = exhaust_rows(
                     undecided, j, source, source_starts, source_step, book, code_stride, code_step, weights,
                     codewords, D, PADDED_D, BLOCK_N,

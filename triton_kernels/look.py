@@ -18,7 +18,7 @@ import triton.language as tl
 
 from diveq_kernels.triton_kernels.rows import LEFT, list_left, row_starts
 from diveq_kernels.triton_kernels.scan import LONG, bounds
-from diveq_kernels.triton_kernels.settle import above_score, hidden_from_compiler, is_open
+from diveq_kernels.triton_kernels.settle import above_score, hidden_from_compiler, least_hidden, open_classes
 
 
 @triton.jit
@@ -128,10 +128,8 @@ def look_kernel(
         above = above_score(of_members, distances, distance, of_c, of_row, lengths, D)
         limit = tl.where(there, score + above, float("inf"))
         limit = tl.where(searched, limit, float("-inf"))
-        SPLITS: tl.constexpr = GROUPS // PLACES
-        of_splits = n[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-        least_hidden = tl.min(tl.load(hidden + of_splits, mask=inside[:, None], other=float("inf")), axis=1)
-        undecided = is_open((second <= limit) & (second < float("inf")), limit, least_hidden, square, live)
+        of_classes = least_hidden(hidden, n, inside, GROUPS // PLACES)
+        undecided = open_classes((second <= limit) & (second < float("inf")), limit, of_classes, square, live) != 0
         if too_wide is not None:
             undecided = undecided | ((tl.load(too_wide) != 0) & live)
     else:

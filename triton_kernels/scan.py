@@ -4,14 +4,15 @@
 2. **Groups.** The tensor cores leave 8 columns of a tile's every 32 with one thread: those that differ in bits 0, 3
    and 4. Only the minimum of such a group is kept, and of the groups in the same place of different tiles only the
    best, with its tile: BLOCK_K / 8 pairs per row, no index arithmetic per distance. (A thread of sm_100 holds a whole
-   row: the groups are as good there.) Of all others, the lowest score is remembered.
+   row: the groups are as good there.) Of all others, the lowest score of each class is remembered: of the columns with
+   the same bits 1 and 2, a thread's.
 
 **Compared as integers.** For ``exact``, R is four short ‖c‖, squared, so that the scores that matter are below 0.
 The lower a negative number is, the greater its bits are as an unsigned integer, and greater than those of any number
 above 0. Of integers Hopper compares three in one instruction, of fp32 only two. Scores of 0 and more lose to all
-others: every row counts as one with a hidden group of score 0. Where that may hold the nearest codeword (rows over
-seven times as far from the centre as short ones are, with all on the other side), the row is left open.
-For ``fast``, which leaves no row open, R is 0 and scores are compared as what they are.
+others: every row counts as one with a hidden group of score 0 in each class. Where that may hold the nearest codeword
+(rows over seven times as far from the centre as short ones are, with all on the other side), the row is left open. For
+``fast``, which leaves no row open, R is 0 and scores are compared as what they are.
 
 **Why** ``exact`` **is exact.** Let x be the centred row, κ the product's bound, u = 2⁻²⁴. For any s > 0
 
@@ -184,8 +185,8 @@ def scan(
     """For rows at ``starts``: the least score in each place, the first codeword of its tile, the least hidden, ‖x‖².
 
     Of the codewords from ``begin`` to ``end``. The first two are [BN, BLOCK_K / 32, 4]; a score is +Inf where there is
-    none, for ``exact`` also where it is not below 0. ‖x‖² is +Inf or NaN in rows that are not finite, and +Inf in those
-    that are too long for fp32.
+    none, for ``exact`` also where it is not below 0. What is hidden is by class, [BN, 4]. ‖x‖² is +Inf or NaN in rows
+    that are not finite, and +Inf in those that are too long for fp32.
     """
     part = tl.cast(count, tl.int64) * PADDED_D  # a number in what torch.compile looks at
     CHUNK: tl.constexpr = min(BLOCK_D, 64)  # more columns of fp32 at a time would cost registers
@@ -231,12 +232,11 @@ def scan(
             )  # fmt: skip
             high = tl.zeros_like(high)
             low = tl.zeros_like(low)
-    least_hidden = tl.min(hidden, axis=1)
     if PRODUCT == "fp16":
         back = scale_of(scale) * scale_of(scale_of(middling))
         best *= back[:, None, None]
-        least_hidden *= back
-    return best, where, least_hidden, squares
+        hidden *= back[:, None]
+    return best, where, hidden, squares
 
 
 @triton.jit
@@ -270,7 +270,7 @@ def scan_kernel(
     if SPLITS > 1:
         begin = tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K * split
         end = tl.minimum(begin + tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K, count)
-    best, where, least_hidden, square = scan(
+    best, where, of_classes, square = scan(
         z, starts, step, live, points, bias, centre, lengths, count, begin, end,
         PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
     )  # fmt: skip
@@ -280,4 +280,5 @@ def scan_kernel(
     tl.store(tiles + to, where, mask=inside[:, None, None])
     tl.store(squares + n, square, mask=inside & (split == 0))
     if EXACT:
-        tl.store(hidden + n * SPLITS + split, least_hidden, mask=inside)
+        at_class = (n * SPLITS + split)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(hidden + at_class, of_classes, mask=inside[:, None])

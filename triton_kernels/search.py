@@ -4,7 +4,7 @@
 2. scan.py: the best few groups of codewords of every row, by tensor cores.
 3. look.py, where rows are many: the best of these groups measured in fp32, which decides most rows.
 4. settle.py: for the others, all groups measured that may hold the nearest codeword.
-5. exhaust.py: all codewords measured for the rows that this cannot decide.
+5. exhaust.py: all that may hold the nearest measured for the rows that this cannot decide.
 
 **Two passes.** An exact search must know the products to fp32's precision, or know which rows that matters for. Three
 bf16 products tell nearly all rows' codewords apart; one product in fp16, a third of the work, most of them.
@@ -123,15 +123,18 @@ class _Problem(NamedTuple):
 
     def decide(
         self, search: Search, taken: Listed, left: Listed, most: int = 0, too_wide: Tensor | None = None
-    ) -> None:
-        """Scan the rows ``taken``, look and settle; rows that this cannot decide are listed in ``left``."""
+    ) -> Tensor:
+        """Scan the rows ``taken``, look and settle; rows that this cannot decide are listed in ``left``.
+
+        What is left of them to be measured is in what it returns.
+        """
         rows, device = self.rows, self.device
         places, options = search.tiles["BLOCK_K"] // 8, search.options
         points, bias, centre, lengths, count = search.arguments
         splits = 1 if taken is not ALL else search.splits(rows)
         groups = splits * places
         scores, tiles = (torch.empty((rows, groups), dtype=t, device=device) for t in (torch.float32, torch.int32))
-        hidden, squares = (torch.empty(n, dtype=torch.float32, device=device) for n in (rows * splits, rows))
+        hidden, squares = (torch.empty(n, dtype=torch.float32, device=device) for n in (4 * rows * splits, rows))
         launch(
             scan_kernel, (*search.grid(rows), splits), device,
             *self.z, rows, self.mask, points, bias, centre, lengths, count,
@@ -155,15 +158,16 @@ class _Problem(NamedTuple):
             *arguments, *taken, *left, too_wide, self.indices, self.sqdist,
             PROGRAMS=settle.PROGRAMS, MOST=most, **options, **tile,
         )  # fmt: skip
+        return tiles
 
-    def exhaust(self, search: Search, taken: Listed) -> None:
-        """Measure every codeword for the rows ``taken``."""
+    def exhaust(self, search: Search, taken: Listed, tiles: Tensor) -> None:
+        """Measure what is left of the rows ``taken``."""
         launch(
             exhaust_kernel, (torch.sym_min(self.rows, exhaust.PROGRAMS),), self.device,
             *self.z, self.codebook, *self.codebook.stride(), self.dither,
-            search.packed.bias, self.points, *taken, self.indices, self.sqdist,
+            search.packed.bias, self.points, *taken, tiles, self.indices, self.sqdist,
             PROGRAMS=exhaust.PROGRAMS, D=search.options["D"], PADDED_D=search.options["PADDED_D"],
-            **configuration("exhaust", search.options["D"], self.device),
+            GROUPS=tiles.shape[1], **configuration("exhaust", search.options["D"], self.device),
         )  # fmt: skip
 
 
@@ -203,11 +207,11 @@ def find(
         coarse = problem.packed("fp16", "exact", too_wide=too_wide)
         problem.decide(coarse, ALL, open_rows, _LOOKS, too_wide)
         search = problem.packed("bf16x3", "exact", around=coarse.packed.around)
-        problem.decide(search, open_rows, hard_rows)
+        tiles = problem.decide(search, open_rows, hard_rows)
     else:
         search = problem.packed(product, precision)
-        problem.decide(search, ALL, hard_rows)
-    problem.exhaust(search, hard_rows)
+        tiles = problem.decide(search, ALL, hard_rows)
+    problem.exhaust(search, hard_rows, tiles)
     return indices
 
 

@@ -168,10 +168,23 @@ def settle(
 
 
 @triton.jit
-def is_open(active, limit, least_hidden, squares, live):
-    """Which rows of an exact search stay open after ``settle``: also those for which a hidden group may be the best."""
-    hidden = (least_hidden <= limit) & (least_hidden < float("inf"))
-    return live & (active | hidden | (squares >= LONG))  # false for NaN
+def least_hidden(hidden, n, inside, SPLITS: tl.constexpr):
+    """The least score that a scan has hidden in each class of the rows n, [BN, 4]."""
+    at = n[:, None, None] * (4 * SPLITS) + 4 * tl.arange(0, SPLITS)[None, :, None] + tl.arange(0, 4)[None, None, :]
+    return tl.min(tl.load(hidden + at, mask=inside[:, None, None], other=float("inf")), axis=1)
+
+
+@triton.jit
+def open_classes(active, limit, hidden, squares, live):
+    """The classes of codewords (scan.py) of which a hidden one may be a row's nearest after ``settle``, a bit for each.
+
+    0 in rows that are decided; all 4 in those for which nothing rules any out.
+    """
+    one = tl.full((4,), 1, tl.int32) << tl.arange(0, 4)
+    may = (hidden <= limit[:, None]) & (hidden < float("inf"))
+    classes = tl.sum(tl.where(may, one[None, :], 0), axis=1)
+    classes = tl.where(active | (squares >= LONG), 15, classes)  # false for NaN
+    return tl.where(live, classes, 0)
 
 
 @triton.jit
@@ -185,7 +198,8 @@ def settle_kernel(
     """Index and squared distance of the nearest point for BLOCK_N scanned rows, those ``taken`` if it is there.
 
     Rows that stay open, or that have more than ``MOST`` groups to measure, are added to ``left``, and their number to
-    ``left_count``. Where ``too_wide`` is 1, the points do not fit into the product's range: then all rows stay open.
+    ``left_count``; in ``tiles``, of no more use to them, are then their ``open_classes`` and the index so far. Where
+    ``too_wide`` is 1, the points do not fit into the product's range: then all rows stay open.
     """
     if taken is not None:
         rows = tl.load(taken_count)
@@ -219,11 +233,10 @@ def settle_kernel(
         if mask is not None:
             live = live & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
         if EXACT:
-            SPLITS: tl.constexpr = GROUPS // PLACES
-            of_splits = (n * SPLITS)[:, None] + tl.arange(0, SPLITS)[None, :]
-            least_hidden = tl.min(tl.load(hidden + of_splits, mask=inside[:, None], other=float("inf")), axis=1)
             square = tl.load(squares + n, mask=inside, other=0.0)
-            undecided = is_open(undecided, limit, least_hidden, square, live)
+            of_classes = least_hidden(hidden, n, inside, GROUPS // PLACES)
+            classes = open_classes(undecided, limit, of_classes, square, live)
+            undecided = classes != 0
         found = tl.where(live, index, -1)
         if left is not None:
             if too_wide is not None:
@@ -231,6 +244,9 @@ def settle_kernel(
             found = tl.where(undecided, LEFT, found)
         tl.store(indices + n, found, mask=inside)
         if left is not None:
-            inside = inside & (list_left(left, left_count, indices, n, inside) == 0)
+            listed = list_left(left, left_count, indices, n, inside)
+            tl.store(tiles + n * GROUPS, classes, mask=listed)
+            tl.store(tiles + n * GROUPS + 1, index, mask=listed)
+            inside = inside & (listed == 0)
         if sqdist is not None:
             tl.store(sqdist + n, tl.where(live, distance, 0.0), mask=inside)
