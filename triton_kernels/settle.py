@@ -7,9 +7,9 @@ codewords lie at j + 8b + d, b < 4 and d < 2, from its first one on. Groups are 
 row has one within its limit; each group measured can lower the limit. Loads of rows that are done are masked: they cost
 instructions, no traffic.
 
-A group can hide another in the same place of another tile. The lowest score hidden is kept, and a row for which it is
-within the bound is left to a second pass, and what that leaves to exhaust.py. Data far from 0, clusters far apart and
-diverged codewords thus make rows slower, not wrong.
+A group can hide another in the same place of another tile. The lowest score hidden in each class is kept, and a row
+for which one is within the bound is left to a second pass, and what that leaves to exhaust.py. Data far from 0,
+clusters far apart and diverged codewords thus make rows slower, not wrong.
 
 What this waits for are loads that nothing foretells: many at a time, and the row in the shape of its codewords, since
 one in a shape of its own would go through shared memory at every step. Inside of the scan it would wait with few warps;
