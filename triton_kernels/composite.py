@@ -35,7 +35,7 @@ from diveq_kernels.triton_kernels.rows import (
 )
 from diveq_kernels.triton_kernels.scan import scan
 from diveq_kernels.triton_kernels.search import Search
-from diveq_kernels.triton_kernels.settle import open_classes, settle
+from diveq_kernels.triton_kernels.settle import is_open, settle
 
 _PROGRAMS = 2048  # more than any GPU runs at once; each has a tile of residuals
 
@@ -104,6 +104,7 @@ def composite_kernel(
                 count, 0, count,
                 PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
             )  # fmt: skip
+            hidden = tl.min(of_classes, axis=1)
             GROUPS: tl.constexpr = BLOCK_K // 8
             j, _, limit, undecided = settle(
                 tl.reshape(best, (BLOCK_N, GROUPS)), tl.reshape(where, (BLOCK_N, GROUPS)), squares, live,
@@ -111,7 +112,7 @@ def composite_kernel(
                 codewords, PRODUCT, EXACT, KAPPA, 0, D, PADDED_D, BLOCK_N, GROUPS, GROUPS,
             )  # fmt: skip
             if EXACT:
-                undecided = open_classes(undecided, limit, of_classes, squares, live) != 0
+                undecided = is_open(undecided, limit, hidden, squares, live)
                 j = exhaust_rows(
                     undecided, j, source, source_starts, source_step, book, code_stride, code_step, weights,
                     codewords, D, PADDED_D, BLOCK_N,

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from diveq_kernels.triton_kernels.rows import LEFT, list_left, row_starts
 from diveq_kernels.triton_kernels.scan import LONG, bounds
-from diveq_kernels.triton_kernels.settle import above_score, hidden_from_compiler, least_hidden, open_classes
+from diveq_kernels.triton_kernels.settle import above_score, hidden_from_compiler, is_open, least_hidden
 
 
 @triton.jit
@@ -128,8 +128,8 @@ def look_kernel(
         above = above_score(of_members, distances, distance, of_c, of_row, lengths, D)
         limit = tl.where(there, score + above, float("inf"))
         limit = tl.where(searched, limit, float("-inf"))
-        of_classes = least_hidden(hidden, n, inside, GROUPS // PLACES)
-        undecided = open_classes((second <= limit) & (second < float("inf")), limit, of_classes, square, live) != 0
+        least = tl.min(least_hidden(hidden, n, inside, GROUPS // PLACES), axis=1)
+        undecided = is_open((second <= limit) & (second < float("inf")), limit, least, square, live)
         if too_wide is not None:
             undecided = undecided | ((tl.load(too_wide) != 0) & live)
     else:

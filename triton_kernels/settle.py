@@ -175,16 +175,20 @@ def least_hidden(hidden, n, inside, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def is_open(active, limit, hidden, squares, live):
+    """Which rows of an exact search stay open after ``settle``: also those of which ``hidden`` may be the best."""
+    return live & (active | ((hidden <= limit) & (hidden < float("inf"))) | (squares >= LONG))  # false for NaN
+
+
+@triton.jit
 def open_classes(active, limit, hidden, squares, live):
     """The classes of codewords (scan.py) of which a hidden one may be a row's nearest after ``settle``, a bit for each.
 
     0 in rows that are decided; all 4 in those for which nothing rules any out.
     """
     one = tl.full((4,), 1, tl.int32) << tl.arange(0, 4)
-    may = (hidden <= limit[:, None]) & (hidden < float("inf"))
-    classes = tl.sum(tl.where(may, one[None, :], 0), axis=1)
-    classes = tl.where(active | (squares >= LONG), 15, classes)  # false for NaN
-    return tl.where(live, classes, 0)
+    may = is_open(active[:, None], limit[:, None], hidden, squares[:, None], live[:, None])
+    return tl.sum(tl.where(may, one[None, :], 0), axis=1)
 
 
 @triton.jit
