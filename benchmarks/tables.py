@@ -324,7 +324,8 @@ def kernels(record: Record) -> str:
             others = [s["total"] for s in record["searches"] if (s["dtype"], s["dim"]) == key and not s["chosen"]]
             rows.append([
                 *map(str, key), " ".join(map(str, search["tiles"].values())), f"{search['total']:.3g}",
-                f"{search['kernels']['scan']:.3g}", f"{after:.3g}", f"{search['kernels'].get('exhaust', 0.0):.2g}",
+                f"{search['kernels']['scan']:.3g}", f"{after:.3g}",
+                f"{search['kernels']['exhaust']:.2g}" if "exhaust" in search["kernels"] else "",
                 f"{2 * pairs * search['dim'] / search['total'] * 1e3 / rate:.0%}",
                 f"{min(others):.3g} to {max(others):.3g}" if others else "",
                 f"{goals[key]:g}" if key in goals else "",

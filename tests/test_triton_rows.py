@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs Triton")
 
 import diveq_kernels.functional as F  # noqa: E402
-from diveq_kernels.triton_kernels import INTERPRETED  # noqa: E402
+from diveq_kernels.triton_kernels import INTERPRETED, search  # noqa: E402
 from diveq_kernels.triton_kernels.rows import fits  # noqa: E402
 
 pytestmark = [
@@ -56,3 +56,16 @@ def test_values_that_are_not_finite_before_the_last_block(name: str, target: str
     for value, wanted in zip(found[:3], expected, strict=False):
         assert torch.equal(value[good], wanted[good])
     torch.testing.assert_close(found[3], expected[3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dithered", [False, True])
+def test_a_first_look_at_rows_in_several_blocks(dithered: bool, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It measures two codewords at a time: each of a group is the nearest of a row."""
+    monkeypatch.setattr(search, "MANY_ROWS", 0)
+    gen = generator()
+    codebook, dither = torch.randn(97, 80, generator=gen), torch.rand(96, generator=gen) if dithered else None
+    points = codebook[:96] if dither is None else torch.lerp(codebook[:-1], codebook[1:], dither[:, None])
+    z, distances = points + 0.01 * torch.randn(96, 80, generator=gen), torch.empty(96)
+    found = search.find(z, codebook, dither, None, "exact", distances)
+    assert torch.equal(found, torch.arange(96, dtype=torch.int32))
+    torch.testing.assert_close(distances, (z - points).square().sum(1), rtol=1e-5, atol=0)
