@@ -3,7 +3,8 @@
 Both are dispatcher operations that return a fresh codebook, which the quantizer then uses and autograd saves, and whose
 gradient passes to the codebook unchanged. The parameter itself is overwritten afterwards, so an edit never touches what
 a pending backward saved. Neither waits for an accelerator: there, steps in which nothing is due do the same work and
-select the old codebook. On the CPU they look at the step counter and return early.
+select the old codebook; layers leave them out where the host knows the number of steps. On the CPU they look at the
+step counter and return early.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_layers_writes import CURVE, KINDS, make
+from test_layers_writes import CURVE, KINDS, every, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +19,7 @@ from diveq_kernels.layers import composite, replacement, sf_diveq
 from diveq_kernels.layers.base import Quantizer
 
 CURVES = [name for name in KINDS if "SF" in name]
+REPLACING = [name for name in KINDS if "replacement_iters" in KINDS[name]]
 START = CURVE["skip_iters"]
 
 
@@ -53,25 +54,95 @@ def assert_same(one: list[torch.Tensor], two: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_knowing_the_counter_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, steps = make(name, "random"), torch.randn(10, 40, 6)
-    others = [copy.deepcopy(layer), copy.deepcopy(layer)]
+@every
+def test_knowing_the_counter_changes_nothing(name: str, init: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, steps = make(name, init), torch.randn(10, 40, 6)
+    others = [copy.deepcopy(layer) for _ in range(3)]
     expected = run(layer, steps)
     monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
     assert_same(run(others[0], steps), expected)
+    assert others[0]._known_step() == len(steps)
     monkeypatch.setattr(Quantizer, "_is_settled", lambda self, counted: False)
     assert_same(run(others[1], steps), expected)
+    monkeypatch.setattr(Quantizer, "_known_step", lambda self: -1)
+    assert_same(run(others[2], steps), expected)
 
 
-@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("name", REPLACING)
+def test_codewords_are_replaced_where_it_is_due(
+    name: str, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After steps 2 and 4, and nothing is written in other steps but where a curve is built."""
+    layer, steps = make(name, "random"), torch.randn(6, 40, 6)
+    due, written = [], []
+    replace, write = replacement.replace_unused._init_fn, Quantizer._write
+    monkeypatch.setattr(replacement.replace_unused, "_init_fn", lambda *x: (due.append(number), replace(*x))[1])
+    monkeypatch.setattr(Quantizer, "_write", lambda self, x: (written.append(number), write(self, x))[1])
+    for number in range(len(steps)):
+        layer(steps[number])
+    assert due == ([2] if name in CURVES else [2, 4])
+    assert written == due or name in CURVES
+
+
+def clock_of(layer: Any, how: str) -> None:
+    """Something happens to the counter between two steps."""
+    if how == "written to":
+        layer.iter_counter.fill_(4)
+    elif how == "another":
+        layer.iter_counter = layer.iter_counter.clone() - 1
+    elif how == "moved":
+        layer.to(torch.float64).to(torch.float32)
+    elif how == "loaded":
+        layer.load_state_dict(copy.deepcopy(layer.state_dict()))
+    elif how == "captured":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Quantizer, "_is_captured", lambda self: True)
+            layer(torch.ones(40, 6))
+        layer.iter_counter.data.add_(1)  # a replay, of which no host code takes note
+
+
+@pytest.mark.parametrize("name", REPLACING)
+@pytest.mark.parametrize("how", ["written to", "another", "moved", "loaded", "captured"])
+def test_whatever_happens_to_the_counter(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, steps = make(name, "random"), torch.randn(9, 40, 6)
+    other = copy.deepcopy(layer)
+
+    def with_it(layer: Any) -> list[torch.Tensor]:
+        seen = run(layer, steps[:3])
+        clock_of(layer, how)
+        return seen + run(layer, steps[3:])
+
+    expected = with_it(layer)
+    monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
+    assert_same(with_it(other), expected)
+
+
+@pytest.mark.parametrize("name", REPLACING)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_steps_between_eager_ones(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count, whoever writes the counter for them."""
+    layer, steps = make(name, "random"), torch.randn(9, 40, 6)
+    other = copy.deepcopy(layer)
+    run(layer, steps)
+    monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
+    run(other, steps[:3])
+    run(torch.compile(other, backend=backend, fullgraph=True), steps[3:6])
+    run(other, steps[6:])
+    torch._dynamo.reset()
+    for one, two in ((layer.iter_counter, other.iter_counter), (layer.num_replaced > 0, other.num_replaced > 0)):
+        assert torch.equal(one, two)
+    assert other.iter_counter == 9 and other._known_step() == -1
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_an_accelerator_is_asked_once(name: str, counted: list[int]) -> None:
+    """And after ``train()``, where it does not know by then that nothing depends on the counter any more."""
     layer = make(name, "random")
     run(layer, torch.randn(START + 3, 40, 6))
-    assert len(counted) == 1 and layer._settled
+    assert len(counted) == 1 and layer._settled == (name in CURVES)
     layer.eval()(torch.randn(5, 6))
     run(layer.train(), torch.randn(2, 40, 6))
-    assert len(counted) == 1
+    assert len(counted) == (1 if name in CURVES else 2)
 
 
 @pytest.mark.parametrize("name", CURVES)
