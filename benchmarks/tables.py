@@ -341,11 +341,26 @@ def kernels(record: Record) -> str:
     return f"{table(headings, rows)}\n\n{note}"
 
 
+def host(record: Record) -> str:
+    """Microseconds that a call with the Triton kernels takes the host."""
+    rows = [
+        [of["case"]["operation"], f"{of['kernels']}", *(f"{1e6 * of[how]:.0f}" for how in ("repeated", "anew"))]
+        for of in record["operations"]
+    ]
+    case, versions = record["operations"][0]["case"], record["machine"]["versions"]
+    note = (
+        f"N = {case['rows']}, K = {case['codewords']}, D = {case['dim']}, {case['dtype']}, exact; residual and product "
+        f"of {record['operations'][-1]['case']['parts']}. {record['machine']['processor']}; {record['method']}. torch "
+        f"{versions['torch']}, triton {versions['triton']}; {commit_of(record['machine']['commit'])}."
+    )
+    return f"{table(['operation', 'kernels', 'repeated, µs', 'made anew, µs'], rows)}\n\n{note}"
+
+
 VIEWS: dict[str, Callable[[Record], str]] = {
     view.__name__: view
     for view in (
         ratios, speed, memory, share, ceilings, inexact, faster_peers, refused, summary, checks, quality, family,
-        kernels,
+        kernels, host,
     )
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ def _refusal(definition: Any) -> Callable:
     return refuse
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _TRANSFORMS = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Vmap)
 
 
@@ -58,7 +58,7 @@ def is_seen(arguments: tuple) -> bool:
         or torch._C._autograd._profiler_enabled()
         or any(
             # Batched where autograd.grad has is_grads_batched; that vmap is not one of torch.func's.
-            type(value) not in _PLAIN or value.is_meta or torch._C._functorch.is_legacy_batchedtensor(value)
+            type(value) not in PLAIN or value.is_meta or torch._C._functorch.is_legacy_batchedtensor(value)
             for value in arguments
             if isinstance(value, Tensor)
         )
@@ -68,7 +68,7 @@ def is_seen(arguments: tuple) -> bool:
 def is_plain(value: Tensor) -> bool:
     """Whether a tensor has values, and nobody follows what becomes of them: no compiler, tracer, mode or transform."""
     return (
-        type(value) in _PLAIN
+        type(value) in PLAIN
         and not value.is_meta
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0

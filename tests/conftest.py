@@ -61,6 +61,14 @@ def _seed_torch(rng_seed: int) -> None:
     torch.manual_seed(rng_seed)
 
 
+@pytest.fixture(autouse=True)
+def _no_repetition_across_tests() -> None:
+    """Tests change what launches depend on, beside their tensors."""
+    repeat = sys.modules.get("diveq_kernels.triton_kernels.repeat")
+    if repeat is not None:
+        repeat.forget()
+
+
 @pytest.fixture(autouse=os.environ.get(_TWO_PASSES, "0") not in ("", "0"))
 def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton search leaves rows to a second pass, whatever their number."""

@@ -37,6 +37,7 @@ SELECTION = {
     "test_triton_bound.py": "triton-cpu",
     "test_triton_noise.py": "triton",
     "test_triton_project.py": "triton",
+    "test_triton_repeat.py": "triton",
     "test_triton_replace.py": "triton",
     "test_triton_exhaust.py": "triton",
     "test_triton_rows.py": "triton",

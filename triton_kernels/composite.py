@@ -22,6 +22,7 @@ from diveq_kernels.triton_kernels.launch import launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.parts import load_composite
 from diveq_kernels.triton_kernels.product import product_for
+from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import (
     COLUMNS,
     count_uses,
@@ -195,6 +196,7 @@ def _forward(
     return deliver(z_q, written), indices, counts
 
 
+@repeated
 def residual(
     z: Tensor,
     codebooks: Tensor,
@@ -209,6 +211,7 @@ def residual(
     return _forward(z, codebooks, dither, num_active, mask, seed, noise_std, precision, 0)
 
 
+@repeated
 def product(
     z: Tensor,
     codebooks: Tensor,

@@ -18,6 +18,7 @@ from diveq_kernels import reference
 from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.parts import load_composite
+from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import deliver, load_rows, output_like, row_starts, rows_of, store_rows
 
 
@@ -113,6 +114,7 @@ def _backward(
     return (deliver(grad_z, written) if written else grad_z), total.to(codebooks.dtype)
 
 
+@repeated
 def residual_backward(
     grad: Tensor,
     z: Tensor,
@@ -134,6 +136,7 @@ def residual_backward(
     return _backward(*arguments, 0)
 
 
+@repeated
 def product_backward(
     grad: Tensor,
     z: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull
 from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
+from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import (
     deliver,
     load_rows,
@@ -52,6 +53,7 @@ def nearest_backward_kernel(
             add_pull(grad_codebook, index, to_codebook != 0.0, pull, first, D, BLOCK_D)
 
 
+@repeated
 def nearest_backward(
     grad: Tensor, z: Tensor, codebook: Tensor, indices: Tensor, need_z: bool, need_codebook: bool
 ) -> tuple[Tensor, Tensor]:

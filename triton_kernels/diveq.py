@@ -16,6 +16,7 @@ from torch import Tensor
 from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, end_of_row
 from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
+from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import (
     deliver,
     load_rows,
@@ -89,6 +90,7 @@ def diveq_kernel(
         store_rows(z_q, q_starts, q_step, inside, first, tl.where(kept[:, None], value, x), D, BLOCK_D)
 
 
+@repeated
 def diveq(
     z: Tensor, codebook: Tensor, mask: Tensor | None, seed: Tensor | None, noise_std: float, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,6 +142,7 @@ def diveq_backward_kernel(
             add_pull(grad_codebook, index, a != 0.0, pull, first, D, BLOCK_D)
 
 
+@repeated
 def diveq_backward(
     grad: Tensor,
     z: Tensor,

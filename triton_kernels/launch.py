@@ -20,6 +20,7 @@ _CONFIGS = Path(__file__).parent / "configs"
 _LIKE = {"sm_87": "sm_80", "sm_103": "sm_100"}
 _in_graph = ContextVar("in_graph", default=False)
 _forced: ContextVar[tuple[str, dict[str, int]] | None] = ContextVar("forced", default=None)
+_recorder: ContextVar[Any] = ContextVar("recorder", default=None)
 
 
 @functools.cache
@@ -91,12 +92,40 @@ def in_graph() -> Iterator[None]:
         _in_graph.reset(token)
 
 
+@contextlib.contextmanager
+def recorded_by(recorder: Any) -> Iterator[None]:
+    """Within it, kernels are started by ``recorder.launch``, which takes note of them (repeat.py)."""
+    token = _recorder.set(recorder)
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def is_directed() -> bool:
+    """Whether launches are made into nodes of a graph, with other tiles, or recorded."""
+    return _in_graph.get() or _forced.get() is not None or _recorder.get() is not None
+
+
+def is_elsewhere(device: torch.device) -> bool:
+    """Whether a device is a GPU that is not the current one."""
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the current stream of the device that holds its tensors."""
     if _in_graph.get():  # what runs the graph sees to device and stream
         torch.library.wrap_triton(kernel)[grid](*arguments, **options)
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+    elif is_elsewhere(device):
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **options)
+            _start(kernel, grid, arguments, options)
     else:  # without a context, which costs as much as some kernels take
+        _start(kernel, grid, arguments, options)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    recorder = _recorder.get()
+    if recorder is None:
         kernel[grid](*arguments, **options)
+    else:
+        recorder.launch(kernel, grid, arguments, options)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.launch import launch
+from diveq_kernels.triton_kernels.repeat import repeated
 
 
 @triton.jit
@@ -30,6 +31,7 @@ def perplexity_kernel(counts, codewords, out, BLOCK_K: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.where(total > 0, tl.exp(tl.sum(entropy, axis=0)), 0.0))
 
 
+@repeated
 def perplexity(counts: Tensor) -> Tensor:
     """fp32 [...] of histograms [..., K] of integers."""
     out = torch.empty(counts.shape[:-1], dtype=torch.float32, device=counts.device)

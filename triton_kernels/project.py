@@ -32,6 +32,7 @@ from torch import Tensor
 from diveq_kernels.triton_kernels.curve import HIGH, LEAVE, LOW, NORM, SCALE, SHIFT, SQUARE, pack_curve
 from diveq_kernels.triton_kernels.launch import INTERPRETED, cdiv, configuration, launch
 from diveq_kernels.triton_kernels.product import error_bound, held, multiply, split
+from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import (
     ALL,
     LEFT,
@@ -334,6 +335,7 @@ def _product_for(dtype: torch.dtype, precision: str) -> str:
     return "bf16" if dtype == torch.bfloat16 else "ieee" if torch.version.hip else "tf32"
 
 
+@repeated
 def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """(points, segment indices, t): points = (1−t)c_j + t c_{j+1}; in rows left out z, −1 and 0."""
     points, written = output_like(z)

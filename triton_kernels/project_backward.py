@@ -16,6 +16,7 @@ from torch import Tensor
 from diveq_kernels.triton_kernels.gradients import add_pull, run_of, sorted_rows
 from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.project import position_on
+from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import (
     deliver,
     load_rows,
@@ -107,6 +108,7 @@ def project_segment_kernel(
     tl.store(grad_codebook + j.to(tl.int64) * D + k, total, mask=k < D)
 
 
+@repeated
 def project_backward(
     grad_points: Tensor,
     grad_t: Tensor,

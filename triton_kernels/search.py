@@ -26,6 +26,7 @@ from diveq_kernels.triton_kernels.look import look_kernel
 from diveq_kernels.triton_kernels.middle import Middle
 from diveq_kernels.triton_kernels.pack import Packed, pack
 from diveq_kernels.triton_kernels.product import error_bound, product_for
+from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import ALL, Listed, Rows, dense, none_yet, rows_of
 from diveq_kernels.triton_kernels.scan import scan_kernel
 from diveq_kernels.triton_kernels.settle import settle_kernel
@@ -215,6 +216,7 @@ def find(
     return indices
 
 
+@repeated
 def nearest(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
     """(‖z_n − c_i‖², i(n)); 0 and −1 in rows left out."""
     sqdist = torch.empty(z.shape[:-1], dtype=torch.float32, device=z.device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from diveq_kernels.triton_kernels.diveq import along_step, end_of_step
 from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull, end_of_row
 from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
+from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import (
     deliver,
     load_rows,
@@ -72,6 +73,7 @@ def _second_offset(z: Tensor) -> int:
     return math.prod(z.shape[:-1]) * -(-z.shape[-1] // 4)
 
 
+@repeated
 def sf_diveq(
     z: Tensor,
     codebook: Tensor,
@@ -142,6 +144,7 @@ def sf_diveq_backward_kernel(
             add_pull(grad_codebook, i + 1, a2 != 0.0, pull2, first, D, BLOCK_D)
 
 
+@repeated
 def sf_diveq_backward(
     grad: Tensor,
     z: Tensor,

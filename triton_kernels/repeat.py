@@ -1,0 +1,218 @@
+"""A call's allocations and launches, recorded once and then repeated for tensors of the same kind.
+
+Between a call and its kernels lies Python: layouts, tiles, grids, and Triton's look at every argument of every kernel.
+Where rows are few it takes longer than the kernels do. All of it follows from the tensors' kind (dtypes, shapes,
+strides, alignment) and from what is no tensor. So the second call of a kind is recorded: torch's operations, and the
+kernels that Triton compiled. What comes of it is a function without decisions, for the calls after it::
+
+    def repeat(x0, x1, x2, x3):
+        stream = current_stream(0)
+        t0 = empty((8192,), (1,), dtype=c0, device=c1)
+        c2(x0, 1, 64, 1, 64, 8192, x1, t0, ..., stream=stream)
+        del t1
+        return (t2, t0)
+
+The first call of a kind is only noted, so that rows whose number is always another are not recorded every time.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from diveq_kernels._operation import PLAIN, is_plain
+from diveq_kernels.triton_kernels.launch import INTERPRETED, is_directed, is_elsewhere, recorded_by
+
+_MOST_KINDS = 1024  # then all are forgotten
+_NOTED = "noted"
+_programs: dict[tuple[Any, ...], Any] = {}  # by function and kind
+_EMPTY = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
+_ZEROS = ("aten::zeros", "aten::new_zeros")
+
+
+class _Step(NamedTuple):
+    """One line of a program.
+
+    Attributes:
+        results: Names that it gives values to.
+        text: What is called.
+        needs: Names of tensors that it takes.
+        acts: Whether it does something beside its results: a launch, or an operation that writes or draws.
+    """
+
+    results: list[str]
+    text: str
+    needs: set[str]
+    acts: bool
+
+
+class Recorder(TorchDispatchMode):
+    """Runs what it records; within it, ``launch`` hands it the kernels.
+
+    Args:
+        inputs: The call's arguments.
+    """
+
+    def __init__(self, inputs: tuple[Any, ...]) -> None:
+        super().__init__()
+        self._inputs = [f"x{i}" for i in range(len(inputs))]
+        self._names = {id(x): name for x, name in zip(inputs, self._inputs, strict=True) if isinstance(x, Tensor)}
+        self._alive: dict[int, weakref.ref] = {}  # weak, so that memory is free again when it otherwise would be
+        self._constants: dict[str, Any] = {"empty": torch.empty_strided, "zeros": torch.zeros}
+        self._steps: list[_Step] = []
+        self._complete = True  # unless something was used of which is not known where it comes from
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and take a note of it."""
+        kwargs, needs, name = kwargs or {}, set[str](), func._schema.name
+        if name in _EMPTY or name in _ZEROS:  # in torch's own words, which cost half as much
+            found = func(*args, **kwargs)
+            shape = f"{tuple(found.shape)}" if name in _ZEROS else f"{tuple(found.shape)}, {found.stride()}"
+            of = f"dtype={self._constant(found.dtype)}, device={self._constant(found.device)}"
+            text = f"{'zeros' if name in _ZEROS else 'empty'}({shape}, {of})"
+        else:
+            said = [self._say(x, needs) for x in args] + [f"{key}={self._say(x, needs)}" for key, x in kwargs.items()]
+            text = f"{self._constant(func)}({', '.join(said)})"
+            found = func(*args, **kwargs)
+        results = found if isinstance(found, (tuple, list)) else (found,)
+        text += "[0]" if results is found and len(found) == 1 else ""
+        acts = func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
+        self._steps.append(_Step([self._name(x) for x in results], text, needs, acts))
+        return found
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Start a kernel, and take a note of it."""
+        with _disable_current_modes():
+            compiled = kernel[grid](*arguments, **options)
+        parameters = inspect.signature(kernel.fn).parameters
+        given = {**dict(zip(parameters, arguments, strict=False)), **options}
+        needs = set[str]()
+        said = [self._say(given.get(name, of.default), needs) for name, of in parameters.items()]
+        if compiled is None:  # in the interpreter
+            started = functools.partial(
+                kernel[grid], **{key: value for key, value in options.items() if key not in parameters}
+            )
+        else:
+            started = compiled[(*grid, 1, 1)[:3]]
+            said.append("stream=stream")
+            self._constants["current_stream"] = triton.runtime.driver.active.get_current_stream
+        self._steps.append(_Step([], f"{self._constant(started)}({', '.join(said)})", needs, True))
+
+    def program(self, result: Any, device: torch.device) -> Callable | None:
+        """What was recorded as a function of the inputs that gives ``result``; None if it cannot be repeated."""
+        needs = set[str]()
+        lines = [f"return {self._say(result, needs)}"]
+        if not self._complete:
+            return None
+        later = {*needs, *self._inputs}
+        for step in reversed(self._steps):
+            if not step.acts and later.isdisjoint(step.results):
+                continue
+            over = sorted({*step.results, *step.needs} - later)
+            lines += [f"del {', '.join(over)}"] if over else []
+            lines.append(f"{', '.join(step.results)} = {step.text}" if step.results else step.text)
+            later |= step.needs
+        if "current_stream" in self._constants:
+            lines.append(f"stream = current_stream({device.index})")
+        head = f"def repeat({', '.join(self._inputs)}):\n"
+        exec(head + "".join(f"    {line}\n" for line in reversed(lines)), self._constants)
+        program: Callable = self._constants["repeat"]
+        return program
+
+    def _name(self, x: Any) -> str:
+        """A result's name; a new one unless it has one, as what an operation in place returns."""
+        if not isinstance(x, Tensor):
+            self._complete = False  # a number would be one of this call alone
+            return ""
+        key = id(x)
+        if key not in self._names:
+            self._names[key] = f"t{len(self._steps)}_{len(self._alive)}"
+            self._alive[key] = weakref.ref(x, lambda _: self._forget(key))
+        return self._names[key]
+
+    def _forget(self, key: int) -> None:
+        del self._names[key], self._alive[key]
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{len(self._constants)}"
+        self._constants[name] = value
+        return name
+
+    def _say(self, value: Any, needs: set[str]) -> str:
+        """A value in the program's text; the names of the tensors in it go to ``needs``."""
+        if isinstance(value, Tensor):
+            name = self._names.get(id(value))
+            self._complete &= name is not None
+            needs.add(name or "")
+            return name or ""
+        if type(value) in (tuple, list):
+            return f"({''.join(self._say(x, needs) + ', ' for x in value)})"
+        return repr(value) if value is None or type(value) in (bool, int, str) else self._constant(value)
+
+
+def _runs_on(device: torch.device) -> bool:
+    """Whether calls are repeated there. On ROCm Triton compiles for the size of a tensor's memory, too."""
+    return INTERPRETED if device.type == "cpu" else device.type == "cuda" and torch.version.hip is None
+
+
+def _kind_of(function: Callable, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What a call's launches depend on; None where it cannot be repeated, or is not only to be run."""
+    first = arguments[0]
+    if not _runs_on(first.device) or is_directed() or not is_plain(first):
+        return None
+    kind: list[Any] = [function, torch.are_deterministic_algorithms_enabled()]
+    tensors = set[int]()
+    for x in arguments:
+        if isinstance(x, Tensor):
+            if type(x) not in PLAIN or id(x) in tensors:
+                return None
+            tensors.add(id(x))
+            kind.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16))
+        else:
+            kind.append(x)
+    return tuple(kind)
+
+
+def repeated(function: Callable) -> Callable:
+    """The function, of whose calls those of a kind that was seen before are repeated.
+
+    It has to decide by the kind of its arguments alone, of which the first is a tensor, to return tensors, alone or in
+    a tuple, and to start kernels by ``launch``. What else it does is done in the first two calls of a kind only.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        kind = _kind_of(function, arguments)
+        if kind is None:
+            return function(*arguments)
+        program, device = _programs.get(kind), arguments[0].device
+        if program is None:
+            if len(_programs) >= _MOST_KINDS:
+                forget()
+            _programs[kind] = _NOTED
+            return function(*arguments)
+        if program is _NOTED:
+            recorder = Recorder(arguments)
+            with recorder, recorded_by(recorder):
+                result = function(*arguments)
+            _programs[kind] = recorder.program(result, device) or function
+            return result
+        if is_elsewhere(device):
+            with torch.cuda.device(device):
+                return program(*arguments)
+        return program(*arguments)
+
+    return call
+
+
+def forget() -> None:
+    """Forget all kinds, for instance after tiles were changed."""
+    _programs.clear()
