@@ -27,6 +27,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.compiler import CompiledKernel
 
 from diveq_kernels._operation import PLAIN, is_plain
 from diveq_kernels.triton_kernels.launch import INTERPRETED, is_directed, is_elsewhere, recorded_by
@@ -96,11 +97,10 @@ class Recorder(TorchDispatchMode):
         given = {**dict(zip(parameters, arguments, strict=False)), **options}
         needs = set[str]()
         said = [self._say(given.get(name, of.default), needs) for name, of in parameters.items()]
-        if compiled is None:  # in the interpreter
-            started = functools.partial(
-                kernel[grid], **{key: value for key, value in options.items() if key not in parameters}
-            )
-        else:
+        started: Any = functools.partial(  # in the interpreter, which does not compile
+            kernel[grid], **{key: value for key, value in options.items() if key not in parameters}
+        )
+        if isinstance(compiled, CompiledKernel):
             started = compiled[(*grid, 1, 1)[:3]]
             said.append("stream=stream")
             self._constants["current_stream"] = triton.runtime.driver.active.get_current_stream
