@@ -24,10 +24,14 @@ def perplexity_kernel(counts, codewords, out, BLOCK_K: tl.constexpr):
         of_lanes += tl.load(row + j, mask=j < codewords, other=0)
     total = tl.sum(of_lanes, axis=0)
     entropy = tl.zeros((BLOCK_K,), tl.float32)
+    lost = tl.zeros((BLOCK_K,), tl.float32)  # by rounding, to the same side in each of many bins that are alike
     for first in range(0, codewords, BLOCK_K):
         j = first + tl.arange(0, BLOCK_K)
         p = tl.load(row + j, mask=j < codewords, other=0).to(tl.float32) / tl.maximum(total, 1).to(tl.float32)
-        entropy -= p * tl.log(tl.where(p > 0.0, p, 1.0))
+        term = -p * tl.log(tl.where(p > 0.0, p, 1.0)) - lost
+        more = entropy + term
+        lost = (more - entropy) - term
+        entropy = more
     tl.store(out + tl.program_id(0), tl.where(total > 0, tl.exp(tl.sum(entropy, axis=0)), 0.0))
 
 
