@@ -224,18 +224,18 @@ def select(op: str, device: torch.device | str, name: str) -> Callable:
     return _choose(op, _device(device), name)[1]
 
 
-def triton_part(part: str, device: torch.device | str, name: str) -> Callable | None:
-    """Triton's kernel for what no backend has an operation for, where Triton runs the operations; None elsewhere.
+def layer_part(part: str, device: torch.device | str, name: str) -> Callable | None:
+    """What layers do around the operations, by the backend that runs these; None where it leaves it to torch.
 
     Args:
-        part: Name of a function of ``diveq_kernels.triton_kernels``.
+        part: "replace", "count_use" or "perplexity", functions of ``triton`` and ``cuda``.
         device: Where its tensors are.
         name: A backend, or "" to choose one.
 
     Raises:
         BackendUnavailableError: As ``select``.
     """
-    return getattr(_load("triton"), part) if _choose("diveq", _device(device), name)[0] == "triton" else None
+    return getattr(_load(_choose("diveq", _device(device), name)[0]), part, None)
 
 
 def traced(

@@ -98,7 +98,7 @@ def replace_unused(
         threshold: p; a codeword is replaced when it was used in less than this fraction of the R steps.
         perturb_eps: ε; ε·N(0, I) is added to the copies.
         verbose: Print how many were replaced. Heeded on the CPU only: elsewhere it would wait for the device.
-        backend: Name of a backend, "" to choose one; "triton" has a kernel for it.
+        backend: Name of a backend, "" to choose one; "triton" and "cuda" have kernels for it.
 
     Returns:
         (codebook_now, num_replaced): a new tensor like codebook, and int32 []. A codebook of which no codeword is used
@@ -107,7 +107,7 @@ def replace_unused(
     if iter_counter.device.type == "cpu" and not replacement_due(iter_counter, replacement_iters):
         return codebook.clone(memory_format=torch.contiguous_format), usage.new_zeros(())
     books, usage = (codebook, usage) if codebook.dim() == 3 else (codebook[None], usage[None])
-    kernel = backends.triton_part("replace", books.device, backend) if books.dtype != torch.float64 else None
+    kernel = backends.layer_part("replace", books.device, backend) if books.dtype != torch.float64 else None
     fewest = fewest_steps(replacement_iters, threshold)
     now, num_replaced = (kernel or _replace)(
         books, usage, iter_counter, seed, replacement_iters, fewest, perturb_eps

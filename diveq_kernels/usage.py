@@ -1,7 +1,7 @@
 """What the histogram of a step says: its perplexity, and which codewords were used (docs/math.md, "Replacement").
 
-In torch's operations each of these is about a dozen kernels to launch, more than the quantization itself has. Where
-Triton runs the layer's operations each is one kernel; graphs have torch's operations, which Inductor fuses.
+In torch's operations each of these is about a dozen kernels to launch, more than the quantization itself has. On a GPU
+each is one kernel of the layer's backend; graphs have torch's operations, which Inductor fuses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Steps = TypeVar("Steps", int, Tensor)
 
 
 def _kernel(name: str, counts: Tensor, backend: str) -> Callable | None:
-    return backends.triton_part(name, counts.device, backend) if is_plain(counts) else None
+    return backends.layer_part(name, counts.device, backend) if is_plain(counts) else None
 
 
 def perplexity(counts: Tensor, backend: str = "") -> Tensor:

@@ -48,7 +48,9 @@ class Target(NamedTuple):
 
 
 TARGETS = [Target(name, device) for device in backends.device_types() for name in backends.available(device)]
+KERNELS = [target for target in TARGETS if target.backend in ("triton", "cuda")]  # as on a GPU
 on_every_target = pytest.mark.parametrize("target", TARGETS, ids=str)
+on_kernels = pytest.mark.parametrize("target", KERNELS, ids=str)
 
 
 def search_eps(target: Target, *inputs: Tensor) -> float:

@@ -7,7 +7,8 @@ import secrets
 import sys
 import types
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,32 @@ def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton search leaves rows to a second pass, whatever their number."""
     search = pytest.importorskip("diveq_kernels.triton_kernels.search", reason="needs Triton")
     monkeypatch.setattr(search, "MANY_ROWS", 0)
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of what layers do around an operation, those parts that a backend's kernels did, in order.
+
+    What is allocated for them begins as junk: NaN, and the greatest integers.
+    """
+    found: list[str] = []
+    part_of = backends.layer_part
+
+    def watched(part: str, device: torch.device, name: str) -> Callable | None:
+        kernels = part_of(part, device, name)
+
+        def run(*arguments: Any) -> Any:
+            found.append(part)
+            torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory
+            try:
+                return kernels(*arguments)
+            finally:
+                torch.use_deterministic_algorithms(False)
+
+        return run if kernels else None
+
+    monkeypatch.setattr(backends, "layer_part", watched)
+    return found
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["csrc/cuda/ops.cpp", "csrc/cuda/search.cu", "csrc/cuda/steps.cu", "csrc/cuda/emulator/emulator.cpp"]
+SOURCES = ["csrc/cuda/ops.cpp", "csrc/cuda/search.cu", "csrc/cuda/steps.cu", "csrc/cuda/layer.cu"]
+SOURCES += ["csrc/cuda/emulator/emulator.cpp"]
 
 
 def build(more_flags: Sequence[str] = (), architecture: int = 800) -> Path:

@@ -44,11 +44,12 @@ FILES = {
     1: ("test_gpu.py", "test_gpu_layers.py", "test_memory.py", "test_deterministic.py", "test_autocast.py")
     + ("test_layers_initialisation.py",),
     2: ("test_nearest.py", "test_ties.py", "test_quantize.py", "test_gradients.py", "test_nonfinite.py")
-    + ("test_mask.py", "test_project.py", "test_project_gradients.py", "test_end_of_range.py", "test_noise.py"),
+    + ("test_mask.py", "test_project.py", "test_project_gradients.py", "test_end_of_range.py", "test_noise.py")
+    + ("test_replace_kernels.py", "test_usage_kernels.py"),
 }
 # Of a backend's own kernels, by part.
 OF_ONE: dict[str, dict[int, tuple[str, ...]]] = {
-    "triton": {1: (), 2: ("test_triton_replace.py", "test_triton_usage.py")},
+    "triton": {1: (), 2: ()},
     "cuda": {1: ("test_native_cuda.py",), 2: ()},
 }
 # Each compiles dozens of Triton kernels for what the interpreter shows as well: the first to lose.

@@ -32,6 +32,8 @@ SELECTION = {
     "test_mask.py": "cuda",
     "test_noise.py": "the_seed_decides or all_but_0",
     "test_ties.py": "test_project",
+    "test_replace_kernels.py": "cuda",
+    "test_usage_kernels.py": "cuda",
     "test_native_cuda.py": "not large",
 }
 

@@ -20,6 +20,7 @@ from layer_cases import (
 from torch import Tensor
 
 from diveq_kernels import usage
+from diveq_kernels.codebook import replace_unused
 from diveq_kernels.layers.base import Quantizer, histogram
 
 gpu = pytest.mark.gpu
@@ -160,3 +161,18 @@ def test_device_and_host_agree(kind: type[Quantizer], monkeypatch: pytest.Monkey
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         assert training or not curve or expected[4].any()
     assert kind not in COMPOSITES or expected[1].shape == (2, 40)
+
+
+@gpu
+@pytest.mark.xdist_group("large")
+def test_replacement_past_two_to_the_31() -> None:
+    """Copies of the one codeword in use, the last but one, among more than 2³¹ numbers."""
+    books = torch.zeros(2, (1 << 21) + 5, 512, dtype=torch.bfloat16, device=DEVICE)
+    books[:, -5:] = torch.randn(2, 5, 512)
+    usage = torch.zeros(books.shape[:-1], dtype=torch.int32, device=DEVICE)
+    usage[:, -2] = 10
+    counter, seed = torch.tensor([10], dtype=torch.int32, device=DEVICE), torch.tensor(3, device=DEVICE)
+    now, count = replace_unused(books, usage, counter, seed, 10, 0.5, 0.0, False)
+    assert count == usage.numel() - 2
+    for found, book in zip(now, books, strict=True):
+        assert all(torch.equal(part, book[-2].expand_as(part)) for part in found.split(1 << 16))

@@ -111,7 +111,7 @@ def test_replacement_waits_for_nothing() -> None:
     """The operation's part that is the host's, too: what it does on a device, where it does not look at the counter."""
     books, usage = meta(3, CODEWORDS, DIM), meta(3, CODEWORDS, dtype=torch.int32)
     counter, seed = meta(1, dtype=torch.int32), meta(dtype=torch.int64)
-    with recorded(90) as launches, no_waiting(), mock.patch.object(backends, "triton_part", lambda *_: replace):
+    with recorded(90) as launches, no_waiting(), mock.patch.object(backends, "layer_part", lambda *_: replace):
         codebook.replace_unused._init_fn(books, usage, counter, seed, 10, 0.1, 1e-3, True)
     assert [launch.kernel.__name__ for launch in launches] == ["cumulate_kernel", "replace_kernel"]
 

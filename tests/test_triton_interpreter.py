@@ -34,14 +34,14 @@ SELECTION = {
     " or every_segment or crowds or joints",
     "test_project_gradients.py": "float32 or near_an_end",
     "test_ties.py": "not 140 and not more_rows",
+    "test_replace_kernels.py": "triton",
+    "test_usage_kernels.py": "triton",
     "test_triton_bound.py": "triton-cpu",
     "test_triton_noise.py": "triton",
     "test_triton_project.py": "triton",
     "test_triton_repeat.py": "triton",
-    "test_triton_replace.py": "triton",
     "test_triton_exhaust.py": "triton",
     "test_triton_rows.py": "triton",
-    "test_triton_usage.py": "triton",
     "test_triton_watch.py": "triton",
 }
 # The same again where every search leaves rows to a second pass, however few there are.

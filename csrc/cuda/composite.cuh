@@ -7,13 +7,6 @@
 
 namespace diveq {
 
-__device__ inline Codes stage_of(const Books& books, int s) {
-  Codes codes = books.first;
-  codes.data += s * books.stride * (codes.dtype == Dtype::f32 ? 4 : 2);
-  if (codes.dither) codes.dither += s * codes.count;
-  return codes;
-}
-
 // Columns of c_j, or of the dithered (1 - λ_j)c_j + λ_j c_{j+1}.
 __device__ inline Quad load_point(const Codes& codes, int64_t j, int column, int count) {
   Quad point = load_codeword(codes, j, column, count);

@@ -1,4 +1,5 @@
-// The library of the cuda backend: its operations, each a search and a step, or one pass over the rows backward.
+// The library of the cuda backend: its operations, each a search and a step, or one pass over the rows backward; and what
+// layers do around them.
 //
 // ..._backward adds up the codebook's gradient with atomics; ..._backward_sorted in the order of `order` [stages, N], the
 // rows sorted by index, in which the run of index j begins at bounds [stages, segments + 1].
@@ -8,6 +9,7 @@
 
 #include <string>
 
+#include "layer.h"
 #include "scope.h"
 #include "steps.h"
 
@@ -28,6 +30,13 @@ void search(const Search& search, const Tensor& z, Stream stream) {
   const auto bytes = static_cast<int64_t>(search_workspace(search));
   const Tensor workspace = torch::stable::new_empty(z, {bytes}, ScalarType::Byte);
   launch_search(search, workspace.data_ptr(), stream);
+}
+
+Integers integers_of(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  if (type != ScalarType::Int && type != ScalarType::Long)
+    throw std::runtime_error("expected a tensor of int32 or int64");
+  return {t.data_ptr(), type == ScalarType::Long};
 }
 
 Noise noise_of(const Maybe& seed, double noise_std, int64_t rows) {
@@ -194,6 +203,32 @@ void project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor
   project_gradient(grad_points, grad_t, z, codebook, indices, grad_z, grad_codebook, order, bounds);
 }
 
+// ---- around them ----------------------------------------------------------------------------------------------------
+
+// Codebooks [Q, K, D] after replacement in `out`, as diveq_kernels.native_cuda.replace has it.
+void replace(Tensor codebooks, Tensor usage, Tensor iter_counter, Tensor seed, int64_t replacement_iters,
+             int64_t fewest, double perturb_eps, Tensor cumulative, Tensor out, Tensor num_replaced) {
+  const Scope scope(codebooks);
+  launch_replace({books_of(codebooks, std::nullopt, false), data<const int32_t>(usage),
+                  {integers_of(iter_counter), replacement_iters}, fewest, data<int64_t>(cumulative),
+                  integers_of(seed), static_cast<float>(perturb_eps), data<char>(out), data<int32_t>(num_replaced)},
+                 scope.stream);
+}
+
+void count_use(Tensor usage, Tensor counts, Tensor iter_counter, int64_t replacement_iters) {
+  const Scope scope(usage);
+  launch_count_use(data<int32_t>(usage), integers_of(counts), {integers_of(iter_counter), replacement_iters},
+                   usage.numel(), scope.stream);
+}
+
+void perplexity(Tensor counts, Tensor out) {
+  const Scope scope(counts);
+  launch_perplexity(integers_of(counts), row_count(counts), counts.size(counts.dim() - 1), data<float>(out),
+                    scope.stream);
+}
+
+// ---- the library ----------------------------------------------------------------------------------------------------
+
 // What this library was compiled for, in nvcc's names, as setup.py gave them: sm_... or, for PTX, compute_...
 std::string architectures() { return DIVEQ_CUDA_ARCHITECTURES; }
 
@@ -225,6 +260,11 @@ STABLE_TORCH_LIBRARY(diveq_cuda, m) {
   m.def(
       "project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices,"
       " Tensor(a!)? grad_z, Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
+  m.def(
+      "replace(Tensor codebooks, Tensor usage, Tensor iter_counter, Tensor seed, int replacement_iters, int fewest,"
+      " float perturb_eps, Tensor(a!) cumulative, Tensor(b!) out, Tensor(c!) num_replaced) -> ()");
+  m.def("count_use(Tensor(a!) usage, Tensor counts, Tensor iter_counter, int replacement_iters) -> ()");
+  m.def("perplexity(Tensor counts, Tensor(a!) out) -> ()");
   m.def("architectures() -> str");
   m.def("why_not_on(Tensor t) -> str");
   m.def("philox(Tensor seed, int start, Tensor(a!) words, Tensor(b!) normals) -> ()");
@@ -236,6 +276,9 @@ STABLE_TORCH_LIBRARY_IMPL(diveq_cuda, CompositeExplicitAutograd, m) {
   m.impl("composite_backward_sorted", TORCH_BOX(&diveq::composite_backward_sorted));
   m.impl("sf_diveq_backward_sorted", TORCH_BOX(&diveq::sf_diveq_backward_sorted));
   m.impl("project_backward_sorted", TORCH_BOX(&diveq::project_backward_sorted));
+  m.impl("replace", TORCH_BOX(&diveq::replace));
+  m.impl("count_use", TORCH_BOX(&diveq::count_use));
+  m.impl("perplexity", TORCH_BOX(&diveq::perplexity));
   m.impl("architectures", TORCH_BOX(&diveq::architectures));
   m.impl("why_not_on", TORCH_BOX(&diveq::why_not_on));
   m.impl("philox", TORCH_BOX(&diveq::philox));

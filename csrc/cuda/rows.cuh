@@ -38,12 +38,8 @@ __device__ inline Lane lane_of(int64_t rows, int lanes) {
 }
 
 // Over the lanes of a row, in an order that depends on nothing but the row's length.
-__device__ inline float sum(float x, int lanes) {
-  for (int o = lanes / 2; o; o /= 2) x += __shfl_xor_sync(kWholeWarp, x, o);
-  return x;
-}
-
-__device__ inline double sum(double x, int lanes) {
+template <class T>
+__device__ inline T sum(T x, int lanes) {
   for (int o = lanes / 2; o; o /= 2) x += __shfl_xor_sync(kWholeWarp, x, o);
   return x;
 }
@@ -144,6 +140,13 @@ struct Row {
     store_quad(data, dtype, start + column * step, step, count, quad);
   }
 };
+
+__device__ inline Codes stage_of(const Books& books, int s) {
+  Codes codes = books.first;
+  codes.data += s * books.stride * (codes.dtype == Dtype::f32 ? 4 : 2);
+  if (codes.dither) codes.dither += s * codes.count;
+  return codes;
+}
 
 __device__ inline Quad load_codeword(const Codes& codes, int64_t j, int column, int count) {
   return load_quad(codes.data, codes.dtype, j * codes.row + column * codes.inner, codes.inner, count);
