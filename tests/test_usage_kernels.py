@@ -91,7 +91,10 @@ def test_count_of_use(target: Target, shape: tuple[int, ...], steps: int, parts:
     by_torch = before.clone()
     usage.count_use(by_torch, counts, counter, ITERS, 1, "reference")
     assert torch.equal(by_torch, expected)
-    if len(shape) > 1:  # a buffer with strides of its own is left to torch
+    if len(shape) > 1:
+        usage.count_use(wide[0].copy_(before), counts.mT.contiguous().mT, counter, ITERS, 1, target.backend)
+        assert torch.equal(wide[0], expected)
+        # A buffer with strides of its own is left to torch.
         parts.clear()
         strided = before.mT.contiguous().mT
         usage.count_use(strided, counts, counter, ITERS, 1, target.backend)
