@@ -2,8 +2,7 @@
 
 Functions have the arguments and results of ``diveq_kernels.reference``, and those that layers call around them of
 ``diveq_kernels.triton_kernels``; none is called with fp64 inputs. Kernels run on the current stream; nothing waits for
-them. Without ``torch.use_deterministic_algorithms(True)`` a codeword's gradient
-is added up by atomics, in any order.
+them. Without ``torch.use_deterministic_algorithms(True)`` a codeword's gradient is added up by atomics, in any order.
 """
 
 from __future__ import annotations
