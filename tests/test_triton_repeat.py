@@ -249,6 +249,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda x: (torch.full_like(x, float("inf")), torch.zeros_like(x), x.new_empty(0)),
         lambda x: x.double().to(torch.bfloat16).mT.contiguous(),
         lambda x: x.clone().add_(x).mul_(2.5),
+        lambda x: (y := x.clone(), y[0].fill_(3.0))[0],
     ],
 )
 def test_operations(function: Callable, anywhere: None) -> None:

@@ -73,7 +73,6 @@ class Quantizer(MarkedCodebook):
     _known_version: int = -1
     _graphs_count: bool = False
     _settled: bool = False
-    _begins_below: bool = False  # whether the counter is −1 before the first step of some layers
     _replicated: bool = False  # by ``diveq_kernels.distributed.replicate``
 
     def __init__(
@@ -258,12 +257,13 @@ class Quantizer(MarkedCodebook):
         return self.iter_counter.device.type == "cpu" and is_plain(self.iter_counter)
 
     @torch.no_grad()
-    def _count_step(self, is_step: Tensor | int) -> None:
+    def _count_step(self, is_step: Tensor | int, may_be_below: bool = False) -> None:
+        """Count a step, from 0 on where the counter may be −1."""
         compiled = torch.compiler.is_compiling()
         captured, known = not compiled and self._is_captured(), self._known_counter is self.iter_counter
         if not compiled and (captured or (known and self.iter_counter._version != self._known_version)):
             self._graphs_count = True
-        if self._begins_below and (compiled or self._known_step() < 0):
+        if may_be_below:
             self.iter_counter.clamp_(min=0)
         self.iter_counter.add_(is_step)
         if known and not (compiled or captured):

@@ -35,7 +35,6 @@ class ReplacingQuantizer(Quantizer):
     codebook_usage: Tensor
     iter_counter: Tensor
     num_replaced: Tensor
-    _begins_below = True
     _unmade: bool = False  # whether what is not in the state_dict has no values yet
 
     def _init_replacement(
@@ -150,16 +149,15 @@ class ReplacingQuantizer(Quantizer):
         """Count the step, and the codewords that it used; counts has ``codebook_usage``'s shape."""
         if not self._writes():
             return
-        is_step = self._is_step()
+        is_step, known = self._is_step(), self._known_step()
         if self.codebook_reset:
             if self._synchronises():
                 counts = distributed.sum_over_ranks(counts)
-            known = self._known_step()
             steps: Tensor | int = known if known >= 0 else in_step(self.iter_counter, is_step)
             steps = self._replacement_clock(steps)
             count_use(self.codebook_usage, counts, steps, self.replacement_iters, is_step, self._backend())
         if self.codebook_reset or self.init == "kmeans":
-            self._count_step(is_step)
+            self._count_step(is_step, may_be_below=known < 0)
 
     def _repr_fields(self) -> list[str]:
         names = ["replacement_iters", "discard_threshold", "perturb_eps", "verbose", "codebook_reset", "init"]
