@@ -246,7 +246,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda x: x,
         lambda x: (x, None),
         lambda x: x.new_zeros(()).fill_(float("nan")),
-        lambda x: (torch.full_like(x, float("inf")), torch.zeros_like(x), x.new_empty(0)),
+        lambda x: (torch.full_like(x, float("inf")), torch.full((2,), 3.0), torch.zeros_like(x), x.new_empty(0)),
         lambda x: x.double().to(torch.bfloat16).mT.contiguous(),
         lambda x: x.clone().add_(x).mul_(2.5),
         lambda x: (y := x.clone(), y[0].fill_(3.0))[0],
@@ -262,6 +262,13 @@ def test_operations(function: Callable, anywhere: None) -> None:
         for a, b in zip(*([each] if isinstance(each, Tensor) else each for each in (found, expected)), strict=True):
             assert (a is b is None) or (torch.allclose(a, b, equal_nan=True) and a.stride() == b.stride())
     assert [program.__name__ for program in programs()] == ["repeat"]
+
+
+def test_functions_are_kinds_of_their_own(anywhere: None) -> None:
+    x = torch.randn(3)
+    one, two = repeat.repeated(lambda x: x + 1), repeat.repeated(lambda x: x + 2)
+    for _ in range(4):
+        assert torch.equal(one(x), x + 1) and torch.equal(two(x), x + 2)
 
 
 def test_what_is_written_and_drawn_is_written_and_drawn_again(anywhere: None) -> None:
