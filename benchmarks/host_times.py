@@ -3,7 +3,7 @@
     python -m benchmarks.host_times [--commit HASH] [--out FOLDER]
 
 Triton compiles for an H200, and has a driver that starts nothing. So no kernel's time is in it, nor what a real driver
-takes to start one, nor a GPU's allocator; torch's own operations run on this machine's CPU, with few rows. Each call is
+takes to start one, nor a GPU's allocator; torch's own operations run on this machine's CPU, on small data. Each call is
 timed as users meet it, repeated (triton_kernels/repeat.py), and made anew each time. Writes host.json in FOLDER, or
 benchmarks/results/DEVICE; docs/performance.md shows it.
 """
@@ -30,7 +30,7 @@ from diveq_kernels.benchmark.cases import Case, make_inputs
 from diveq_kernels.layers.base import Quantizer
 from diveq_kernels.triton_kernels import launch
 
-ROWS, CODEWORDS, DIM, PARTS = 4096, 1024, 64, 8
+ROWS, CODEWORDS, DIM, PARTS = 1024, 64, 64, 8  # small: what torch's operations copy takes a CPU its time
 # Not "project", whose layer has torch count the indices, which nothing wrote here.
 OPERATIONS = ("search", "quantize", "train", "sf_train", "residual", "product")
 WARM, CALLS = 5, 200
