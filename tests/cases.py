@@ -153,6 +153,12 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     return view
 
 
+def put(x: Tensor, device: str) -> Tensor:
+    """A leaf on a device with the strides that it has; ``Tensor.to`` keeps those of dense tensors only."""
+    memory = torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage())
+    return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def ties(dtype: torch.dtype) -> Tensor:
     """fp32 midway between two neighbours in a half precision, [N, 1]: even and odd ones, each nearest to its own."""
     step, far = torch.finfo(dtype).eps, 4 * torch.arange(32)[:, None]

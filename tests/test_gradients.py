@@ -18,6 +18,7 @@ from cases import (
     generator,
     lay_out,
     on_every_target,
+    put,
     same_rows,
     same_sums,
 )
@@ -198,9 +199,9 @@ def gradients(
     """(dz, dC, indices), on the CPU."""
     device = target.device
     keywords = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in keywords.items()}
-    z, books = z.detach().to(device).requires_grad_(), books.detach().to(device).requires_grad_()
-    found = quantizer(z, books, backend=target.backend, **keywords)
-    grads = torch.autograd.grad(found.z_q, (z, books), g.to(device))
+    z, books, g = (put(x, device) for x in (z, books, g))
+    found = quantizer(z.requires_grad_(), books.requires_grad_(), backend=target.backend, **keywords)
+    grads = torch.autograd.grad(found.z_q, (z, books), g)
     return grads[0].cpu(), grads[1].cpu(), found.indices.cpu()
 
 
@@ -301,13 +302,14 @@ def test_layouts_of_the_gradients_of_nearest_and_project(target: Target, layout:
         g, of_rows = lay_out(g, layout), lay_out(of_rows, layout)
 
     def grads(z: Tensor, codebook: Tensor, g: Tensor, of_rows: Tensor) -> list[Tensor]:
-        z, codebook = z.to(target.device).requires_grad_(), codebook.to(target.device).requires_grad_()
+        z, codebook, g, of_rows = (put(x, target.device) for x in (z, codebook, g, of_rows))
+        z, codebook = z.requires_grad_(), codebook.requires_grad_()
         nearest, projected = (f(z, codebook, backend=target.backend) for f in (F.nearest, F.project))
         outputs = [((nearest.sqdist,), (of_rows,)), ((projected.points, projected.t), (g, of_rows))]
         return [
             grad.cpu()
             for out, incoming in outputs
-            for grad in torch.autograd.grad(out, (z, codebook), [x.to(target.device) for x in incoming])
+            for grad in torch.autograd.grad(out, (z, codebook), incoming)
         ]
 
     expected = grads(z, codebook, g.contiguous(), of_rows.contiguous())

@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import ALL_DTYPES, LAYOUTS, TARGETS, Target, eps, generator, lay_out, ties
+from cases import ALL_DTYPES, LAYOUTS, TARGETS, Target, eps, generator, lay_out, put, ties
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -148,12 +148,13 @@ def run(
 ) -> list[Tensor]:
     """z_q, indices and gradients, on the CPU. The end of a segment begins the next, so a projection gives its place."""
     keywords = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in keywords.items()}
-    z, books = z.to(target.device).requires_grad_(), books.to(target.device).requires_grad_()
+    z, books, g = (put(x, target.device) for x in (z, books, g))
+    z, books = z.requires_grad_(), books.requires_grad_()
     torch.use_deterministic_algorithms(deterministic)
     try:
         found = getattr(F, function)(z, books, backend=target.backend, **keywords)
         out = next(x for x in found if x.requires_grad)
-        grads = torch.autograd.grad(out, (z, books), g.to(target.device))
+        grads = torch.autograd.grad(out, (z, books), g)
     finally:
         torch.use_deterministic_algorithms(False)
     index = found.indices + found.t if function == "project" else found.indices
@@ -223,7 +224,7 @@ def test_every_number_of_rows(target: Target, function: str, rows: int) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_and_dtypes(target: Target, function: str, dtype: torch.dtype, layout: str) -> None:
     z, books, g, keywords = inputs(function, (3, 20), 40, 12)
-    z, g, books = lay_out(z, layout).to(dtype), lay_out(g.to(dtype), layout), lay_out(books, layout)
+    z, g, books = lay_out(z.to(dtype), layout), lay_out(g.to(dtype), layout), lay_out(books, layout)
     ours = run(function, target, z, books, g, **keywords)
     check(ours, run(function, target._replace(backend="reference"), z, books, g, **keywords), 16 * eps(dtype) + 2e-4)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ALL_DTYPES, LAYOUTS, Target, eps, generator, lay_out, on_every_target, search_eps
+from cases import ALL_DTYPES, LAYOUTS, Target, eps, generator, lay_out, on_every_target, put, search_eps
 from oracle import excess, sqdist
 from torch import Tensor
 
@@ -219,6 +219,13 @@ def test_layouts(target: Target, of_z: str, of_codebook: str) -> None:
         lay_out(z.to(target.device), of_z), lay_out(codebook.to(target.device), of_codebook), backend=target.backend
     )
     assert torch.equal(found.indices.cpu(), expected.argmin(1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_reach_the_device(layout: str) -> None:
+    """Or no GPU would ever see them."""
+    x = lay_out(torch.randn(3, 20, 5), layout)
+    assert torch.equal(put(x, "cpu"), x) and put(x, "meta").stride() == put(x, "cpu").stride() == x.stride()
 
 
 @on_every_target

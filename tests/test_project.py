@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ALL_DTYPES, LAYOUTS, Target, eps, generator, lay_out, on_every_target, search_eps
+from cases import ALL_DTYPES, LAYOUTS, Target, eps, generator, lay_out, on_every_target, put, search_eps
 from oracle import f64, nearest_point, on_segment, polyline_sqdist
 from torch import Tensor
 
@@ -13,7 +13,7 @@ import diveq_kernels.functional as F
 
 def check(target: Target, z: Tensor, codebook: Tensor) -> F.Projected:
     """One call: the segment is as near as any, and point and t are the nearest point of this segment."""
-    found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    found = F.project(put(z, target.device), put(codebook, target.device), backend=target.backend)
     wide = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
     assert found.points.shape == z.shape and found.points.dtype == z.dtype
     assert found.indices.shape == found.t.shape == z.shape[:-1]

@@ -39,7 +39,6 @@ SELECTION = {
     "test_triton_bound.py": "triton-cpu",
     "test_triton_noise.py": "triton",
     "test_triton_project.py": "triton",
-    "test_triton_repeat.py": "triton",
     "test_triton_exhaust.py": "triton",
     "test_triton_rows.py": "triton",
     "test_triton_watch.py": "triton",
@@ -92,3 +91,8 @@ def test_in_the_interpreter(file: str) -> None:
 def test_in_two_passes(file: str) -> None:
     names = f"triton-cpu and not project and not curve and not bfloat16 and not 4096 and ({IN_TWO_PASSES[file]})"
     run_interpreted(file, names, DIVEQ_TEST_TWO_PASSES="1")
+
+
+@needs_triton
+def test_repeated_calls() -> None:
+    run_interpreted("test_triton_repeat.py", "test_triton_repeat")
