@@ -3,8 +3,7 @@
 Both are dispatcher operations that return a fresh codebook, which the quantizer then uses and autograd saves, and whose
 gradient passes to the codebook unchanged. The parameter itself is overwritten afterwards, so an edit never touches what
 a pending backward saved. Neither waits for an accelerator: there, steps in which nothing is due do the same work and
-select the old codebook; layers leave them out where the host knows the number of steps. On the CPU they look at the
-step counter and return early.
+select the old codebook. On the CPU they look at the step counter and return early.
 """
 
 from __future__ import annotations
@@ -343,9 +342,22 @@ def pass_on(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
 
 
 class _PassOn(torch.autograd.Function):
-    """``pass_on`` as torch.func's transforms take it."""
+    """``pass_on`` for eager calls."""
+
+    @staticmethod
+    def forward(ctx: Any, codebook: Tensor, edited: Tensor) -> Tensor:
+        return edited.view_as(edited)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _PassOnTransformed(torch.autograd.Function):
+    """``pass_on`` as torch.func's transforms take it; torch looks at such a function's signature in every call."""
 
     generate_vmap_rule = True
+    backward = _PassOn.backward
 
     @staticmethod
     def forward(codebook: Tensor, edited: Tensor) -> Tensor:
@@ -354,10 +366,6 @@ class _PassOn(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 def edit(operation: Any, codebook: Tensor, *others: Any) -> Any:
@@ -372,7 +380,8 @@ def edit(operation: Any, codebook: Tensor, *others: Any) -> Any:
     with torch.no_grad():
         edited = (operation if seen else operation._init_fn)(codebook, *others)
     alone = isinstance(edited, Tensor)
-    passing_on = _PassOn.apply(codebook, edited if alone else edited[0])  # type: ignore[no-untyped-call]
+    way = _PassOn if torch._C._functorch.peek_interpreter_stack() is None else _PassOnTransformed
+    passing_on = way.apply(codebook, edited if alone else edited[0])  # type: ignore[no-untyped-call]
     return passing_on if alone else (passing_on, *edited[1:])
 
 

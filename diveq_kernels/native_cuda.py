@@ -47,7 +47,6 @@ def replace(
 def count_use(usage: Tensor, counts: Tensor, iter_counter: Tensor, replacement_iters: int) -> None:
     """Add a step to usage, int32 [...] and contiguous, in place; counts [...] are int32 or int64."""
     torch.ops.diveq_cuda.count_use(usage, counts.contiguous(), iter_counter, replacement_iters)
-    torch.autograd.graph.increment_version(usage)
 
 
 def perplexity(counts: Tensor) -> Tensor:

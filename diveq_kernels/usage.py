@@ -71,6 +71,7 @@ def count_use(
     kernel = _kernel("count_use", usage, backend) if usage.is_contiguous() else None
     if kernel:
         kernel(usage, counts, steps, replacement_iters)
+        torch.autograd.graph.increment_version(usage)  # of what kernels write torch knows nothing
         return
     kept = torch.where(replacement_due(steps, replacement_iters), 0, usage)
     usage.copy_(kept + in_step(counts > 0, is_step))

@@ -87,8 +87,14 @@ def same(one: Any, two: Any) -> None:
 
 
 def programs() -> list[Any]:
-    """Those that there are, without the kinds that were only noted."""
-    return [program for program in repeat._programs.values() if program is not repeat._NOTED]
+    """Those that there are, without the kinds of which calls were only counted."""
+    return [program for program in repeat._programs.values() if callable(program)]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call of a kind is recorded."""
+    monkeypatch.setattr(repeat, "_CALLS_BEFORE", 1)
 
 
 def junk(*size: Any, **of: Any) -> Tensor:
@@ -173,10 +179,15 @@ def test_memory_is_free_again_as_early(name: str) -> None:
 
 
 @runs
-def test_the_first_call_of_a_kind_is_only_noted() -> None:
-    for rows in range(1, 6):
-        triton_kernels.nearest(random(rows, D), random(K, D), None, "exact")
-    assert not programs() and len(repeat._programs) == 5
+@pytest.mark.parametrize("before", [1, 4])
+def test_the_first_calls_of_a_kind_are_only_counted(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeat, "_CALLS_BEFORE", before)
+    for _ in range(before):
+        for rows in range(1, 4):
+            triton_kernels.nearest(random(rows, D), random(K, D), None, "exact")
+        assert not programs() and len(repeat._programs) == 3
+    triton_kernels.nearest(random(2, D), random(K, D), None, "exact")
+    assert len(programs()) == 1
 
 
 @runs
@@ -203,7 +214,8 @@ def test_what_makes_a_kind() -> None:
         assert kinds(plain) == 0
     with launch.forced("search_ieee", launch.configuration("search_ieee", D, z.device)):
         assert kinds(plain) == 0
-    assert kinds((z, z, None, "exact")) == 0  # which of the two would a kernel have been given?
+    # One tensor twice is none but itself: of two a kernel would be given the same one.
+    assert kinds((z, z, None, "exact"), (z, z.flip(0), None, "exact"), (z, z, None, "exact")) == 2
 
 
 @runs
@@ -271,6 +283,12 @@ def test_functions_are_kinds_of_their_own(anywhere: None) -> None:
         assert torch.equal(one(x), x + 1) and torch.equal(two(x), x + 2)
 
 
+def test_numbers_that_are_equal_are_not_alike(anywhere: None) -> None:
+    of = repeat.repeated(lambda x, factor: x * factor)
+    for factor in (1, True, 1.0, 1, True, 1.0, 1, True, 1.0):
+        assert of(torch.arange(3), factor).dtype == (torch.arange(3) * factor).dtype
+
+
 def test_what_is_written_and_drawn_is_written_and_drawn_again(anywhere: None) -> None:
     def step(x: Tensor) -> Tensor:
         x.add_(1)
@@ -317,6 +335,7 @@ ELSEWHERE = torch.ones(3)
         lambda x: ELSEWHERE,
         lambda x: x * x.sum().item(),
         lambda x: torch.tensor(x.tolist()),
+        lambda x: torch.zeros((x > 2).nonzero().shape[0]),
     ],
 )
 def test_what_cannot_be_repeated_is_done_anew(function: Callable, anywhere: None) -> None:

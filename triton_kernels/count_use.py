@@ -5,12 +5,12 @@ It begins at 0 in a step that replaces, which only the device knows.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.launch import cdiv, launch
+from diveq_kernels.triton_kernels.repeat import repeated
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def count_use_kernel(usage, counts, iter_counter, replacement_iters, codewords, 
     tl.store(usage + j, tl.where(due, 0, before) + used.to(tl.int32), mask=live)
 
 
+@repeated
 def count_use(usage: Tensor, counts: Tensor, iter_counter: Tensor, replacement_iters: int) -> None:
     """Add a step in place.
 
@@ -45,4 +46,3 @@ def count_use(usage: Tensor, counts: Tensor, iter_counter: Tensor, replacement_i
         count_use_kernel, (cdiv(codewords, block),), usage.device,
         usage, counts.contiguous(), iter_counter, replacement_iters, codewords, BLOCK_K=block, num_warps=4,
     )  # fmt: skip
-    torch.autograd.graph.increment_version(usage)

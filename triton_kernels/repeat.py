@@ -2,8 +2,8 @@
 
 Between a call and its kernels lies Python: layouts, tiles, grids, and Triton's look at every argument of every kernel.
 Where rows are few it takes longer than the kernels do. All of it follows from the tensors' kind (dtypes, shapes,
-strides, alignment) and from what is no tensor. So the second call of a kind is recorded: torch's operations, and the
-kernels that Triton compiled. What comes of it is a function without decisions, for the calls after it::
+strides, alignment) and from what is no tensor. So a call of each kind is recorded: torch's operations, and the kernels
+that Triton compiled. What comes of it is a function without decisions, for the calls after it::
 
     def repeat(x0, x1, x2, x3):
         stream = current_stream(0)
@@ -12,7 +12,7 @@ kernels that Triton compiled. What comes of it is a function without decisions, 
         del t1
         return (t2, t0)
 
-The first call of a kind is only noted, so that rows whose number is always another are not recorded every time.
+A few calls of a kind are only counted before, so that rows whose number is always another are not recorded each time.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from diveq_kernels._operation import PLAIN, is_plain
 from diveq_kernels.triton_kernels.launch import INTERPRETED, is_directed, is_elsewhere, recorded_by
 
 _MOST_KINDS = 1024  # then all are forgotten
-_NOTED = "noted"
-_programs: dict[tuple[Any, ...], Any] = {}  # by function and kind
+_CALLS_BEFORE = 4  # of a kind are counted only, as recording takes as long as several calls
+_programs: dict[tuple[Any, ...], Any] = {}  # by function and kind; until there is one, how many calls there were
 _EMPTY = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
 _ZEROS = ("aten::zeros", "aten::new_zeros")
 
@@ -85,6 +85,7 @@ class Recorder(TorchDispatchMode):
             found = func(*args, **kwargs)
         results = found if isinstance(found, (tuple, list)) else (found,)
         text += "[0]" if results is found and len(found) == 1 else ""
+        self._complete &= torch.Tag.dynamic_output_shape not in func.tags
         acts = func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
         self._steps.append(_Step([self._name(x) for x in results], text, needs, acts))
         return found
@@ -169,23 +170,23 @@ def _kind_of(function: Callable, arguments: tuple[Any, ...]) -> tuple[Any, ...] 
     if not _runs_on(first.device) or is_directed() or not is_plain(first):
         return None
     kind: list[Any] = [function, torch.are_deterministic_algorithms_enabled()]
-    tensors = set[int]()
+    tensors: dict[int, int] = {}
     for x in arguments:
         if isinstance(x, Tensor):
-            if type(x) not in PLAIN or id(x) in tensors:
+            if type(x) not in PLAIN:
                 return None
-            tensors.add(id(x))
+            kind.append(tensors.setdefault(id(x), len(tensors)))  # which of them are one
             kind.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16))
         else:
-            kind.append(x)
+            kind += (type(x), x)  # as True is 1, and 1.0
     return tuple(kind)
 
 
 def repeated(function: Callable) -> Callable:
-    """The function, of whose calls those of a kind that was seen before are repeated.
+    """The function, of whose calls those of a kind that was seen often enough are repeated.
 
-    It has to decide by the kind of its arguments alone, of which the first is a tensor, to return tensors, alone or in
-    a tuple, and to start kernels by ``launch``. What else it does is done in the first two calls of a kind only.
+    It has to decide by the kind of its arguments alone, which are positional and begin with a tensor, to return
+    tensors, alone or in a tuple, or None, and to start kernels by ``launch``. What else it does is not repeated.
     """
 
     @functools.wraps(function)
@@ -193,13 +194,13 @@ def repeated(function: Callable) -> Callable:
         kind = _kind_of(function, arguments)
         if kind is None:
             return function(*arguments)
-        program, device = _programs.get(kind), arguments[0].device
-        if program is None:
+        program, device = _programs.get(kind, 0), arguments[0].device
+        if isinstance(program, int) and program < _CALLS_BEFORE:
             if len(_programs) >= _MOST_KINDS:
                 forget()
-            _programs[kind] = _NOTED
+            _programs[kind] = program + 1
             return function(*arguments)
-        if program is _NOTED:
+        if isinstance(program, int):
             recorder = Recorder(arguments)
             with recorder, recorded_by(recorder):
                 result = function(*arguments)

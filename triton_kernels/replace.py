@@ -14,6 +14,7 @@ from torch import Tensor
 from diveq_kernels.triton_kernels.count_use import replacement_due
 from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.noise import standard_normal
+from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import load_rows, store_rows
 
 
@@ -86,6 +87,7 @@ def replace_kernel(
         store_rows(out, n * D, 1, live, first, words, D, BLOCK_D)
 
 
+@repeated
 def replace(
     codebooks: Tensor,
     usage: Tensor,

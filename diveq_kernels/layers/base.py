@@ -66,8 +66,8 @@ class Quantizer(MarkedCodebook):
     iter_counter: Tensor
     # Whether training agrees with other ranks, see ``diveq_kernels.distributed``.
     sync_ranks: bool = True
-    # What the host knows of ``iter_counter`` (``_look``): its value when last seen or counted, the tensor and its
-    # version then, and whether there may be more steps, counted by graphs.
+    # What the host knows of ``iter_counter`` (``_is_settled``): steps at least, or −1 if it has yet to look; the
+    # tensor and its version then; and whether there may be more steps, counted by graphs.
     _known_steps: int = -1
     _known_counter: Tensor | None = None
     _known_version: int = -1
@@ -257,24 +257,24 @@ class Quantizer(MarkedCodebook):
         return self.iter_counter.device.type == "cpu" and is_plain(self.iter_counter)
 
     @torch.no_grad()
-    def _count_step(self, is_step: Tensor | int, may_be_below: bool = False) -> None:
-        """Count a step, from 0 on where the counter may be −1."""
-        compiled = torch.compiler.is_compiling()
-        captured, known = not compiled and self._is_captured(), self._known_counter is self.iter_counter
-        if not compiled and (captured or (known and self.iter_counter._version != self._known_version)):
+    def _count_step(self, is_step: Tensor | int) -> None:
+        if torch.compiler.is_compiling():
+            self.iter_counter.add_(is_step)
+            return
+        captured, known = self._is_captured(), self._known_counter is self.iter_counter
+        if captured or (known and self.iter_counter._version != self._known_version):
             self._graphs_count = True
-        if may_be_below:
-            self.iter_counter.clamp_(min=0)
         self.iter_counter.add_(is_step)
-        if known and not (compiled or captured):
-            self._known_steps = max(0, self._known_steps) + 1
+        if known and not captured:
+            self._known_steps += 1
             self._known_version = self.iter_counter._version
 
     def _is_settled(self, counted: bool) -> bool:
         """Whether the steps that differ from all later ones are known to be over, and what they do can be left out.
 
-        A graph has what was known when it was made. False is always right, and takes longer: so it is with a counter
-        that another was put in the place of, as by ``torch.func.functional_call``.
+        An accelerator is asked once, in the first step after construction, loading or ``train()``; then the host counts
+        along. A graph has what was known when it was made. False is always right, and takes longer: so it is with a
+        counter that another was put in the place of, as by ``torch.func.functional_call``.
 
         Args:
             counted: Whether ``iter_counter`` has the step in question already.
@@ -285,21 +285,13 @@ class Quantizer(MarkedCodebook):
             if self._counts_are_free():
                 self._settled = int(self.iter_counter) >= needed
             elif not self._is_captured():
-                if not self._look():
+                if self._known_counter is None:
+                    self._known_steps, self._known_version = max(0, int(self.iter_counter)), self.iter_counter._version
+                    self._known_counter = self.iter_counter
+                if self._known_counter is not self.iter_counter:
                     return False
-                self._settled = self._settled or max(0, self._known_steps) >= needed
+                self._settled = self._settled or self._known_steps >= needed
         return self._settled
-
-    def _look(self) -> bool:
-        """Whether the host knows of this counter, and not of one in whose place it was put.
-
-        An accelerator is asked once, in the first step after construction, loading or ``train()``; then the host counts
-        along.
-        """
-        if self._known_counter is None and not self.iter_counter.is_inference():  # which has no version
-            self._known_steps, self._known_version = int(self.iter_counter), self.iter_counter._version
-            self._known_counter = self.iter_counter
-        return self._known_counter is self.iter_counter
 
     def _known_step(self) -> int:
         """``iter_counter``, −1 if the host does not know it, or a graph is made, which must not depend on it."""
@@ -307,8 +299,7 @@ class Quantizer(MarkedCodebook):
             return -1
         if self._counts_are_free():
             return int(self.iter_counter)
-        sure = self._look() and not self._graphs_count and self.iter_counter._version == self._known_version
-        return self._known_steps if sure else -1
+        return -1 if self._graphs_count or self._known_counter is not self.iter_counter else self._known_steps
 
     def _first_settled_step(self) -> int:
         """The number of the step from which on all are alike, 0 if there is none."""

@@ -238,10 +238,10 @@ class CompositeSFDIVEQ(CompositeQuantizer):
     def _builds_curve(self) -> bool:
         return self.skip_iters > 1 and self.avg_iters > 0
 
-    def _replacement_clock(self, steps: Any) -> Any:
+    def _replacement_clock(self) -> Tensor:
         # Not in the step that the curve begins with: the latents chose these codewords.
         last = self.skip_iters - 1 if self._builds_curve else self.skip_iters
-        return steps * (steps < last)
+        return torch.where(self.iter_counter < last, self.iter_counter, 0)
 
     def _steps_at_start(self, drawn: bool) -> int:
         return super()._steps_at_start(drawn) if drawn else self.skip_iters

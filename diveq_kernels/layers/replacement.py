@@ -23,8 +23,8 @@ class ReplacingQuantizer(Quantizer):
     overwritten with it. Training forwards and their backwards may therefore come in any order (not where checkpointing
     repeats a forward, which then sees what was replaced since). What else was made from the parameter, by a loss on
     ``layer.codebook``, an ``eval()`` forward or one of a frozen layer, goes backward before the next forward that
-    overwrites it: one in which a replacement is due; in graphs, and on an accelerator once there was one, any. Made
-    from ``layer.codebook.clone()`` it may come at any time. The start by k-means works alike.
+    overwrites it: on the CPU one in which a replacement is due; on an accelerator, and compiled, any. Made from
+    ``layer.codebook.clone()`` it may come at any time. The start by k-means works alike.
 
     Attributes:
         codebook_usage: int32, the codebook's shape without D: steps since the last replacement that used each codeword.
@@ -98,9 +98,9 @@ class ReplacingQuantizer(Quantizer):
             return self.init == "kmeans" and int(self.iter_counter) < 0
         return self._may_start
 
-    def _replacement_clock(self, steps: Any) -> Any:
-        """The steps so far; 0 where no replacement shall follow."""
-        return steps
+    def _replacement_clock(self) -> Tensor:
+        """Steps so far, int32 [1]; 0 where no replacement shall follow."""
+        return self.iter_counter
 
     def _begin_step(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """The codebook to quantize with: after the start by k-means or the replacement, if one is due."""
@@ -122,10 +122,9 @@ class ReplacingQuantizer(Quantizer):
             self._may_start = torch._C._functorch.peek_interpreter_stack() is not None
         if not self.codebook_reset:
             return codebook
-        known = self._known_step()
-        if known >= 0 and not replacement_due(self._replacement_clock(known), self.replacement_iters):
+        clock = in_step(self._replacement_clock(), is_step)
+        if self._counts_are_free() and not replacement_due(int(clock), self.replacement_iters):
             return codebook.clone(memory_format=torch.contiguous_format)  # as a pending backward keeps it
-        clock = self._replacement_clock(in_step(self.iter_counter, is_step))
         # Nothing is drawn from torch's generator: its stream would depend on this, and ranks would have to agree on it.
         codebook, num_replaced = edit(
             replace_unused,
@@ -149,15 +148,16 @@ class ReplacingQuantizer(Quantizer):
         """Count the step, and the codewords that it used; counts has ``codebook_usage``'s shape."""
         if not self._writes():
             return
-        is_step, known = self._is_step(), self._known_step()
+        is_step = self._is_step()
         if self.codebook_reset:
             if self._synchronises():
                 counts = distributed.sum_over_ranks(counts)
-            steps: Tensor | int = known if known >= 0 else in_step(self.iter_counter, is_step)
-            steps = self._replacement_clock(steps)
+            clock = in_step(self._replacement_clock(), is_step)
+            steps = int(clock) if self._counts_are_free() else clock
             count_use(self.codebook_usage, counts, steps, self.replacement_iters, is_step, self._backend())
         if self.codebook_reset or self.init == "kmeans":
-            self._count_step(is_step, may_be_below=known < 0)
+            self.iter_counter.clamp_(min=0)
+            self._count_step(is_step)
 
     def _repr_fields(self) -> list[str]:
         names = ["replacement_iters", "discard_threshold", "perturb_eps", "verbose", "codebook_reset", "init"]
