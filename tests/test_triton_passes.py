@@ -16,10 +16,8 @@ from diveq_kernels.triton_kernels import INTERPRETED, composite, exhaust, pack, 
 from diveq_kernels.triton_kernels.launch import forced  # noqa: E402
 from diveq_kernels.triton_kernels.middle import Middle, middle  # noqa: E402
 
-pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (TRITON_INTERPRET=1)"),
-    pytest.mark.parametrize("target", ["triton-cpu"]),
-]
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (TRITON_INTERPRET=1)")
+pytestmark = [interpreted, pytest.mark.parametrize("target", ["triton-cpu"])]
 TILE = {"BLOCK_N": 16, "BLOCK_K": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
 
 
@@ -120,14 +118,16 @@ def test_of_equal_scores_a_first_look_decides_none(looked: list[set[int]], left:
 
 def test_a_first_look_takes_no_padding_for_a_codeword(left: list[set[int]], target: str) -> None:
     """``fast``: the last codeword is nearer, and its score not: the group that is looked at ends in padding."""
-    gen = generator()
-    codebook = 4 * torch.randn(131, 12, generator=gen)
-    codebook[130] = codebook[128] + 0.01 * torch.randn(12, generator=gen)  # 130 begins a group, 136 is of the other
-    z = codebook[128] + 0.02 * torch.randn(200, 12, generator=gen)
-    with forced("search_bf16", TILE):
-        found = search.find(z.bfloat16(), codebook, None, None, "fast")
-    misled = (found == 128) & (sqdist(z.bfloat16(), codebook).argmin(1) == 130)
-    assert ((found == 128) | (found == 130)).all() and misled.any()
+    gen, misled = generator(), False
+    for _ in range(9):  # not all data mislead
+        codebook = 4 * torch.randn(131, 12, generator=gen)
+        codebook[130] = codebook[128] + 0.01 * torch.randn(12, generator=gen)  # 130 begins a group, 136 is of the other
+        z = (codebook[128] + 0.02 * torch.randn(200, 12, generator=gen)).bfloat16()
+        with forced("search_bf16", TILE):
+            found = search.find(z, codebook, None, None, "fast")
+        assert ((found == 128) | (found == 130)).all()
+        misled |= bool((found[sqdist(z, codebook).argmin(1) == 130] == 128).any())
+    assert misled
 
 
 @pytest.mark.parametrize("times", [1e-4, 0.01, 0.25, 1e2, 1e3, 1e4])
