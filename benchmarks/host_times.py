@@ -63,15 +63,10 @@ class Driver:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Of a call: the median of many."""
-    for _ in range(WARM):
-        run()
-    times = []
-    for _ in range(CALLS):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    """Of one call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def measure(operation: str, driver: Driver) -> dict[str, Any]:
@@ -79,12 +74,17 @@ def measure(operation: str, driver: Driver) -> dict[str, Any]:
     case = Case(operation, ROWS, CODEWORDS, DIM, parts=PARTS if operation in ("residual", "product") else 1)
     (who, _) = contestants.ours("cpu", ["triton"])
     run = who.prepare(case, make_inputs(case, "cpu")).run
-    repeated = seconds(run)
+    for _ in range(WARM):
+        run()
     before = driver.started
     run()
-    found = {"case": case._asdict(), "kernels": driver.started - before, "repeated": repeated}
-    with mock.patch.object(sys.modules["diveq_kernels.triton_kernels.repeat"], "_runs_on", lambda device: False):
-        return found | {"anew": seconds(run)}
+    kernels, repeated, anew = driver.started - before, [], []
+    for _ in range(CALLS):  # in turns, as the machine's speed varies
+        repeated.append(seconds(run))
+        with mock.patch.object(sys.modules["diveq_kernels.triton_kernels.repeat"], "_runs_on", lambda device: False):
+            anew.append(seconds(run))
+    times = {"repeated": statistics.median(repeated), "anew": statistics.median(anew)}
+    return {"case": case._asdict(), "kernels": kernels, **times}
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "part": "host",
         "about": "the host's part of calls with the Triton kernels",
-        "method": f"median of {CALLS} calls, one thread, a driver that starts nothing",
+        "method": f"median of {CALLS} calls, in turns, one thread, a driver that starts nothing",
         "machine": described,
         "operations": [],
     }

@@ -27,5 +27,5 @@ def test_repeated_calls_take_less(tmp_path: Path) -> None:
     assert all(0 < of["repeated"] and 0 < of["anew"] for of in operations.values())
     for name in ("search", "quantize"):  # the others' torch operations take a CPU the most
         assert operations[name]["repeated"] < operations[name]["anew"]
-    # pack's two, scan, settle, exhaust; a layer's own beside it, and those of the backward
+    # middle, pack, scan, settle, exhaust; a layer's own beside it, and those of the backward
     assert operations["search"]["kernels"] == 5 < operations["quantize"]["kernels"] < operations["train"]["kernels"]
