@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.utils.backend_registration
 
 from diveq_kernels import _selfcheck, backends, reference
 from diveq_kernels.__main__ import main
@@ -72,6 +73,46 @@ def test_info_says_what_the_cuda_kernels_were_built_for(
     monkeypatch.setattr(backends, "_load", lambda name: built if name == "cuda" else load(name))
     assert main(["info"]) == 0
     assert "\nkernels of cuda: built for sm_80, compute_80\n" in capsys.readouterr().out
+
+
+_BACKWARD_AT_THE_END = """
+import runpy, sys, threading, torch
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from diveq_kernels import _info
+
+_setup_privateuseone_for_python_backend("pretended")
+sys.setswitchinterval(1)
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch._C._acc.create_empty_tensor((3,), torch.float32)
+
+    @staticmethod
+    def backward(ctx, g):
+        found.append(threading.current_thread() is not threading.main_thread())
+        return torch._C._acc.create_empty_tensor((3,), torch.float32)
+
+def describe():
+    x = torch._C._acc.create_empty_tensor((3,), torch.float32).requires_grad_()
+    found.append(torch.autograd.grad(Double.apply(x), x, torch._C._acc.create_empty_tensor((3,), torch.float32)))
+    return f"in a thread: {found[0]}"
+
+found = []
+_info.describe = describe
+sys.argv = ["diveq_kernels", "info"]
+runpy.run_module("diveq_kernels", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"), reason="torch has none"
+)
+@pytest.mark.parametrize("run", range(3))
+def test_a_command_whose_last_backward_ran_in_a_thread_ends_well(run: int) -> None:
+    """On a GPU backward passes do; a device made of Python stands in for it, whose thread soon asks for the GIL."""
+    done = subprocess.run([sys.executable, "-c", _BACKWARD_AT_THE_END], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("in a thread: True\n", 0), done.stderr
 
 
 def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:
