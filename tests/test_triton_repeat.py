@@ -369,7 +369,7 @@ def add_kernel(x, step, nothing, y, last, size, BLOCK: tl.constexpr, NAME: tl.co
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter starts nothing")
 def test_a_driver_is_given_what_triton_gives_it(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grid, stream, kernel and arguments in its order, defaults and constants among them."""
+    """Grid, stream, kernel and arguments in its order, defaults and constants too; and what hooks are told, if any."""
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1])
     from benchmarks.host_times import Driver
 
@@ -388,21 +388,34 @@ def test_a_driver_is_given_what_triton_gives_it(anywhere: None, monkeypatch: pyt
             launch.launch(add_kernel, (3,), x.device, x, 1, None, to, last, 5, **options)
         return out
 
-    of, x, y = repeat.repeated(add), torch.zeros(5), torch.zeros(5)
-    for stream in range(4):
-        current.append(stream)
-        out = of(x, y, 0.5)
-        add(x, y, 0.5)
+    def called() -> list[tuple[Any, ...]]:
+        """Three calls in turns with those that are not repeated; what the driver was given by the third."""
+        for stream in range(4):
+            current.append(stream)
+            started.clear()
+            out = of(x, y, 0.5)
+            add(x, y, 0.5)
         given, expected = started[:2], started[2:]
-        started.clear()
         assert len(given) == len(expected) == 2
-        for one, two in zip(given, expected, strict=True):
-            first, last = (two.index(x.data_ptr()), two.index(x.data_ptr()) + 3)
-            assert one[:6] == two[:6] and two[3] == stream  # then what hooks are told
-            assert one[7:last] == two[7:last] and one[last + 1 :] == two[last + 1 :] and first == 9
-        assert given[0][last] == y.data_ptr() and given[1][last] == out.data_ptr()
+        for one, two, to in zip(given, expected, (y, out), strict=True):
+            first, last = two.index(x.data_ptr()), two.index(x.data_ptr()) + 3
+            assert one[:6] == two[:6] and two[3] == stream and first == 9  # 6 to 8: what hooks are told, and hooks
+            assert one[9:last] == two[9:last] and one[last + 1 :] == two[last + 1 :] and one[last] == to.data_ptr()
+        assert [two[7:9] for two in expected] == [hooks] * 2
+        return given
+
+    of, x, y = repeat.repeated(add), torch.zeros(5), torch.zeros(5)
+    hooks = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
+    assert [given[6:9] for given in called()] == [(None,) * 3] * 2
     (program,) = programs()
     assert program.__name__ == "repeat"
+    for hook in hooks:  # as a profiler sets it: who wants to be told of launches is told of every one
+        hook.add(print)
+        try:
+            assert [(given[6].get()["name"], *given[7:9]) for given in called()] == [("add_kernel", *hooks)] * 2
+        finally:
+            hook.remove(print)
+    assert [given[6:9] for given in called()] == [(None,) * 3] * 2
 
 
 @pytest.mark.gpu

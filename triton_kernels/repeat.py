@@ -8,7 +8,7 @@ that Triton compiled. What comes of it is a function without decisions, for the 
     def repeat(x0, x1, x2, x3):
         stream = current_stream(0)
         t0 = empty((8192,), (1,), dtype=c0, device=c1)
-        c2(x0, 1, 64, 1, 64, 8192, x1, t0, ..., stream=stream)
+        c4(132, 1, 1, stream, c2, c3, None, None, None, x0, 1, 64, 1, 64, 8192, x1, t0, ...)
         del t1
         return (t2, t0)
 
@@ -98,14 +98,16 @@ class Recorder(TorchDispatchMode):
         given = {**dict(zip(parameters, arguments, strict=False)), **options}
         needs = set[str]()
         said = [self._say(given.get(name, of.default), needs) for name, of in parameters.items()]
-        started: Any = functools.partial(  # in the interpreter, which does not compile
-            kernel[grid], **{key: value for key, value in options.items() if key not in parameters}
-        )
         if isinstance(compiled, CompiledKernel):
-            started = compiled[(*grid, 1, 1)[:3]]
-            said.append("stream=stream")
+            of = [self._constant(compiled.function), self._constant(compiled.packed_metadata)]
+            hooks = ["None"] * 3  # what they are told, before, after
+            said = [*map(str, (*grid, 1, 1)[:3]), "stream", *of, *hooks, *said]
+            start = self._constant(compiled.run)
             self._constants["current_stream"] = triton.runtime.driver.active.get_current_stream
-        self._steps.append(_Step([], f"{self._constant(started)}({', '.join(said)})", needs, True))
+        else:  # in the interpreter, which does not compile
+            more = {key: value for key, value in options.items() if key not in parameters}
+            start = self._constant(functools.partial(kernel[grid], **more))
+        self._steps.append(_Step([], f"{start}({', '.join(said)})", needs, True))
 
     def program(self, result: Any, device: torch.device) -> Callable | None:
         """What was recorded as a function of the inputs that gives ``result``; None if it cannot be repeated."""
@@ -164,10 +166,16 @@ def _runs_on(device: torch.device) -> bool:
     return INTERPRETED if device.type == "cpu" else device.type == "cuda" and torch.version.hip is None
 
 
+def _is_hooked() -> bool:
+    """Whether somebody, a profiler, wants to be told of every launch."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 def _kind_of(function: Callable, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What a call's launches depend on; None where it cannot be repeated, or is not only to be run."""
     first = arguments[0]
-    if not _runs_on(first.device) or is_directed() or not is_plain(first):
+    if not _runs_on(first.device) or is_directed() or _is_hooked() or not is_plain(first):
         return None
     kind: list[Any] = [function, torch.are_deterministic_algorithms_enabled()]
     tensors: dict[int, int] = {}

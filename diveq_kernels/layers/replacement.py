@@ -155,8 +155,9 @@ class ReplacingQuantizer(Quantizer):
             clock = in_step(self._replacement_clock(), is_step)
             steps = int(clock) if self._counts_are_free() else clock
             count_use(self.codebook_usage, counts, steps, self.replacement_iters, is_step, self._backend())
-        if self.codebook_reset or self.init == "kmeans":
+        if self.init == "kmeans":
             self.iter_counter.clamp_(min=0)
+        if self.codebook_reset or self.init == "kmeans":
             self._count_step(is_step)
 
     def _repr_fields(self) -> list[str]:
