@@ -6,7 +6,6 @@ import collections
 import functools
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 pytest.importorskip("triton", reason="needs Triton")
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
 
 from diveq_kernels import triton_kernels  # noqa: E402
 from diveq_kernels.triton_kernels import launch, repeat  # noqa: E402
@@ -70,8 +67,6 @@ def call_of(name: str, layout: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 FORWARD = ("nearest", "project", "diveq", "sf_diveq", "residual", "residual sf", "product", "product sf")
 NAMES = [*FORWARD, *(" ".join((f"{name.split()[0]}_backward", *name.split()[1:])) for name in FORWARD)]
-
-
 
 
 def function_of(name: str) -> Any:
@@ -132,9 +127,6 @@ class Peak(TorchDispatchMode):
     def launch(self, kernel: Any, grid: Any, arguments: Any, options: Any) -> None:
         with _disable_current_modes():
             kernel[grid](*arguments, **options)
-
-
-# ---- calls ----------------------------------------------------------------------------------------------------------
 
 
 @runs
@@ -219,6 +211,20 @@ def test_what_makes_a_kind() -> None:
 
 
 @runs
+@pytest.mark.parametrize("name", [name for name in NAMES if "nearest" not in name and "project" not in name])
+def test_a_float_is_an_argument_like_tensors(name: str) -> None:
+    """So noise that becomes less in every step is repeated, too; none is a kind of its own."""
+    ran: list[int] = []
+    for sigma in (0.1, 0.2, 0.3, 0.0, 0.4, 0.0, 0.0, 1e30):
+        arguments = tuple(sigma if type(x) is float else x for x in call_of(name, "rows", torch.float32))
+        same(function_of(name)(*arguments), function_of(name).__wrapped__(*arguments))
+        for kind, program in repeat._programs.items():
+            if getattr(program, "__name__", "") == "repeat":
+                repeat._programs[kind] = counted(program, ran)
+    assert len(repeat._programs) == 2 and len(ran) == 4
+
+
+@runs
 def test_deterministic_algorithms_are_a_kind_of_their_own() -> None:
     arguments = call_of("diveq_backward", "rows", torch.float32)
     for deterministic in (False, True, False):
@@ -238,184 +244,6 @@ def test_not_more_kinds_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):
             triton_kernels.nearest(random(rows, D), random(K, D), None, "exact")
         assert len(repeat._programs) <= 3
-
-
-# ---- what functions may do ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without kernels no GPU is needed."""
-    monkeypatch.setattr(repeat, "_runs_on", lambda device: True)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: (x.unbind(0)[1], x.split(3, dim=1)[0], x[:1].unbind(0)[0]),
-        lambda x: torch.sort(x, stable=True)[0],
-        lambda x: (torch.cat((x, x + 1)), torch.stack([x, x])),
-        lambda x: x,
-        lambda x: (x, None),
-        lambda x: x.new_zeros(()).fill_(float("nan")),
-        lambda x: (torch.full_like(x, float("inf")), torch.full((2,), 3.0), torch.zeros_like(x), x.new_empty(0)),
-        lambda x: x.double().to(torch.bfloat16).mT.contiguous(),
-        lambda x: x.clone().add_(x).mul_(2.5),
-        lambda x: (y := x.clone(), y[0].fill_(3.0))[0],
-    ],
-)
-def test_operations(function: Callable, anywhere: None) -> None:
-    x = torch.randn(2, 7)
-    function(x)  # an error would be the test's
-    of = repeat.repeated(function)
-    for _ in range(4):
-        x = torch.randn(2, 7)
-        found, expected = of(x), function(x)
-        for a, b in zip(*([each] if isinstance(each, Tensor) else each for each in (found, expected)), strict=True):
-            assert (a is b is None) or (torch.allclose(a, b, equal_nan=True) and a.stride() == b.stride())
-    assert [program.__name__ for program in programs()] == ["repeat"]
-
-
-def test_functions_are_kinds_of_their_own(anywhere: None) -> None:
-    x = torch.randn(3)
-    one, two = repeat.repeated(lambda x: x + 1), repeat.repeated(lambda x: x + 2)
-    for _ in range(4):
-        assert torch.equal(one(x), x + 1) and torch.equal(two(x), x + 2)
-
-
-def test_numbers_that_are_equal_are_not_alike(anywhere: None) -> None:
-    of = repeat.repeated(lambda x, factor: x * factor)
-    for factor in (1, True, 1.0, 1, True, 1.0, 1, True, 1.0):
-        assert of(torch.arange(3), factor).dtype == (torch.arange(3) * factor).dtype
-
-
-def test_what_is_written_and_drawn_is_written_and_drawn_again(anywhere: None) -> None:
-    def step(x: Tensor) -> Tensor:
-        x.add_(1)
-        torch.rand(3)  # not used, but drawn
-        return torch.rand(3) + x
-
-    torch.manual_seed(0)
-    x, of = torch.zeros(3), repeat.repeated(step)
-    found = [of(x) for _ in range(4)]
-    torch.manual_seed(0)
-    x = torch.zeros(3)
-    for each in found:
-        assert torch.equal(each, step(x))
-    assert [program.__name__ for program in programs()] == ["repeat"]
-
-
-def test_what_nobody_needs_is_left_out(anywhere: None) -> None:
-    seen: list[str] = []
-
-    class Look(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(func._schema.name)
-            return func(*args, **(kwargs or {}))
-
-    def step(x: Tensor) -> Tensor:
-        return (torch.empty_like(x), x[None], x.exp())[2]
-
-    x = torch.zeros(3)
-    for _ in range(2):
-        repeat.repeated(step)(x)
-    (program,) = programs()
-    with Look():
-        program(x)
-    assert seen == ["aten::exp"]
-
-
-ELSEWHERE = torch.ones(3)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: x + ELSEWHERE,
-        lambda x: ELSEWHERE,
-        lambda x: x * x.sum().item(),
-        lambda x: torch.tensor(x.tolist()),
-        lambda x: torch.zeros((torch.arange(9) < x[0]).nonzero().shape[0]),
-    ],
-)
-def test_what_cannot_be_repeated_is_done_anew(function: Callable, anywhere: None) -> None:
-    x = torch.ones(3)
-    of = repeat.repeated(function)
-    for _ in range(4):
-        x = x + 1
-        assert torch.equal(of(x), function(x))
-
-
-def test_an_error_is_the_caller_s(anywhere: None) -> None:
-    def step(x: Tensor) -> Tensor:
-        raise ValueError("no")
-
-    for _ in range(3):
-        with pytest.raises(ValueError, match="no"):
-            repeat.repeated(step)(torch.zeros(3))
-    assert launch._recorder.get() is None and torch._C._len_torch_dispatch_stack() == 0
-    assert not programs()
-
-
-# ---- what the driver is given ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def add_kernel(x, step, nothing, y, last, size, BLOCK: tl.constexpr, NAME: tl.constexpr, TWICE: tl.constexpr = False):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + at * step, mask=at < size, other=0.0) + last
-    tl.store(y + at, value, mask=at < size)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter starts nothing")
-def test_a_driver_is_given_what_triton_gives_it(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grid, stream, kernel and arguments in its order, defaults and constants too; and what hooks are told, if any."""
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1])
-    from benchmarks.host_times import Driver
-
-    started: list[tuple[Any, ...]] = []
-    current: list[int] = []
-    driver = Driver()
-    driver.get_current_stream = lambda device: current[-1]
-    driver.start = lambda *given: started.append(tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in given))
-    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(add_kernel, "device_caches", type(add_kernel.device_caches)(add_kernel.create_binder))
-
-    def add(x: Tensor, y: Tensor, last: float) -> Tensor:
-        out = torch.empty_like(x)
-        for to, options in ((y, {}), (out, {"TWICE": True})):
-            options |= {"BLOCK": 16, "NAME": "a", "num_warps": 2}
-            launch.launch(add_kernel, (3,), x.device, x, 1, None, to, last, 5, **options)
-        return out
-
-    def called() -> list[tuple[Any, ...]]:
-        """Three calls in turns with those that are not repeated; what the driver was given by the third."""
-        for stream in range(4):
-            current.append(stream)
-            started.clear()
-            out = of(x, y, 0.5)
-            add(x, y, 0.5)
-        given, expected = started[:2], started[2:]
-        assert len(given) == len(expected) == 2
-        for one, two, to in zip(given, expected, (y, out), strict=True):
-            first, last = two.index(x.data_ptr()), two.index(x.data_ptr()) + 3
-            assert one[:6] == two[:6] and two[3] == stream and first == 9  # 6 to 8: what hooks are told, and hooks
-            assert one[9:last] == two[9:last] and one[last + 1 :] == two[last + 1 :] and one[last] == to.data_ptr()
-        assert [two[7:9] for two in expected] == [hooks] * 2
-        return given
-
-    of, x, y = repeat.repeated(add), torch.zeros(5), torch.zeros(5)
-    hooks = (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook)
-    assert [given[6:9] for given in called()] == [(None,) * 3] * 2
-    (program,) = programs()
-    assert program.__name__ == "repeat"
-    for hook in hooks:  # as a profiler sets it: who wants to be told of launches is told of every one
-        hook.add(print)
-        try:
-            assert [(given[6].get()["name"], *given[7:9]) for given in called()] == [("add_kernel", *hooks)] * 2
-        finally:
-            hook.remove(print)
-    assert [given[6:9] for given in called()] == [(None,) * 3] * 2
 
 
 @pytest.mark.gpu

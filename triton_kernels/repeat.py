@@ -2,8 +2,9 @@
 
 Between a call and its kernels lies Python: layouts, tiles, grids, and Triton's look at every argument of every kernel.
 Where rows are few it takes longer than the kernels do. All of it follows from the tensors' kind (dtypes, shapes,
-strides, alignment) and from what is no tensor. So a call of each kind is recorded: torch's operations, and the kernels
-that Triton compiled. What comes of it is a function without decisions, for the calls after it::
+strides, alignment) and from what is no tensor; of a float, the noise, from whether it is 0. So a call of each kind is
+recorded: torch's operations, and the kernels that Triton compiled. What comes of it is a function without decisions,
+for the calls after it::
 
     def repeat(x0, x1, x2, x3):
         stream = current_stream(0)
@@ -66,6 +67,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self._inputs = [f"x{i}" for i in range(len(inputs))]
         self._names = {id(x): name for x, name in zip(inputs, self._inputs, strict=True) if isinstance(x, Tensor)}
+        self._floats = [(x, name) for x, name in zip(inputs, self._inputs, strict=True) if type(x) is float]
         self._alive: dict[int, weakref.ref] = {}  # weak, so that memory is free again when it otherwise would be
         self._constants: dict[str, Any] = {"empty": torch.empty_strided, "zeros": torch.zeros}
         self._steps: list[_Step] = []
@@ -156,6 +158,9 @@ class Recorder(TorchDispatchMode):
             self._complete &= name is not None
             needs.add(name or "")
             return name or ""
+        if type(value) is float and (names := [name for x, name in self._floats if x is value]):
+            self._complete &= len(names) == 1  # or it is not known which
+            return names[0]
         if type(value) in (tuple, list):
             return f"({''.join(self._say(x, needs) + ', ' for x in value)})"
         return repr(value) if value is None or type(value) in (bool, int, str) else self._constant(value)
@@ -186,15 +191,16 @@ def _kind_of(function: Callable, arguments: tuple[Any, ...]) -> tuple[Any, ...] 
             kind.append(tensors.setdefault(id(x), len(tensors)))  # which of them are one
             kind.append((x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16))
         else:
-            kind += (type(x), x)  # as True is 1, and 1.0
+            kind += (type(x), x != 0 if type(x) is float else x)  # a type, as True is 1
     return tuple(kind)
 
 
 def repeated(function: Callable) -> Callable:
     """The function, of whose calls those of a kind that was seen often enough are repeated.
 
-    It has to decide by the kind of its arguments alone, which are positional and begin with a tensor, to return
-    tensors, alone or in a tuple, or None, and to start kernels by ``launch``. What else it does is not repeated.
+    It has to decide by the kind of its arguments alone, which are positional and begin with a tensor, to hand on a
+    float as it is, to return tensors, alone or in a tuple, or None, and to start kernels by ``launch``. What else it
+    does is not repeated.
     """
 
     @functools.wraps(function)
