@@ -1,4 +1,4 @@
-"""What only a GPU can show of the layers, before their start and after: graphs, synchronisation, the CPU's results."""
+"""What only a GPU can show of the layers, before their start and after: graphs, Inductor, waits, the CPU's results."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from layer_cases import (
     make,
 )
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from diveq_kernels import usage
 from diveq_kernels.codebook import replace_unused
@@ -95,6 +96,36 @@ def test_a_captured_layer_begins(kind: type[Quantizer]) -> None:
         elif number > 8:
             assert torch.equal(other.codebook, before) and layer.codebook.grad.any()
             assert (indices < 11).all()
+
+
+@gpu
+@for_every_layer_and_composite
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@inductor_config.patch(fallback_random=True)  # the eager stream of random numbers
+def test_a_compiled_layer_trains(kind: type[Quantizer], mode: str) -> None:
+    """As the eager one, across replacements and the start of a curve, for several N; with CUDA graphs, too."""
+    torch._dynamo.reset()
+    keywords: dict[str, Any] = {} if "Detach" in kind.__name__ else {"noise_std": 0.0}  # as in test_compile.py
+    if kind not in CURVES:
+        keywords["perturb_eps"] = 0.1
+    eager = make(kind, dim=6, **busy(kind), **keywords).to(DEVICE)
+    owner = copy.deepcopy(eager)
+    compiled = torch.compile(owner, fullgraph=True, dynamic=True, mode=None if mode == "default" else mode)
+    for step, number in enumerate((40, 41, 40, 64, 40, 40, 41, 41, 40, 64)):
+        z, results = rows(number), []
+        for layer, of in ((eager, eager), (compiled, owner)):
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.manual_seed(step)
+            z.grad, of.codebook.grad = None, torch.zeros_like(of.codebook)  # before the start of a curve it has none
+            z_q, indices, perplexity = layer(z)
+            (z_q - 1).square().sum().backward()
+            with torch.no_grad():
+                of.codebook.sub_(of.codebook.grad, alpha=0.01)
+            results.append([x.detach().clone() for x in (z_q, indices, perplexity, z.grad, *of.state_dict().values())])
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert owner.iter_counter == 10 and (kind in CURVES or owner.num_replaced == eager.num_replaced > 0)
+    torch._dynamo.reset()
 
 
 @gpu
