@@ -4,7 +4,7 @@ from diveq_kernels._source_layout import link_checkout
 
 link_checkout()
 
-from diveq_kernels import functional, ops  # noqa: E402
+from diveq_kernels import functional  # noqa: E402
 from diveq_kernels._version import __version__  # noqa: E402
 from diveq_kernels.backends import BackendUnavailableError, use_backend  # noqa: E402
 from diveq_kernels.codes import pack_codes, unpack_codes  # noqa: E402
@@ -36,7 +36,6 @@ __all__ = [
     "ShardedNearest",
     "__version__",
     "functional",
-    "ops",
     "pack_codes",
     "parameter_groups",
     "unpack_codes",

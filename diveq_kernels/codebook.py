@@ -105,6 +105,7 @@ def replace_unused(
     """
     if iter_counter.device.type == "cpu" and not replacement_due(iter_counter, replacement_iters):
         return codebook.clone(memory_format=torch.contiguous_format), usage.new_zeros(())
+    codebook = codebook.resolve_neg()
     books, usage = (codebook, usage) if codebook.dim() == 3 else (codebook[None], usage[None])
     kernel = backends.layer_part("replace", books.device, backend) if books.dtype != torch.float64 else None
     fewest = fewest_steps(replacement_iters, threshold)

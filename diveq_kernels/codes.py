@@ -44,7 +44,7 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
         TypeError: If codes are neither an integer tensor nor a pair, or num_codes or t_bits is no int.
         ValueError: If an index is not from −1 to K−1, t not in [0, 1], the shapes differ, or t_bits is out of range.
     """
-    num_codes, t_bits = check_count(num_codes, "num_codes", 1), check_count(t_bits, "t_bits", 1)
+    num_codes, t_bits = check_count(num_codes, "num_codes", 1, 2**62), check_count(t_bits, "t_bits", 1)
     if t_bits > _MOST_T_BITS:
         raise ValueError(f"t_bits must be at most {_MOST_T_BITS}, got {t_bits}")
     indices, t = codes if isinstance(codes, (tuple, list)) and len(codes) == 2 else (codes, None)

@@ -36,9 +36,12 @@ def portable(program: ExportedProgram) -> ExportedProgram:
             ``encode`` and ``decode`` of all layers, ``functional`` without noise, SF forms by ``project``.
 
     Raises:
+        TypeError: It is no exported program.
         ValueError: The program draws noise or dither, replaces codewords or searches a sharded codebook; or its K is
             free.
     """
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(f"program must be a torch.export.ExportedProgram, got {type(program).__name__}")
     table = torch.export.default_decompositions()
     for name, in_aten in _IN_ATEN.items():
         table[getattr(torch.ops.diveq, name).default] = functools.partial(_of_one_shape, in_aten)

@@ -125,6 +125,10 @@ def test_bad_arguments():
         pack_codes("abc", 5)
     with pytest.raises(ValueError, match="num_codes must be an int >= 1, got 0"):
         pack_codes(torch.zeros(0, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match=f"num_codes must be an int <= {2**62}, got {2**64}"):
+        pack_codes(torch.zeros(1, dtype=torch.int64), 2**64)
+    largest = torch.tensor([2**62 - 1, 0, -1, 5])
+    assert torch.equal(unpack_codes(pack_codes(largest, 2**62)), largest)
     with pytest.raises(ValueError, match="t_bits must be at most 24, got 25"):
         pack_codes(torch.zeros(1, dtype=torch.int64), 1, t_bits=25)
     with pytest.raises(ValueError, match="t_bits must be an int >= 1, got 0"):

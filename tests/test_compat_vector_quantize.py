@@ -309,6 +309,14 @@ def test_a_class_of_its_own_is_left_alone(caplog):
     assert type(fused) is not package.VectorQuantize and caplog.text.count("alone") == 1
 
 
+def test_what_has_no_quantizer(caplog):
+    with pytest.raises(TypeError, match="module must be a torch.nn.Module, got str"):
+        accelerate_vector_quantize("model")
+    with caplog.at_level(logging.WARNING, "diveq_kernels"):
+        accelerate_vector_quantize(torch.nn.Linear(2, 3))
+    assert "has found no VectorQuantize in this Linear" in caplog.text
+
+
 def test_more_heads_than_codebooks():
     theirs = package.VectorQuantize(dim=8, codebook_size=20, freeze_codebook=True)
     x = torch.randn(3, 2, 7, 8)

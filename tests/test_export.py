@@ -289,3 +289,8 @@ def test_onnx(kind, tmp_path):
     assert torch.equal(torch.from_numpy(indices), expected[1])
     assert alike(kind, torch.from_numpy(z_q), expected[0]) or kind in COMPOSITES
     torch.testing.assert_close(torch.from_numpy(z_q), expected[0], rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_no_program():
+    with pytest.raises(TypeError, match=r"program must be a torch.export.ExportedProgram, got Linear"):
+        portable(torch.nn.Linear(2, 3))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from layer_cases import for_curve_layers, for_every_layer, for_replacing_layers, make
+from layer_cases import (
+    for_curve_layers,
+    for_every_layer,
+    for_every_layer_and_composite,
+    for_replacing_layers,
+    make,
+)
 
 from diveq_kernels.layers import (
     DIVEQ,
@@ -18,6 +26,7 @@ from diveq_kernels.layers import (
     ProductSFDIVEQ,
     ResidualDIVEQ,
     ResidualSFDIVEQ,
+    SFCodes,
     _arguments,
 )
 
@@ -254,3 +263,28 @@ def test_more_steps_than_there_can_be():
     assert make(DIVEQ, replacement_iters=2**31 - 1).replacement_iters == 2**31 - 1
     with pytest.raises(ValueError, match="replacement_iters must be an int <= 2147483647, got 4294967299: code"):
         make(DIVEQ, replacement_iters=2**32 + 3)
+
+
+@for_every_layer_and_composite
+def test_what_was_put_in_the_place_of_an_attribute(kind):
+    """It would be read past its end, or taken for "fast"."""
+    layer, z = make(kind, dim=6), torch.randn(3, 6)
+    shape, wide = tuple(layer.codebook.shape), torch.arange(300.0)
+    for wrong in ((*shape[:-1], 1), (*shape[:-2], 3, shape[-1]), shape[1:] if len(shape) == 3 else (2, *shape)):
+        other = copy.deepcopy(layer)
+        other.codebook = torch.nn.Parameter(wide[: math.prod(wrong)].view(wrong))
+        for call in (other, other.inference, other.encode, other.eval()):
+            with pytest.raises(ValueError, match=re.escape(f"codebook must have shape {shape}, got {wrong}")):
+                call(z)
+    layer.precision = "exakt"
+    with pytest.raises(ValueError, match="precision must be .* got 'exakt'"):
+        layer(z)
+
+
+@for_every_layer_and_composite
+def test_codes_of_one_row_have_no_channels_first(kind):
+    layer = make(kind, dim=6, channel_first=True)
+    codes = layer.encode(torch.randn(2, layer.embedding_dim))
+    codes = SFCodes(codes.indices[..., 0], codes.t[..., 0]) if isinstance(codes, tuple) else codes[..., 0]
+    with pytest.raises(ValueError, match=r"codes must be those of \[B, ...\] \(channel_first\)"):
+        layer.decode(codes)

@@ -7,11 +7,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from layer_cases import for_curve_layers, make
+from layer_cases import COMPOSITE_CURVES, for_curve_layers, make
 
 from diveq_kernels import codebook as module
 from diveq_kernels.codebook import finite_rows, sf_initialise
-from diveq_kernels.layers import SFDIVEQ, ProductSFDIVEQ, ResidualSFDIVEQ
+from diveq_kernels.layers import SFDIVEQ, ProductSFDIVEQ, ResidualSFDIVEQ, SFCodes
 
 
 def plain_initialisation(steps: list[torch.Tensor], codewords: int) -> torch.Tensor:
@@ -299,3 +299,18 @@ def test_opcheck(dtype, counter, masked):
     torch.library.opcheck(sf_initialise, (codebook, *arguments))
     strided = codebook.detach().mT.contiguous().mT
     torch.library.opcheck(sf_initialise, (strided, *arguments), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("kind", COMPOSITE_CURVES)
+@pytest.mark.parametrize(("skip_iters", "frozen"), [(0, False), (0, True), (1, False)])
+def test_composites_begin_on_the_curve(kind, skip_iters, frozen):
+    """As `SFDIVEQ` does, whatever the interval of replacement; with 0 a frozen one, too, which counts no step."""
+    layer = kind(12, 6, 2, skip_iters=skip_iters, avg_iters=0, allow_warning=False).requires_grad_(not frozen)
+    torch.nn.init.normal_(layer.codebook)
+    before, z = layer.codebook.detach().clone(), torch.randn(300, 6)
+    with torch.no_grad():
+        for _ in range(3):
+            z_q, indices, _ = layer(z)
+    on_codewords = layer.decode(SFCodes(indices, torch.zeros(indices.shape)))
+    assert (indices < 11).all() and torch.equal(layer.codebook, before)
+    assert not torch.isclose(z_q, on_codewords, atol=0.02).all(-1).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from cases import (
@@ -11,6 +13,7 @@ from cases import (
     Target,
     eps,
     for_every_quantizer,
+    functions,
     generator,
     lay_out,
     on_every_target,
@@ -288,3 +291,24 @@ def test_counts_are_the_histogram_of_the_codes(target: Target, quantizer: Quanti
         assert torch.equal(codes[codes >= 0].bincount(minlength=codewords), histogram.long())
         used = mask.cpu() & (active > stage) if quantizer.kind == "residual" else mask
         assert (codes >= 0).sum() == used.sum()
+
+
+@on_every_target
+@pytest.mark.parametrize(("function", "shape"), functions(dim=6))
+def test_a_negation_that_is_yet_to_come(target: Target, function: Callable, shape: tuple[int, ...]) -> None:
+    """Such are tensors made of conjugates; kernels read memory as it is, with the sign that it does not have."""
+    gen = generator()
+    z, books = (torch.randn(shape, generator=gen).to(target.device) for shape in ((9, 6), shape))
+    found = []
+    for late in (False, True):
+        inputs = [(torch._neg_view(-x) if late else x).requires_grad_() for x in (z, books)]
+        drawn = {} if function in (F.nearest, F.project) else {"seed": 5}
+        if "sf" in function.__name__:
+            drawn["dither"] = torch.full((*shape[:-2], shape[-2] - 1), 0.3, device=target.device)
+        result = function(*inputs, backend=target.backend, **drawn)
+        value = result.sqdist if function is F.nearest else result[0]
+        grad = value.detach().sin()
+        assert late == inputs[0].is_neg() == inputs[1].is_neg()
+        found.append([value, result.indices, *torch.autograd.grad(value, inputs, torch._neg_view(-grad))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

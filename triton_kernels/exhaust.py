@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from diveq_kernels.triton_kernels.rows import load_points, row_starts
+from diveq_kernels.triton_kernels.scan import of_group
 from diveq_kernels.triton_kernels.settle import hidden_from_compiler
 
 PROGRAMS = 2048  # as many as a GPU runs at once, or nearly
@@ -46,7 +47,7 @@ def nearest_of_classes(
         for first in range(0, points, BLOCK_K):
             j = first + lane
             if classes is not None:
-                j = tl.where(turn < 4, j // 2 * 8 + 2 * turn + j % 2, index)
+                j = tl.where(turn < 4, of_group(2 * turn, j), index)
             total = tl.zeros((BLOCK_K,), tl.float32)
             for begin in range(0, hidden_from_compiler(PADDED_D, real), COLUMNS):
                 k = begin + tl.arange(0, COLUMNS)

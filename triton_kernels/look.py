@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from diveq_kernels.triton_kernels.rows import LEFT, list_left, row_starts
-from diveq_kernels.triton_kernels.scan import LONG, bounds
+from diveq_kernels.triton_kernels.scan import LONG, bounds, first_of_group, of_group
 from diveq_kernels.triton_kernels.settle import above_score, hidden_from_compiler, is_open, least_hidden
 
 
@@ -91,7 +91,7 @@ def look_kernel(
     place = tl.arange(0, GROUPS)[None, :]
     of_groups = n[:, None] * GROUPS + place
     rest = tl.load(scores + of_groups, mask=inside[:, None], other=float("inf"))
-    begins = tl.load(tiles + of_groups, mask=inside[:, None], other=0) + place % PLACES // 4 * 32 + place % 4 * 2
+    begins = first_of_group(tl.load(tiles + of_groups, mask=inside[:, None], other=0), place, PLACES)
     score, column = tl.min(rest, axis=1, return_indices=True)
     chosen = place == column[:, None]
     begin = tl.sum(tl.where(chosen, begins, 0), axis=1)
@@ -108,20 +108,20 @@ def look_kernel(
     COLUMNS: tl.constexpr = (D + CHUNK - 1) // CHUNK * CHUNK  # the search's own chunks can be wider, and go past a row
     PAIRS: tl.constexpr = COLUMNS > CHUNK  # else the row's only chunk is kept
     for i in range(0, 8, 2 if PAIRS else 1):
-        one = tl.minimum(begin + i // 2 * 8 + i % 2, real - 1)
+        one = tl.minimum(of_group(begin, i), real - 1)
         other = None
         if PAIRS:
-            other = tl.minimum(begin + i // 2 * 8 + 1, real - 1)
+            other = tl.minimum(of_group(begin, i + 1), real - 1)
         d, of_other = _distances(
             z, starts, step, codebook, code_stride, code_step, dither, one, other, real, D, COLUMNS, CHUNK,
         )  # fmt: skip
         distances = tl.where(member == i, d[:, None], distances)
         if PAIRS:
             distances = tl.where(member == i + 1, of_other[:, None], distances)
-    of_members = tl.load(bias + begin[:, None] + member // 2 * 8 + member % 2)  # +Inf for padding
+    of_members = tl.load(bias + of_group(begin[:, None], member))  # +Inf for padding
     distances = tl.where(there[:, None] & (of_members < float("inf")), distances, float("inf"))
     distance, nearest = tl.min(distances, axis=1, return_indices=True)
-    index = tl.where(distance < float("inf"), begin + nearest // 2 * 8 + nearest % 2, 0)
+    index = tl.where(distance < float("inf"), of_group(begin, nearest), 0)
 
     if EXACT:
         of_c, of_row = bounds(tl.where(searched, square, 0.0), lengths, PRODUCT, KAPPA, D)

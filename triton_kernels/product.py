@@ -1,13 +1,13 @@
 """The products −2 z·c_j of the search on tensor cores, and a proven bound on their error.
 
-| product  | multiplies                                    | used for                      | κ (relative error, below) |
-|----------|-----------------------------------------------|-------------------------------|---------------------------|
-| `bf16`   | bf16 z · c                                    | bf16 z; `exact` if c is bf16  | accumulation              |
-| `tf32`   | TF32 z · c                                    | `fast`, other z               | none promised             |
-| `fp16`   | z and c at a scale of their own, in fp16      | first of two passes over many | 1.01·2⁻¹⁰ + accumulation  |
-| `bf16x3` | z = h + l, c = H + L in bf16: l·H + h·L + h·H | `exact`, and the second pass  | 8.1·2⁻¹⁸ + accumulation   |
-| `bf16x2` | z·L + z·H, as a bf16 z has no low part        | `exact`, bf16 z               | 2.1·2⁻¹⁸ + accumulation   |
-| `ieee`   | fp32                                          | where there is no bf16x3      | accumulation              |
+| product  | multiplies                                    | used for                     | κ less accumulation |
+|----------|-----------------------------------------------|------------------------------|---------------------|
+| `bf16`   | bf16 z · c                                    | bf16 z; `exact` if c is bf16 | 0                   |
+| `tf32`   | TF32 z · c                                    | `fast`, other z              | none promised       |
+| `fp16`   | z and c at a scale of their own, in fp16      | first of two passes          | 1.01·2⁻¹⁰ + √D·2⁻²⁴ |
+| `bf16x3` | z = h + l, c = H + L in bf16: l·H + h·L + h·H | `exact`, and the second pass | 8.1·2⁻¹⁸            |
+| `bf16x2` | z·L + z·H, as a bf16 z has no low part        | `exact`, bf16 z              | 2.1·2⁻¹⁸            |
+| `ieee`   | fp32                                          | where there is no bf16x3     | 0                   |
 
 |error of z·c| ≤ κ‖z‖‖c‖. Splitting: bf16 has 8 bits, so h is within 2⁻⁸ of a number, and l, rounded once more, leaves
 out at most 2⁻¹⁷ of it (half a unit of a number below 2⁻⁸). bf16x3 leaves out that of z, that of c, and l·L ≤ 2⁻¹⁶: in
@@ -20,7 +20,7 @@ Where D is taken in chunks, each chunk is summed by itself, and the chunks are a
 
 fp16 has 11 bits, so rounding both sides leaves out 2·2⁻¹¹, but little range. Powers of two bring every row to a length
 in [1, 2) and the codebook to a middling one there; what is then below 2⁻¹⁴ is rounded by up to 2⁻²⁵ instead. Along a
-row that is √D·2⁻²⁵ of its length, and of the middling codeword's: ``rounding_of_subnormals``.
+row that is √D·2⁻²⁵ of its length, and of the middling codeword's: see ``error_bound``.
 """
 
 from __future__ import annotations

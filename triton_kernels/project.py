@@ -36,6 +36,7 @@ from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import (
     ALL,
     LEFT,
+    UNLISTED,
     deliver,
     dense,
     list_left,
@@ -348,8 +349,8 @@ def project(z: Tensor, codebook: Tensor, mask: Tensor | None, precision: str) ->
         kappa = error_bound(product, dim, tiles["BLOCK_D"]) + (dim + 64) * 2.0**-24
         curve = pack_curve(codebook, product, tiles, kappa)
         mask = None if mask is None else mask.contiguous()
-        crowded = none_yet(rows, z.device) if exact else ALL
-        for taken, left in ((ALL, crowded), (crowded, ALL))[: 1 + exact]:
+        crowded = none_yet(rows, z.device) if exact else UNLISTED
+        for taken, left in ((ALL, crowded), (crowded, UNLISTED))[: 1 + exact]:
             launch(
                 project_kernel, (cdiv(rows, tiles["BLOCK_N"]),), z.device,
                 *dense(rows_of(z)), rows, mask, codebook, *codebook.stride(),

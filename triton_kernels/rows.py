@@ -35,7 +35,8 @@ class Listed(NamedTuple):
     count: Tensor | None
 
 
-ALL = Listed(None, None)
+ALL = Listed(None, None)  # taken: without a list
+UNLISTED = Listed(None, None)  # left: to nobody
 
 
 def none_yet(rows: int, device: torch.device) -> Listed:

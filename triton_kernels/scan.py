@@ -69,6 +69,21 @@ NONE = tl.constexpr(0x80000000)
 
 
 @triton.jit
+def first_of_group(tile, place, PLACES: tl.constexpr):
+    """Which codeword the group in this place of a tile, of PLACES, begins with; ``tile`` is the tile's first."""
+    return tile + place % PLACES // 4 * 32 + place % 4 * 2
+
+
+@triton.jit
+def of_group(first, member):
+    """Codeword 0..7 of the group that begins with ``first``: those whose numbers differ in bits 0, 3 and 4.
+
+    Further ones, of a tile's first group, are those of its class.
+    """
+    return first + member // 2 * 8 + member % 2
+
+
+@triton.jit
 def reach(short):
     """R: only what has ‖c‖² − 2 x·c below it counts in an ``exact`` search. Far below ``BEYOND``."""
     return tl.minimum(tl.maximum(16.0 * short * short, 1e-36), 1e36)

@@ -10,6 +10,11 @@
 bf16 products tell nearly all rows' codewords apart; one product in fp16, a third of the work, most of them.
 Where there are rows enough for the others to fill tiles of their own, they are left to a second pass, which
 is the three bf16 products again; how many there are only the GPU knows. It costs programs that find nothing to do.
+
+**Words.** A *score* is what the scan compares, less is nearer; a *tile* is BLOCK_K codewords in a row; a *group* is the
+8 of them of which the scan keeps the least score. All other scores are *hidden*. A row is *live* if the mask keeps it,
+*open* if a hidden score may be that of its nearest codeword, *taken* by a kernel or *left* by it to the next. x is a
+row less the centre, c a codeword less it.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from diveq_kernels.triton_kernels.middle import Middle
 from diveq_kernels.triton_kernels.pack import Packed, pack
 from diveq_kernels.triton_kernels.product import error_bound, product_for
 from diveq_kernels.triton_kernels.repeat import repeated
-from diveq_kernels.triton_kernels.rows import ALL, Listed, Rows, dense, none_yet, rows_of
+from diveq_kernels.triton_kernels.rows import ALL, UNLISTED, Listed, Rows, dense, none_yet, rows_of
 from diveq_kernels.triton_kernels.scan import scan_kernel
 from diveq_kernels.triton_kernels.settle import settle_kernel
 
@@ -199,7 +204,7 @@ def find(
     product = product_for(z.dtype, precision, torch.float32 if dither is not None else codebook.dtype)
     in_two_passes = product not in ("bf16", "ieee") and problem.rows >= MANY_ROWS
     if precision == "fast" and not in_two_passes:
-        problem.decide(problem.packed(product, precision), ALL, ALL)
+        problem.decide(problem.packed(product, precision), ALL, UNLISTED)
         return indices
 
     hard_rows = problem.no_rows_yet()

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from diveq_kernels.triton_kernels.rows import LEFT, list_left, row_starts
-from diveq_kernels.triton_kernels.scan import LONG, bounds, error
+from diveq_kernels.triton_kernels.scan import LONG, bounds, error, first_of_group, of_group
 
 PROGRAMS = 2048  # no more than a GPU runs at once, or nearly; each takes rows until none is left
 
@@ -60,7 +60,7 @@ def _measure_group(
     """
     CHUNK: tl.constexpr = max(4, min(16, 256 // BLOCK_N))  # so many loads of all 8 are under way
     member = tl.arange(0, 8)
-    j = begin[:, None] + (member // 2 * 8 + member % 2)[None, :]  # [BN, 8]
+    j = begin[:, None] + of_group(0, member)[None, :]  # [BN, 8]
     loaded = active[:, None] & (j < real)
     of_j = tl.load(bias + j, mask=loaded, other=float("inf"))
     total = tl.zeros((BLOCK_N, 8, CHUNK // 4), tl.float32)  # four columns are one thread's: added up at the end
@@ -74,8 +74,8 @@ def _measure_group(
     total = tl.sum(total, axis=2)
     there = of_j < float("inf")  # nor a codeword that is not finite
     total = tl.where(there, total, float("inf"))
-    least, of_group = tl.min(total, axis=1, return_indices=True)
-    nearest = begin + of_group // 2 * 8 + of_group % 2
+    least, member = tl.min(total, axis=1, return_indices=True)
+    nearest = of_group(begin, member)
     above = least
     if EXACT:
         above = above_score(of_j, total, least, of_c, of_row, lengths, D)
@@ -113,7 +113,7 @@ def look_again(
     """
     place = tl.arange(0, GROUPS)[None, :]
     rest = scores
-    begins = where + place % PLACES // 4 * 32 + place % 4 * 2
+    begins = first_of_group(where, place, PLACES)
     score, column = tl.min(rest, axis=1, return_indices=True)
     active = (score <= limit) & (score < float("inf"))
     measured = 0

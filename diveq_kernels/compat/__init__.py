@@ -14,8 +14,9 @@ def accelerate_vector_quantize(module: torch.nn.Module) -> torch.nn.Module:
 
     Every `VectorQuantize` in it, those within a `ResidualVQ` too, searches without the matrix of distances, counts
     without a one-hot, and with ``directional_reparam=True`` takes the fused DiVeQ step. Those whose options need all
-    distances are left alone, and why is logged. Options of a single call that need them (``topk``, ``indices``) take
-    the package's own way. Parameters, buffers and the ``state_dict`` stay as they are.
+    distances are left alone, and why is logged, as is a model in which there are none. Options of a single call that
+    need them (``topk``, ``indices``) take the package's own way. Parameters, buffers and the ``state_dict`` stay as
+    they are.
 
     Args:
         module: The model; changed in place.
@@ -24,8 +25,11 @@ def accelerate_vector_quantize(module: torch.nn.Module) -> torch.nn.Module:
         The same model.
 
     Raises:
+        TypeError: If module is no module.
         ModuleNotFoundError: If `vector-quantize-pytorch` is not installed.
     """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     from diveq_kernels.compat._vector_quantize import accelerate
 
     accelerate(module)

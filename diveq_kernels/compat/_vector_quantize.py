@@ -237,8 +237,11 @@ def _obstacle(module: VectorQuantize) -> str | None:
 
 def accelerate(module: torch.nn.Module) -> None:
     """Give every quantizer that can take it the fused classes."""
-    for name, layer in module.named_modules():
-        if not isinstance(layer, VectorQuantize) or type(layer) is FusedVectorQuantize:
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, VectorQuantize)]
+    if not layers:
+        _logger.warning("accelerate_vector_quantize has found no VectorQuantize in this %s", type(module).__name__)
+    for name, layer in layers:
+        if type(layer) is FusedVectorQuantize:
             continue
         reason = _obstacle(layer)
         if type(layer) is not VectorQuantize:

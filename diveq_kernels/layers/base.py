@@ -99,6 +99,7 @@ class Quantizer(MarkedCodebook):
         backends.check_name(backend)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
+        self._codebook_shape = codebook_shape
         self.noise_std = noise_std
         self.uniform_init = uniform_init
         self.allow_warning = allow_warning
@@ -159,7 +160,8 @@ class Quantizer(MarkedCodebook):
 
         Raises:
             TypeError: If z or mask is no tensor or has a dtype that is not supported.
-            ValueError: If z's shape or device does not fit the layer, or the mask's does not fit z.
+            ValueError: If z's shape or device does not fit the layer, the mask's does not fit z, or the codebook or
+                precision of the layer was replaced by one that it cannot use.
             RuntimeError: If what the layer writes to its codebook would be lost, see ``diveq_kernels.distributed``.
         """
         rows = self._rows(z, mask)
@@ -172,7 +174,10 @@ class Quantizer(MarkedCodebook):
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Any:
-        """The codes of z, which ``decode`` turns into the z_q of ``inference``: ``forward``'s arguments and errors."""
+        """The codes of z, which ``decode`` turns into the z_q of ``inference``: ``forward``'s arguments and errors.
+
+        Exactly so for codewords in z's dtype; for points of curves, and sums of stages, up to rounding.
+        """
         return self._encode(self._rows(z, mask), mask)
 
     @property
@@ -201,6 +206,9 @@ class Quantizer(MarkedCodebook):
     def _rows(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """The input, checked, as [..., D] without a copy."""
         _checks.check_float_tensor(z, "z")
+        _checks.check_precision(self.precision)
+        if self.codebook.shape != self._codebook_shape:  # another was put in its place
+            raise ValueError(f"codebook must have shape {self._codebook_shape}, got {tuple(self.codebook.shape)}")
         if self.channel_first and z.dim() < 2:
             raise ValueError(f"z must have shape [B, D, ...] (channel_first), got {tuple(z.shape)}")
         rows = z.movedim(1, -1) if self.channel_first else z
@@ -222,6 +230,8 @@ class Quantizer(MarkedCodebook):
         """Rows [..., D] in the layout of the input."""
         if not self.channel_first:
             return rows
+        if rows.dim() < 2:
+            raise ValueError("codes must be those of [B, ...] (channel_first), got those of one row without a batch")
         z = rows.movedim(-1, 1)
         return z.contiguous() if rows.dim() > 3 and _is_of_several_sizes(*rows.shape[1:-1]) else z
 

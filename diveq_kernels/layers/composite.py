@@ -203,7 +203,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         noise_std = choose_noise_std(noise_std, noise_var)
         num_codebooks = check_count(num_codebooks, "num_codebooks", 1)
         skip_iters, avg_iters = check_sf_schedule(skip_iters, avg_iters)
-        if check_interval(replacement_iters) > skip_iters:
+        if check_interval(replacement_iters) > skip_iters > 1:  # before, nothing is replaced
             raise ValueError(f"replacement_iters must be at most skip_iters = {skip_iters}, got {replacement_iters}")
         super().__init__(
             num_embeddings,
