@@ -167,7 +167,9 @@ def test_values_in_every_dtype(target: Target, quantizer: Quantizer, noise_std: 
     books = torch.randn(quantizer.books_shape(12, 6), generator=gen).to(dtype)
     g = torch.randn(300, 6, generator=gen).to(dtype)
     dither = quantizer.dither(books, gen)
-    results = gradients(target, quantizer, z, books, g, noise_std=noise_std, seed=23, **dither)
+    # Of some rows the last stage is left out.
+    active = {"num_active": torch.randint(1, 3, (300,), generator=gen)} if quantizer.kind == "residual" else {}
+    results = gradients(target, quantizer, z, books, g, noise_std=noise_std, seed=23, **active, **dither)
     expected = by_autograd(quantizer, z, books, g, results[2], noise_std=noise_std, seed=23, **dither)
     for found, wanted in zip(results, expected, strict=False):
         assert found.dtype == dtype
