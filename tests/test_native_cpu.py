@@ -227,6 +227,23 @@ def test_noise_stream(isa: str, seed: int, start: int) -> None:
     np.testing.assert_allclose(normals.numpy(), oracle.normals(seed, offsets), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("ends", [1, 2])
+@pytest.mark.parametrize("dim", [1, 4, 21])
+def test_noise_that_cancels_the_difference(isa: str, dim: int, ends: int) -> None:
+    """v + d = 0 has no direction: the row stays where it is, passes g on and pulls at no codeword."""
+    gen = generator()
+    seed, quads = torch.randint(2**62, (), generator=gen), (dim + 3) // 4
+    words, normals = torch.empty(ends * quads, 4, dtype=torch.int32), torch.empty(ends * quads, 4)
+    torch.ops.diveq_cpu.philox(seed, 0, words, normals)
+    codebook = -normals.view(ends, -1)[:, :dim].clone().requires_grad_()
+    z, g = torch.zeros(1, dim, requires_grad=True), torch.randn(1, dim, generator=gen)
+    options: dict[str, Any] = {"seed": seed, "noise_std": 1.0, "backend": "cpu"}
+    half = torch.tensor([0.5])
+    found = F.diveq(z, codebook, **options) if ends == 1 else F.sf_diveq(z, codebook, dither=half, **options)
+    dz, dc = torch.autograd.grad(found.z_q, (z, codebook), g)
+    assert torch.equal(found.z_q, z) and torch.equal(dz, g) and (dc == 0).all()
+
+
 # ---- half precision --------------------------------------------------------------------------------------------------
 
 
