@@ -271,13 +271,15 @@ def test_codebook_gradient_is_accumulated_in_fp32(target: Target, rows: int, dty
 
 @on_every_target
 @for_every_quantizer
-@pytest.mark.parametrize("of_g", [*LAYOUTS, "expanded", "one value"])
+@pytest.mark.parametrize("of_g", [*LAYOUTS, "expanded", "one column", "one value"])
 def test_layouts_of_the_incoming_gradient(target: Target, quantizer: Quantizer, of_g: str) -> None:
     gen = generator()
     z, books = torch.randn(5, 12, 6, generator=gen), torch.randn(quantizer.books_shape(9, 6), generator=gen)
     g = torch.randn(5, 12, 6, generator=gen)
     if of_g == "expanded":
         g = g[:1, :1].expand(5, 12, 6)
+    elif of_g == "one column":  # rows as far apart as those of a contiguous tensor
+        g = g[..., :1].expand(5, 12, 6)
     elif of_g == "one value":
         g = g[0, 0, 0].expand(5, 12, 6)
     else:

@@ -160,6 +160,22 @@ def test_channels_first_rows(target: Target, quantizer: Quantizer) -> None:
 
 
 @on_every_target
+@for_every_quantizer
+def test_leading_dimensions_in_another_order(target: Target, quantizer: Quantizer) -> None:
+    """(T, B, D) seen as (B, T, D): rows lie as far apart as those of a contiguous tensor, in another order."""
+    gen = generator()
+    z, g = (torch.randn(5, 12, 6, generator=gen).to(target.device).transpose(0, 1) for _ in range(2))
+    books = torch.randn(quantizer.books_shape(20, 6), generator=gen).to(target.device)
+    keywords = {"seed": 11, "noise_std": 0.5, "backend": target.backend, **quantizer.dither(books, gen)}
+    z.requires_grad_()
+    found, expected = quantizer(z, books, **keywords), quantizer(z.contiguous(), books, **keywords)
+    assert found.z_q.stride() == z.stride()
+    assert same_rows(target, found.z_q, expected.z_q) and torch.equal(found.indices, expected.indices)
+    grads = [torch.autograd.grad(z_q, z, of_z_q)[0] for z_q, of_z_q in ((found.z_q, g), (expected.z_q, g.contiguous()))]
+    assert same_rows(target, *grads)
+
+
+@on_every_target
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 def test_detach_gives_the_codeword_itself(target: Target, dtype: torch.dtype) -> None:
     gen = generator()
