@@ -120,6 +120,15 @@ def test_second_derivatives(unit: bool) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_that_are_only_scaled(isa: str) -> None:  # noqa: F811
+    """Shorter than 1e-6 a row is multiplied by 1e6, and so is the gradient to what it becomes, along it too."""
+    source, target = torch.randn(2, 30, 20, generator=generator()).unbind()
+    source = 1e-7 * source
+    found = native_cpu.commit_backward(torch.zeros(30, 20), 0.5, source, target, True)
+    wanted = 0.5e6 * (1e6 * source.double() - target)
+    assert ((found - wanted).norm(dim=-1) <= 1e-5 * wanted.norm(dim=-1)).all()
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("rows", "codewords", "dim"), [(1, 1, 1), (7, 3, 5), (2500, 30, 17), (300, 500, 64)])
 def test_sums_of_codewords(isa: str, rows: int, codewords: int, dim: int, weighted: bool) -> None:  # noqa: F811
@@ -165,6 +174,7 @@ def test_not_finite() -> None:
 
 def test_any_dtypes_on_any_default_device() -> None:
     x, target = torch.randn(2, 7, 5, generator=generator()).unbind()
+    x[2] = 0.0  # which no rotation takes to its target, and which is as far from it all the same
     with torch.device("meta"):
         rotated, distances = native_cpu.commit(x.half(), target)
     assert rotated.dtype == distances.dtype == torch.float32 and rotated.device.type == distances.device.type == "cpu"

@@ -150,6 +150,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(isa: str) -> None:  # noqa: F8
         found = results(spoiled)
         for a, b in zip(found, clean, strict=True):
             assert not a[7].isfinite().all() and torch.equal(a[:7], b[:7]) and torch.equal(a[8:], b[8:])
+            assert a[7].isnan().all() or bad == torch.inf  # all of it, as the package has it
 
 
 def test_threads_do_not_matter() -> None:
