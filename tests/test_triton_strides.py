@@ -126,6 +126,26 @@ def narrow_products(text: str) -> list[str]:
     return found
 
 
+def narrow_offsets(text: str, least: int) -> list[str]:
+    """Lines that multiply in 32 bits by a constant from ``least`` on: by D, of which only a tile's places have few."""
+    found: list[str] = []
+    known: set[str] = set()  # constants, and the places in a tile
+    large: set[str] = set()
+    for line in text.splitlines():
+        if "tt.func" in line:
+            known, large = set(), set()
+        name, _, operation = line.strip().partition(" = ")
+        used = set(re.findall(r"%\w+", operation))
+        constant = re.match(r"arith\.constant (?:dense<)?(-?\d+)>? : ", operation)
+        if constant and int(constant[1]) >= least:
+            large.add(name)
+        if constant or re.match(r"tt\.(make_range|splat|expand_dims|broadcast) ?", operation) and used <= known:
+            known.add(name)
+        if re.match(r"arith\.muli .*i32\b", operation) and used & large and not used <= known:
+            found.append(line)
+    return found
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_compiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels, ones = set(), set()
@@ -146,3 +166,14 @@ def test_numbers_may_come_as_fp64() -> None:
     """As from Inductor, which passes Python's floats so; Triton's own launches make them fp32."""
     for launch in launches(LAYOUTS["channels first"], False):
         translate(launch, ARCHITECTURE, floats="fp64")
+
+
+def test_nothing_is_multiplied_by_the_number_of_columns_in_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor by half of it, as a group of a product has: that times codewords or rows may be more than 2³¹."""
+    layout, kernels = Layout(lambda: meta(130, 1000), lambda dim: meta(3, 65, dim), set()), set()
+    launched = launches(layout, False)
+    monkeypatch.setattr(search, "MANY_ROWS", 0)
+    for launch in launched + launches(layout, True):
+        assert not narrow_offsets(translate(launch, ARCHITECTURE), 500), launch.kernel.__name__
+        kernels.add(launch.kernel.__name__)
+    assert kernels == KERNELS
