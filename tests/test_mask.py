@@ -103,3 +103,25 @@ def test_rows_left_out_do_not_notice_a_codeword_that_is_not_finite(target: Targe
     dz = torch.autograd.grad(value.sum(), z)[0]
     assert torch.equal(value[~mask], torch.zeros_like(value[~mask]) if name == "nearest" else z[~mask])
     assert (dz[~mask] == expected).all() and dz.isfinite().all()
+
+
+@on_every_target
+@pytest.mark.parametrize("name", ["residual_diveq", "residual_sf_diveq"])
+def test_stages_that_rows_leave_out(target: Target, name: str) -> None:
+    """A row's gradients are those of its stages alone; the others' codebooks hear nothing of it."""
+    gen, quantizer = generator(), Quantizer(name, "residual", name == "residual_sf_diveq")
+    z = torch.randn(90, 6, generator=gen).to(target.device).requires_grad_()
+    books = torch.randn(3, 11, 6, generator=gen).to(target.device).requires_grad_()
+    g, active = torch.randn(90, 6, generator=gen).to(target.device), torch.arange(90, device=target.device) % 4
+    keywords = {"noise_std": 0.1, "seed": 4, "backend": target.backend}
+    dither = quantizer.dither(books.detach(), gen)
+    found = torch.autograd.grad(quantizer(z, books, num_active=active, **keywords, **dither).z_q, (z, books), g)
+    dz, dc = g.clone(), torch.zeros_like(books)
+    for stages in range(1, 4):
+        of_stages = {key: value[:stages] for key, value in dither.items()}
+        mask = active == stages
+        z_q = quantizer(z, books[:stages], mask=mask, **keywords, **of_stages).z_q
+        of_rows, of_books = torch.autograd.grad(z_q, (z, books), torch.where(mask[:, None], g, 0.0))
+        dz[mask], dc = of_rows[mask], dc + of_books
+    torch.testing.assert_close(found[0], dz, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], dc, rtol=1e-4, atol=1e-4)
