@@ -19,13 +19,16 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (
 
 
 @pytest.mark.parametrize("target", ["triton-cpu"])
-@pytest.mark.parametrize(("dim", "held", "tile"), [(5, 0, 32), (5, 16, 32), (64, 64, 16), (70, 0, 16)])
+@pytest.mark.parametrize(
+    ("product", "dim", "held", "tile"),
+    [("bf16", 5, 0, 32), ("bf16", 5, 16, 32), ("bf16", 64, 64, 16), ("bf16", 70, 0, 16), ("bf16x3", 5, 16, 32)],
+)
 def test_rows_near_one_segment_each(
-    dim: int, held: int, tile: int, target: str, monkeypatch: pytest.MonkeyPatch
+    product: str, dim: int, held: int, tile: int, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all columns of a row in one product, held in registers or not, and with several; in tiles of two sizes."""
     module = __import__(project.__module__, fromlist=["project"])
-    monkeypatch.setattr(module, "_product_for", lambda dtype, precision: "bf16")
+    monkeypatch.setattr(module, "_product_for", lambda dtype, precision: product)
     gen = generator()
     codebook = 8 * torch.randn(90, dim, generator=gen)
     segments = torch.randint(89, (70,), generator=gen)
@@ -34,9 +37,9 @@ def test_rows_near_one_segment_each(
     z = torch.lerp(codebook[segments], codebook[segments + 1], share) + 0.05 * torch.randn(70, dim, generator=gen)
     z[3, 1] = float("nan")
     # In tiles of either size there is room for 96 segments, a whole number of the packer's.
-    tiles = configuration("project_bf16", dim, z.device) | {"IN_REGISTERS": held, "BLOCK_K": tile}
-    with forced("project_bf16", tiles):
-        found = project(z, codebook, None, "fast")
+    tiles = configuration(f"project_{product}", dim, z.device) | {"IN_REGISTERS": held, "BLOCK_K": tile}
+    with forced(f"project_{product}", tiles):
+        found = project(z, codebook, None, "fast" if product == "bf16" else "exact")
     expected = reference.project(z.double(), codebook.double(), None, "exact")
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4, equal_nan=True)
