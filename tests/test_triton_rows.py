@@ -1,10 +1,14 @@
-"""Rows that two strides do not describe, or that are taken in several blocks of columns, in Triton's interpreter."""
+"""Rows with strides of their own, or that are taken in several blocks of columns, in Triton's interpreter."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from cases import generator
+from cases import QUANTIZERS, Quantizer, Target, for_every_quantizer, generator
+from test_gradients import by_autograd, gradients
+from test_quantize import check
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -69,3 +73,66 @@ def test_a_first_look_at_rows_in_several_blocks(dithered: bool, target: str, mon
     found = search.find(z, codebook, dither, None, "exact", distances)
     assert torch.equal(found, torch.arange(96, dtype=torch.int32))
     torch.testing.assert_close(distances, (z - points).square().sum(1), rtol=1e-5, atol=0)
+
+
+def spread(x: Tensor, step: int) -> Tensor:
+    """The same values, ``step`` apart, each dimension of a longer one; NaN (True, or -1) lies between them."""
+    between = float("nan") if x.is_floating_point() else x.dtype == torch.bool or -1
+    wide = x.new_full([size + step for size in x.shape[:-1]] + [step * x.shape[-1] + 1], between)
+    view = wide[tuple(slice(size) for size in x.shape[:-1])][..., : step * x.shape[-1] : step]
+    return view.copy_(x)
+
+
+def results(function: Any, leaves: list[Tensor], incoming: list[Tensor], in_order: bool, **of: Any) -> list[Tensor]:
+    """Of a function: the gradients of both inputs and of each alone, then its outputs."""
+    grads: list[Tensor] = []
+    torch.use_deterministic_algorithms(in_order)
+    try:
+        for needed in ((0,), (1,), (0, 1)):
+            found = function(*(x if i in needed else x.detach() for i, x in enumerate(leaves)), backend="triton", **of)
+            outputs = [x for x in found if x.requires_grad]
+            grads += torch.autograd.grad(outputs, [leaves[i] for i in needed], incoming)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return [*grads, *(x.detach() for x in found)]
+
+
+ONE_BOOK = ["nearest", "project", "diveq", "sf_diveq"]  # the sums in order of the others are the reference's
+ALL = [*ONE_BOOK, *(quantizer.name for quantizer in QUANTIZERS if quantizer.kind != "single")]
+
+
+@pytest.mark.parametrize(("name", "in_order"), [*((name, False) for name in ALL), *((name, True) for name in ONE_BOOK)])
+def test_each_tensor_has_strides_of_its_own(name: str, in_order: bool, target: str) -> None:
+    """None is taken for another's: of rows, codebooks, what arrives and what is written, mask, dither and positions."""
+    gen, single = generator(), Quantizer(name, "single", False)
+    quantizer = next((each for each in QUANTIZERS if each.name == name), single)
+    z, grad = torch.randn(3, 25, 6, generator=gen), torch.randn(3, 25, 6, generator=gen)
+    books = torch.randn(quantizer.books_shape(9, 6), generator=gen)
+    of = {"mask": torch.rand(3, 25, generator=gen) < 0.8, **quantizer.dither(books, gen)}
+    noise = {"seed": 3, "noise_std": 0.1} if quantizer is not single else {}
+    incoming = {"nearest": [grad[..., 0]], "project": [grad, grad[..., 1]]}.get(name, [grad])
+    dense = [x.clone().requires_grad_() for x in (z, books)]
+    expected = results(getattr(F, name), dense, [x.contiguous() for x in incoming], in_order, **of, **noise)
+    apart = [spread(x, step).requires_grad_() for x, step in ((z, 2), (books, 3))]
+    of = {key: spread(value, 2) for key, value in of.items()}
+    found = results(getattr(F, name), apart, [spread(x, 4) for x in incoming], in_order, **of, **noise)
+    for value, wanted in zip(found, expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
+@for_every_quantizer
+def test_steps_of_long_rows(quantizer: Quantizer, target: str) -> None:
+    """Of a row in several blocks only the last one's step is at hand when z_q is written."""
+    gen, dim, on = generator(), 300, Target("triton", "cpu")
+    z, g = torch.randn(9, dim, generator=gen), torch.randn(9, dim, generator=gen)
+    books = torch.randn(quantizer.books_shape(5, dim), generator=gen)
+    of_step = {"noise_std": 0.3, "seed": 23, **quantizer.dither(books, gen)}
+    check(on, quantizer, z, books, **of_step)
+    for deterministic in (False, True)[: 1 + (quantizer.kind == "single")]:
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            *found, indices = gradients(on, quantizer, z, books, g, **of_step)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for grad, wanted in zip(found, by_autograd(quantizer, z, books, g, indices, **of_step), strict=True):
+            torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-4)
