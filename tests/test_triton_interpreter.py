@@ -19,10 +19,10 @@ TESTS = Path(__file__).parent
 SELECTION = {
     "test_nearest.py": "(test_indices_and_distances and float32) or far_apart or exact_ties or transposed or no_rows"
     " or near_ties",
-    "test_quantize.py": "test_values and float32 or (its_codeword and 1e-30) or (not_active and 0.0)"
-    " or counts_are or negation",
-    "test_gradients.py": "(values_in_every_dtype and float32) or deterministic or (their_codeword and 0.5)"
-    " or sf_row or (in_fp32 and 209)",
+    "test_quantize.py": "test_values and (float32 or (float16 and 1.0)) or codeword_itself or (its_codeword and 1e-30)"
+    " or (not_active and 0.0) or counts_are or negation",
+    "test_gradients.py": "(values_in_every_dtype and (float32 or (float16 and 0.1))) or deterministic or sf_row"
+    " or (their_codeword and 0.5) or (in_fp32 and 209)",
     "test_nonfinite.py": "(test_bad_rows or curve_there or no_good or anything_good) and nan or all_bits or at_all"
     " or too_long_of or (rows_too_long and 3e+19) or 0.0--inf"
     " or other_end or before_a_bad or length_in_fp32",
@@ -32,7 +32,7 @@ SELECTION = {
     "test_deterministic.py": "triton",
     "test_project.py": "float16 and (500 or 257) or mixed or beyond or length or far or layouts or no_rows or masked"
     " or every_segment or crowds or joints",
-    "test_project_gradients.py": "float32 or near_an_end",
+    "test_project_gradients.py": "float32 or near_an_end or (float16 and 300)",
     "test_ties.py": "not 140 and not more_rows",
     "test_replace_kernels.py": "triton",
     "test_usage_kernels.py": "triton",
@@ -60,6 +60,7 @@ PROJECTION = (
     "test_project.py",
     "test_project_gradients.py",
     "test_triton_project.py",
+    "test_triton_rows.py",
     "test_nonfinite.py",
     "test_end_of_range.py",
     "test_mask.py",
