@@ -81,6 +81,20 @@ def test_only_rows_with_a_hidden_segment_have_another_pass(target: str, monkeypa
 
 
 @pytest.mark.parametrize("target", ["triton-cpu"])
+def test_codewords_do_not_count_twice(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows beyond a corner are as near to two segments, of two pairs, and one of these is enough to measure."""
+    module, measured = __import__(project.__module__, fromlist=["project"]), []
+    nearer = module._nearer_of_pair
+    monkeypatch.setattr(module, "_nearer_of_pair", lambda *given: (measured.append(1), nearer(*given))[1])
+    codebook = 8 * torch.randn(41, 12, generator=generator())
+    along = torch.nn.functional.normalize(codebook.diff(dim=0))
+    z = codebook[2:40:2] + 0.5 * torch.nn.functional.normalize(along[1:39:2] - along[2:40:2])
+    found = project(z, codebook, None, "exact")
+    assert len(measured) == 1  # all rows are one tile's
+    torch.testing.assert_close(found[0], codebook[2:40:2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["triton-cpu"])
 @pytest.mark.parametrize(("product", "unit"), [("bf16", 2.0**-7), ("tf32", 2.0**-11), ("bf16x3", 2.0**-16)])
 def test_segments_as_the_projection_reads_them(product: str, unit: float, target: str) -> None:
     """From the end nearer to the centre; measured from what is multiplied, where that is one product."""
