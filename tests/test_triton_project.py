@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import generator
+from oracle import polyline_sqdist
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -14,6 +15,8 @@ from diveq_kernels import reference  # noqa: E402
 from diveq_kernels.triton_kernels import INTERPRETED, project  # noqa: E402
 from diveq_kernels.triton_kernels.curve import pack_curve  # noqa: E402
 from diveq_kernels.triton_kernels.launch import configuration, forced  # noqa: E402
+from diveq_kernels.triton_kernels.middle import middle  # noqa: E402
+from diveq_kernels.triton_kernels.product import error_bound  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (TRITON_INTERPRET=1)")
 
@@ -134,3 +137,37 @@ def test_segments_as_the_projection_reads_them(product: str, unit: float, target
         assert (error <= 4 * rounding * (1 + a.square().sum(1)))[where].all()
     assert (scale[:40][~moves] == 0).all() and square[:40][~there].isposinf().all()
     assert leave[:40][there & ~goes_on].isposinf().all()
+
+
+@pytest.mark.parametrize("target", ["triton-cpu"])
+@pytest.mark.parametrize("of_rival", [0.0, 30.0])
+def test_products_in_error_cost_no_segment(of_rival: float, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst that the bound allows, up for the nearest segment and down for all others; the row is far away.
+
+    The nearest segment is far from the centre, another next to it, whose own bound is small, or as far.
+    """
+    module, gen, away, nearest, rival = __import__(project.__module__, fromlist=["project"]), generator(), 1e3, 40, 10
+    z, codebook = torch.zeros(1, 12), torch.zeros(90, 12)
+    z[0, 0], codebook[:, 1:] = away, 8 * torch.randn(90, 11, generator=gen)
+    for j, norm in ((nearest, 30.0), (rival, of_rival)):
+        codebook[j, 1:] = norm * torch.nn.functional.normalize(torch.randn(11, generator=gen), dim=0)
+        codebook[j, 0] = away - (away**2 - norm**2 - (j == nearest)) ** 0.5  # nearer by 1, squared
+        codebook[j + 1], codebook[[j - 1, j + 2]] = codebook[j], float("nan")
+        codebook[j + 1, 0] -= 0.5
+    tile, original, tiles = configuration("project_bf16x3", 12, z.device)["BLOCK_K"], module.multiply, []
+    centred = codebook - middle(codebook[None], 16).centre[0, :12]
+    near_ends = torch.minimum(centred[:-1].norm(dim=1), centred[1:].norm(dim=1)).nan_to_num()
+    error = error_bound("bf16x3", 12, 16) * float((z + (centred - codebook)[0]).norm()) * near_ends
+    error[nearest] *= -1
+    error = torch.nn.functional.pad(error, (0, 2 * tile))
+
+    def multiply(*given: Any) -> Any:
+        result, first = original(*given), len(tiles) * tile % -(-89 // tile * tile)
+        tiles.append(first)
+        result.handle.data[:, :tile] += error[first : first + tile].numpy()
+        return result
+
+    monkeypatch.setattr(module, "multiply", multiply)
+    segments = project(z, codebook, None, "exact")[1]
+    assert len(tiles) >= 3 and polyline_sqdist(z, codebook)[0].nan_to_num(float("inf")).argmin() == nearest
+    assert segments.tolist() == [nearest]
