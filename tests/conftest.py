@@ -104,6 +104,20 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Any]]:
+    """What eager calls ask of backends: an operation, by which backend, and the last of its arguments."""
+    calls: list[tuple[str, str, Any]] = []
+    select = backends.select
+
+    def watched(operation: str, device: torch.device, name: str) -> Callable:
+        function = select(operation, device, name)
+        return lambda *inputs: (calls.append((operation, name, inputs[-1])), function(*inputs))[1]
+
+    monkeypatch.setattr(backends, "select", watched)
+    return calls
+
+
+@pytest.fixture
 def broken_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     """A backend "cpu" that is the reference, for a test to break; the only other one is the reference."""
     module = types.ModuleType("broken_backend")

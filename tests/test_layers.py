@@ -6,11 +6,21 @@ import copy
 
 import pytest
 import torch
-from layer_cases import CURVES, alike, for_curve_layers, for_every_layer, for_replacing_layers, make
+from layer_cases import (
+    CURVES,
+    alike,
+    busy,
+    for_curve_layers,
+    for_every_layer,
+    for_every_layer_and_composite,
+    for_replacing_layers,
+    make,
+)
 
 import diveq_kernels.functional as F
+from diveq_kernels import backends
 from diveq_kernels.layers import DIVEQ, SFDIVEQ, SFCodes
-from diveq_kernels.layers.base import histogram
+from diveq_kernels.layers.base import Quantizer, histogram
 from diveq_kernels.usage import perplexity
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -220,3 +230,28 @@ def test_autocast_does_not_change_the_codes(kind):
         distances = torch.cdist(z.double(), layer.codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
         assert torch.equal(codes, plain) and torch.equal(codes, distances.argmin(dim=1))
         assert torch.equal(indices, codes)
+
+
+@for_every_layer_and_composite
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_precision_and_backend_are_the_layer_s(kind, precision, asked, monkeypatch):
+    """Of operations in training, evaluation and encoding, of backward, and of what is done around them."""
+    parts, part_of = set(), backends.layer_part
+    monkeypatch.setattr(backends, "layer_part", lambda *what: parts.add((what[0], what[2])) or part_of(*what))
+    monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)  # as on a GPU, where kernels count use
+    start = {} if kind in CURVES else {"init": "kmeans"}
+    layer = make(kind, 12, 6, precision=precision, backend="reference", **busy(kind), **start)
+    for step in range(5):
+        layer(torch.randn(40, 6).requires_grad_())[0].sum().backward()
+        if not step:
+            assert {name for _, name, _ in asked} == {"reference"}
+            # K-means looks for nearest codewords in exact arithmetic, whatever the layer does.
+            assert {last for operation, _, last in asked if operation == "nearest"} == ({"exact"} if start else set())
+            asked.clear()
+    z = torch.randn(7, 6)
+    for use in (layer.inference, layer.encode, layer.eval()):
+        use(z)
+    assert {name for _, name, _ in asked} == {"reference"}
+    assert {last for operation, _, last in asked if not operation.endswith("_backward")} == {precision}
+    of_layer = ("perplexity",) if kind in CURVES else ("perplexity", "count_use", "replace")
+    assert parts == {(part, "reference") for part in of_layer}

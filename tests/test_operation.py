@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import generator
+from cases import functions, generator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -52,6 +53,16 @@ def test_both_ways_give_the_same(name: str, autocast: bool) -> None:
         assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
     for mine, theirs in zip(gradients(inputs, direct), gradients(inputs, dispatched), strict=True):
         assert torch.equal(mine, theirs) and mine.abs().sum() > 0
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize(("function", "shape"), functions())
+def test_precision_is_the_caller_s(
+    function: Callable, shape: tuple[int, ...], precision: str, asked: list[tuple[str, str, Any]]
+) -> None:
+    """Results are nearly the same with either, so that only the call tells."""
+    function(torch.randn(5, 4), torch.randn(shape), precision=precision)
+    assert [last for *_, last in asked] == [precision]
 
 
 @pytest.mark.parametrize("name", NAMES)
