@@ -86,6 +86,19 @@ def test_masked_rows_are_left_out(kind, training):
     assert (decoded[~mask] == 0).all() and alike(kind, decoded[mask], with_all[mask])
 
 
+@for_every_layer_and_composite
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_left_out_need_not_be_finite(kind, training):
+    """Such a row stays as it is, value by value; one that counts would be NaN as a whole."""
+    layer = make(kind, 12, 6).train(training)
+    z, row = torch.randn(8, 6), int(torch.randint(0, 8, ()))
+    z[row, 1], z[row, 4] = torch.inf, torch.nan
+    mask = torch.arange(8) != row
+    z_q, indices, _ = layer(z, mask)
+    torch.testing.assert_close(z_q[row], z[row], rtol=0, atol=0, equal_nan=True)
+    assert z_q[mask].isfinite().all() and torch.equal((indices < 0).reshape(-1, 8).any(0), ~mask)
+
+
 @for_every_layer
 def test_everything_masked(kind):
     layer = make(kind)
