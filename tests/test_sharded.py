@@ -383,6 +383,16 @@ def test_bad_arguments():
         ShardedNearest(4, 3, group=object())
     with pytest.raises(ValueError, match="noise_std must be a finite number >= 0"):
         ShardedNearest(4, 3, noise_std=-1.0)
+    for keywords, message in (
+        ({"num_embeddings": 0}, "num_embeddings must be an int >= 1, got 0"),
+        ({"embedding_dim": 0}, "embedding_dim must be an int >= 1, got 0"),
+        ({"precision": "half"}, "precision must be 'exact' or 'fast', got 'half'"),
+        ({"backend": "abacus"}, "backend must be one of .*, got 'abacus'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ShardedNearest(**{"num_embeddings": 4, "embedding_dim": 3} | keywords)
+    with pytest.raises(TypeError, match=r"codebook \(argument dtype\) must be float16, .* got torch.int64"):
+        ShardedNearest(4, 3, dtype=torch.int64)
     layer = ShardedNearest(4, 3)
     with pytest.raises(ValueError, match=r"z must have shape .* D = 3, got \(2, 4\)"):
         layer(torch.randn(2, 4))
@@ -390,6 +400,13 @@ def test_bad_arguments():
         layer.quantize(torch.randn(2, 3), torch.ones(2))
     with pytest.raises(TypeError, match="indices must be an int32 or int64 tensor, got torch.float32"):
         layer.decode(torch.zeros(2))
+    with pytest.raises(ValueError, match="indices must be on the codebook's device, cpu, got meta"):
+        layer.decode(torch.zeros(2, dtype=torch.int64, device="meta"))
+    for function in (layer, layer.quantize):
+        with pytest.raises(ValueError, match="the codebook must be on the device of z, meta, got cpu"):
+            function(torch.zeros(2, 3, device="meta"))
+    with pytest.raises(TypeError, match="codebook must be a torch.Tensor, got list"):
+        layer.load_codebook([[0.0] * 3] * 4)
     with pytest.raises(ValueError, match=r"codebook must have shape \[K, D\] = \(4, 3\), got \(3, 3\)"):
         layer.load_codebook(torch.zeros(3, 3))
     z = torch.randn(2, 3, requires_grad=True)
