@@ -184,20 +184,27 @@ def test_a_compiled_layer_learns_it_from_train(name: str) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("graph", ["compiled", "captured"])
+@pytest.mark.parametrize("graph", ["compiled", "captured", "captured first"])
 def test_steps_that_a_graph_took_are_not_forgotten(graph: str, counted: list[int]) -> None:
     """An eager step after them trains the codebook: the host's number of steps is too small to say that none does."""
     layer = make("SFDIVEQ", "random")
     z = torch.randn(40, 6, requires_grad=True)
+
+    def capture() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Quantizer, "_is_captured", lambda self: True)
+            layer(z)
+
+    if graph == "captured first":  # before the host asks for the counter
+        capture()
     layer(z)[0].sum().backward()
-    assert layer.codebook.grad is None and 0 < layer._known_step() < START
+    assert graph == "captured first" or (layer.codebook.grad is None and 0 < layer._known_step() < START)
     if graph == "compiled":
         run(torch.compile(layer, backend="eager", fullgraph=True), torch.randn(START, 40, 6))
         torch._dynamo.reset()
     else:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Quantizer, "_is_captured", lambda self: True)
-            layer(z)
+        if graph == "captured":
+            capture()
         layer.iter_counter.data.add_(START)  # replays, of which no host code takes note
     layer.zero_grad()
     z_q = layer(z)[0]
@@ -340,6 +347,9 @@ def test_a_codebook_without_a_counter_is_finished(name: str) -> None:
     layer.load_state_dict({"codebook": codebook}, strict=False)
     run(layer, torch.randn(START + 2, 40, 6))
     assert torch.equal(layer.codebook, codebook)
+    counter = layer.iter_counter.clone()
+    layer.load_state_dict({"codebook": codebook}, strict=False)
+    assert layer.iter_counter == counter > START  # which goes on from where it was
 
 
 def test_loading_counts_replacements_anew() -> None:
