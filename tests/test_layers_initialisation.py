@@ -197,13 +197,16 @@ def test_averaging_over_all_steps():
     torch.testing.assert_close(run(layer, steps), torch.cat(steps).view(8, 3, 5).mean(dim=1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", [(0, 0), (1, 0), (1, 1)])
-def test_quantizing_at_once(schedule):
-    layer = make(SFDIVEQ, skip_iters=schedule[0], avg_iters=schedule[1])
+AT_ONCE = [(SFDIVEQ, 0, 0), *((kind, 1, A) for kind in (SFDIVEQ, ResidualSFDIVEQ, ProductSFDIVEQ) for A in (0, 1))]
+
+
+@pytest.mark.parametrize(("kind", "S", "A"), AT_ONCE)
+def test_quantizing_at_once(kind, S, A):
+    layer = make(kind, 12, 6, skip_iters=S, avg_iters=A)
     before = layer.codebook.detach().clone()
-    z = torch.randn(50, 5)
+    z = torch.randn(50, 6)
     z_q, indices, used = layer(z)
-    assert not torch.equal(z_q, z) and indices.max() > 0 and used > 1 and torch.equal(layer.codebook, before)
+    assert not torch.equal(z_q, z) and indices.max() > 0 and (used > 1).all() and torch.equal(layer.codebook, before)
 
 
 def test_skipping_without_averaging():
@@ -286,6 +289,18 @@ def test_half_precision_latents_are_averaged_in_full():
     z = (1000 + torch.randn(400, 5)).bfloat16()
     layer = make(SFDIVEQ, 4, skip_iters=2, avg_iters=1)
     torch.testing.assert_close(run(layer, [z]), z.double().view(4, 100, 5).mean(dim=1).float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.501 * 2**-7), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize("kind", [SFDIVEQ, ResidualSFDIVEQ, ProductSFDIVEQ], ids=lambda kind: kind.__name__)
+def test_means_are_taken_in_full_for_codebooks_of_other_dtypes(kind, dtype, tolerance):
+    """Neither in the codebook's half precision nor in less than its double precision: they are rounded once."""
+    z = (1.05 + 0.1 * torch.randn(3000, 6, dtype=torch.float64)).to(dtype)
+    layer = make(kind, 30, 6, skip_iters=2, avg_iters=1, dtype=dtype)
+    codebook = run(layer, [z, z])  # step 1 builds the curve, step 2 begins with it
+    first = {ResidualSFDIVEQ: codebook[0], ProductSFDIVEQ: torch.cat([*codebook], dim=-1)}.get(kind, codebook)
+    expected = z.double().view(30, 100, 6).mean(dim=1)
+    torch.testing.assert_close(first.double(), expected, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,6 +18,7 @@ from diveq_kernels import (
     ResidualDIVEQ,
     ResidualSFDIVEQ,
 )
+from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.kmeans import ITERATIONS, _spread, kmeans_start
 
 STAGES = {DIVEQ: (), DIVEQDetach: (), ResidualDIVEQ: (3,), ProductDIVEQ: (3,), ResidualSFDIVEQ: (3,)}
@@ -275,12 +276,15 @@ def test_first_means_are_drawn_within_their_parts():
     assert not torch.equal(*of_seeds)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_means_of_half_precision_are_taken_in_full(dtype):
-    """They are those of a codebook in fp32, rounded once."""
-    z, codebook, counter = 3 + torch.randn(2000, 6).to(dtype), torch.randn(4, 6), torch.tensor([-1], dtype=torch.int32)
-    full = kmeans_start(codebook, z, None, counter, False, "")
-    assert torch.equal(kmeans_start(codebook.to(dtype), z, None, counter, False, ""), full.to(dtype))
+LESS = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float64)]
+
+
+@pytest.mark.parametrize(("dtype", "of_z"), LESS, ids=str)
+def test_means_are_taken_in_full(dtype, of_z):
+    """They are those of a codebook in the precision of the arithmetic, rounded once."""
+    z, codebook = 3 + torch.randn(2000, 6, dtype=torch.float64).to(of_z), torch.randn(4, 6)
+    full = begun(codebook.to(compute_dtype(codebook, z)), z)
+    assert torch.equal(begun(codebook.to(dtype), z), full.to(dtype))
 
 
 def rounds(rows, codewords, seed):

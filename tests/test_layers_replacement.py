@@ -86,6 +86,13 @@ def test_perturbation(rng_seed):
     assert abs(torch.corrcoef(shift.T).fill_diagonal_(0)).max() < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_perturbed_copies_in_half_precision_are_rounded_once(dtype, rng_seed):
+    codebook, usage = torch.randn(500, 7).to(dtype), torch.randint(0, 11, (500,))
+    now, _ = replace(codebook, usage, seed=rng_seed, eps=0.3)
+    assert torch.equal(now, replace(codebook.float(), usage, seed=rng_seed, eps=0.3)[0].to(dtype))
+
+
 def test_draws_and_perturbation_use_counters_of_their_own(rng_seed):
     codebook, usage = torch.zeros(2, 30, 6), torch.randint(0, 11, (2, 30))
     now, _ = replace(codebook, usage, seed=rng_seed, eps=1.0)
