@@ -53,6 +53,18 @@ def test_layers(kind: type[Quantizer], chosen: dict[str, str]) -> None:
         assert torch.equal(other.decode(codes), usual.decode(usual.encode(rows)))
 
 
+@pytest.mark.parametrize("kind", [DIVEQ, SFDIVEQ, ShardedNearest])
+def test_layers_where_they_are_told_to_be(kind: type) -> None:
+    def drawn() -> torch.Tensor:
+        torch.manual_seed(0)
+        return kind(12, 6, device="cpu").codebook
+
+    expected = drawn()
+    with torch.device("meta"):
+        found = drawn()
+    assert torch.equal(found, expected)
+
+
 def test_codes_and_shards() -> None:
     indices, t = torch.randint(0, 9, (20,)), torch.rand(20)
     sharded, z = ShardedNearest(12, 6), torch.randn(7, 6)

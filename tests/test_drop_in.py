@@ -104,6 +104,12 @@ def test_what_they_refuse_is_refused(kind, keywords):
             each(8, 4, allow_warning=False, **keywords)
 
 
+@pytest.mark.parametrize("name", ["ProductDIVEQ", "ProductSFDIVEQ"])
+def test_the_width_of_a_group_has_the_same_name(name):
+    theirs, ours = (getattr(package, name)(12, 6, 3, allow_warning=False) for package in (diveq, layers))
+    assert theirs.pvq_dim == ours.pvq_dim == ours.codebook.shape[-1]
+
+
 # ---- one step ------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -57,6 +58,13 @@ def test_moving_and_resetting(kind):
     assert {x.device.type for x in on_meta.state_dict().values()} == {"meta"}
     on_meta.to_empty(device="cpu").reset_parameters()
     assert on_meta.codebook.dtype == torch.bfloat16 and on_meta.codebook.isfinite().all()
+
+
+@for_every_layer_and_composite
+def test_all_is_made_where_the_codebook_is(kind):
+    """What is not in the state_dict too: a step adds to it."""
+    layer = make(kind, 12, 6, device="meta")
+    assert {x.device.type for x in (*layer.parameters(), *layer.buffers())} == {"meta"}
 
 
 @for_every_layer
@@ -138,6 +146,23 @@ def test_loaders_and_a_sharded_codebook(monkeypatch):
 def test_layers_made_in_inference_mode_have_a_codebook():
     with torch.inference_mode():
         assert DIVEQ(500, 16).codebook.std() > 0
+
+
+@for_every_layer_and_composite
+def test_the_constructor_s_arguments_are_kept(kind):
+    """All of them, whatever constructors they pass through: none of these is a default."""
+    given = {
+        **{"noise_std": 0.002, "skip_iters": 30, "avg_iters": 7, "replacement_iters": 20, "discard_threshold": 0.02},
+        **{"perturb_eps": 1e-7, "uniform_init": False, "allow_warning": False, "verbose": False},
+        **{"codebook_reset": False, "latents_on_cpu": True, "init": "kmeans", "channel_first": True},
+        **{"precision": "fast", "backend": "reference", "num_codebooks": 3},
+    }
+    taken = inspect.signature(kind).parameters
+    assert set(taken) <= {*given, "num_embeddings", "embedding_dim", "noise_var", "device", "dtype"}
+    given = {name: value for name, value in given.items() if name in taken}
+    assert all(value != taken[name].default for name, value in given.items())
+    layer = kind(12, 6, dtype=torch.float64, **given)
+    assert {name: getattr(layer, name) for name in given} == given and layer.codebook.dtype == torch.float64
 
 
 def test_repr_shows_the_arguments():
