@@ -86,6 +86,15 @@ def test_positions_are_rounded_to_the_nearest_level(bits):
     assert torch.equal(twice.t, again.t) and torch.equal(twice.indices, again.indices)
 
 
+def test_positions_in_double_precision_are_rounded_once():
+    """Those next to the middle of two levels, which in fp32 are the middle."""
+    below = torch.randint(0, 255, (200,))
+    side = torch.where(torch.rand(200) < 0.5, -1, 1)
+    t = (below + 0.5 + 1e-9 * side.double()) / 255
+    _, found = unpack_codes(pack_codes((torch.zeros(200, dtype=torch.int64), t), 9, t_bits=8))
+    assert torch.equal((255 * found).round().long(), below + (side > 0))
+
+
 @pytest.mark.parametrize("kind", [DIVEQ, ResidualDIVEQ, SFDIVEQ, ResidualSFDIVEQ], ids=lambda kind: kind.__name__)
 def test_what_layers_encode(kind):
     several = (2,) if kind.__name__.startswith("Residual") else ()

@@ -6,7 +6,16 @@ import copy
 
 import pytest
 import torch
-from layer_cases import COMPOSITES, CURVES, alike, for_every_curve, for_every_layer, for_every_layer_and_composite, make
+from layer_cases import (
+    COMPOSITE_CURVES,
+    COMPOSITES,
+    CURVES,
+    alike,
+    for_every_curve,
+    for_every_layer,
+    for_every_layer_and_composite,
+    make,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
@@ -102,25 +111,30 @@ def test_decoding_an_index_out_of_range(kind, bad):
         layer.decode(codes)
 
 
-@for_every_layer
+@for_every_layer_and_composite
 def test_decoding_what_are_no_codes(kind):
-    layer = make(kind)
-    curve = kind in CURVES
+    layer, books = make(kind, 12, 6), (2,) if kind in COMPOSITES else ()
+    curve = kind in CURVES + COMPOSITE_CURVES
+    indices = torch.zeros(*books, 2, dtype=torch.int64)
 
     def codes(indices):
-        return (indices, torch.zeros(2)) if curve else indices
+        return (indices, torch.zeros(*books, 2)) if curve else indices
 
     with pytest.raises(TypeError, match="codes must hold an int32 or int64 tensor of indices, got torch.float32"):
-        layer.decode(codes(torch.zeros(2)))
+        layer.decode(codes(indices.float()))
     with pytest.raises(TypeError, match="codes must hold .* got list"):
         layer.decode(codes([0, 1]))
     with pytest.raises(ValueError, match="codes must be on the layer's device, cpu, got meta"):
-        layer.decode(codes(torch.zeros(2, dtype=torch.int64, device="meta")))
+        layer.decode(codes(indices.to("meta")))
     if curve:
         with pytest.raises(TypeError, match=r"codes must be a pair \(indices, t\), got Tensor"):
-            layer.decode(torch.zeros(2, dtype=torch.int64))
-        with pytest.raises(ValueError, match=r"codes.t must have shape .*\(3,\), got \(2,\)"):
-            layer.decode((torch.zeros(3, dtype=torch.int64), torch.zeros(2)))
+            layer.decode(indices)
+        with pytest.raises(ValueError, match=r"codes.t must have shape .*3,?\), got \(.*2,?\)"):
+            layer.decode((indices.new_zeros(*books, 3), torch.zeros(*books, 2)))
+        with pytest.raises(TypeError, match="codes.t must be float16, .*got torch.int64"):
+            layer.decode((indices, indices))
+        with pytest.raises(TypeError, match="codes.t must be a torch.Tensor, got list"):
+            layer.decode((indices, [0.0, 0.0]))
 
 
 @for_every_layer
