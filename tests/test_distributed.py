@@ -32,7 +32,7 @@ KINDS = {
     "DIVEQ": lambda **k: DIVEQ(10, 6, 0.0, 3, 0.6, **k),
     "DIVEQDetach": lambda **k: DIVEQDetach(10, 6, 3, 0.6, **k),
     "SFDIVEQ": lambda **k: SFDIVEQ(10, 6, 0.0, 6, 3, **k),
-    "SFDIVEQDetach": lambda **k: SFDIVEQDetach(30, 6, 6, 3, **k),  # more codewords than rows of a step
+    "SFDIVEQDetach": lambda **k: SFDIVEQDetach(120, 6, 6, 3, **k),  # a step builds more codewords than it has rows
     "ResidualDIVEQ": lambda **k: ResidualDIVEQ(10, 6, 2, 0.0, 3, 0.6, **k),
     "ResidualSFDIVEQ": lambda **k: ResidualSFDIVEQ(10, 6, 2, 0.0, 6, 3, 2, 0.6, **k),
     "ProductDIVEQ": lambda **k: ProductDIVEQ(10, 6, 2, 0.0, 3, 0.6, **k),
@@ -83,10 +83,11 @@ def run_all_kinds(rank, world, folder):
         results[kind] = train(DistributedDataParallel(model), model.quantizer, world, rank)[0]
         results[kind + " state"] = dict(model.quantizer.state_dict())
     # An empty part on one rank, and a layer that keeps to itself on one rank only.
-    layer = Model("ResidualSFDIVEQ").quantizer
-    for step in range(7):
-        layer(batch(step)[: 0 if rank == 0 else None])
-    results["empty"] = [layer.codebook.detach()]
+    for kind in KINDS:
+        layer = Model(kind).quantizer
+        for step in range(7):
+            layer(batch(step)[: 0 if rank == 0 else None])
+        results[kind + " empty"] = layer.codebook.detach()
     if rank == 0:
         alone = Model("DIVEQ").quantizer
         alone.sync_ranks = False
@@ -112,7 +113,7 @@ def test_data_parallel(world, tmp_path):
         for name in ("codebook_usage", "iter_counter"):
             if name in ranks[0][kind + " state"]:
                 assert torch.equal(ranks[0][kind + " state"][name], model.quantizer.state_dict()[name]), (kind, name)
-    assert all(torch.equal(ranks[0]["empty"][0], other["empty"][0]) for other in ranks[1:])
+        assert all(torch.equal(ranks[0][kind + " empty"], other[kind + " empty"]) for other in ranks[1:]), kind
 
 
 def run_out_of_inputs(rank, world, folder):
@@ -263,6 +264,12 @@ def test_replicated_codebooks_that_were_frozen_or_pickled() -> None:
     for copied in (frozen, pickle.loads(pickle.dumps(frozen)), copy.deepcopy(frozen)):
         assert len(copied.codebook._post_accumulate_grad_hooks) == 1
         assert replicate(copied) == {copied.codebook} and len(copied.codebook._post_accumulate_grad_hooks) == 1
+
+
+def test_all_codebooks_of_a_model_are_replicated() -> None:
+    model = torch.nn.Sequential(DIVEQ(8, 4), torch.nn.Linear(4, 4), ResidualDIVEQ(8, 4, 2))
+    assert replicate(model) == {model[0].codebook, model[2].codebook}
+    assert all(len(layer.codebook._post_accumulate_grad_hooks) == 1 for layer in (model[0], model[2]))
 
 
 def test_a_codebook_that_is_made_of_others_is_not_replicated() -> None:

@@ -87,11 +87,12 @@ def test_two_pairs_of_four_ranks(tmp_path: Path) -> None:
 
 def test_what_a_model_ignores_already_stays_ignored() -> None:
     """DistributedDataParallel has one list of names for each model."""
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), ShardedNearest(8, 3))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), ShardedNearest(8, 3), ShardedNearest(6, 3))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["0.bias"])
     for _ in range(2):
-        assert distributed.keep_shards(model) == {model[1].codebook}
-        assert sorted(model._ddp_params_and_buffers_to_ignore) == ["0.bias", "1.codebook_0_8_of_8"]
+        assert distributed.keep_shards(model) == {model[1].codebook, model[2].codebook}
+        parts = ["1.codebook_0_8_of_8", "2.codebook_0_6_of_6"]
+        assert sorted(model._ddp_params_and_buffers_to_ignore) == ["0.bias", *parts]
 
 
 @pytest.mark.parametrize("uniform_init", [True, False])
