@@ -17,6 +17,7 @@ from layer_cases import (
     make,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import normalize
 
 from diveq_kernels import functional
@@ -47,8 +48,9 @@ def test_decoding_where_there_are_no_values_to_look_at(kind):
 @pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 def test_a_trace_of_decoding_has_no_values_in_it():
     layer = make(DIVEQ).requires_grad_(False)
-    traced, codes = torch.jit.trace(lambda x: layer.decode(x), torch.tensor([1, 2, 3])), torch.tensor([11, -1, 0])
-    assert torch.equal(traced(codes), layer.decode(codes))
+    given, codes = torch.tensor([1, 2, 3]), torch.tensor([11, -1, 0])
+    for traced in (torch.jit.trace(lambda x: layer.decode(x), given), make_fx(lambda x: layer.decode(x))(given)):
+        assert torch.equal(traced(codes), layer.decode(codes))
 
 
 @for_every_layer

@@ -149,6 +149,27 @@ def test_traces_keep_the_operation() -> None:
     assert "diveq::diveq" in str(traced.graph)
 
 
+class Cut(torch.autograd.Function):
+    """What passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_no_gradient_arrives_none_leaves(name: str) -> None:
+    inputs = arguments(name)
+    for operation in (getattr(ops, name), getattr(torch.ops.diveq, name)):
+        outputs = [Cut.apply(output) for output in operation(*inputs) if output.is_floating_point()]
+        loss = sum(output.sum() for output in outputs)
+        assert torch.autograd.grad(loss, inputs[:2], allow_unused=True) == (None, None)
+
+
 # ---- torch.func ------------------------------------------------------------------------------------------------------
 
 
