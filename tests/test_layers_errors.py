@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import re
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from layer_cases import (
-    for_curve_layers,
+    COMPOSITE_CURVES,
+    for_every_curve,
     for_every_layer,
     for_every_layer_and_composite,
     for_replacing_layers,
@@ -127,8 +129,9 @@ def test_bad_replacement_arguments(kind):
     kind(8, 4, replacement_iters=0, discard_threshold=2, codebook_reset=False)
 
 
-@for_curve_layers
+@for_every_curve
 def test_bad_schedule(kind):
+    kind = functools.partial(kind, num_codebooks=2) if kind in COMPOSITE_CURVES else kind
     with pytest.raises(ValueError, match="num_embeddings must be an int >= 2, got 1"):
         kind(1, 4)
     with pytest.raises(ValueError, match="skip_iters must be an int >= 0, got -1"):
