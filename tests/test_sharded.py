@@ -352,6 +352,14 @@ def test_without_a_process_group():
         assert not layer.quantize(z).z_q.requires_grad
 
 
+def test_decoding_compiles_whole():
+    """A graph has no values to check."""
+    layer, indices = ShardedNearest(8, 3), torch.randint(-1, 8, (20,))
+    decoded = torch.compile(layer.decode, backend="eager", fullgraph=True)(indices)
+    torch._dynamo.reset()
+    assert torch.equal(decoded, layer.decode(indices))
+
+
 def test_the_part_is_a_parameter_like_others():
     """It is assigned as ``codebook``, parametrized, and no other tensor is taken for a part."""
     layer = torch.nn.Sequential(ShardedNearest(8, 3))
@@ -366,10 +374,11 @@ def test_the_part_is_a_parameter_like_others():
 
 @pytest.mark.parametrize("rows", ["same", "own"])
 @pytest.mark.parametrize("step", [False, True])
-def test_opcheck(rows, step):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(rows, step, dtype):
     from diveq_kernels.sharded_search import sharded
 
-    z, codebook = torch.randn(5, 6, requires_grad=True), torch.randn(8, 6, requires_grad=True)
+    z, codebook = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((5, 6), (8, 6)))
     seed, mask = torch.full((), 3), torch.rand(5) < 0.7
     torch.library.opcheck(sharded, (z, codebook, mask, seed, 0.1, step, 0, 8, rows == "own", "", "exact", ""))
 
