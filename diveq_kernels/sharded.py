@@ -232,7 +232,10 @@ class ShardedNearest(MarkedCodebook):
         _checks.check_z(z)
         if z.shape[-1] != self.embedding_dim:
             raise ValueError(f"z must have shape [..., D] with D = {self.embedding_dim}, got {tuple(z.shape)}")
+        part = (self._sizes[distributed.rank_in(self._group)], self.embedding_dim)
+        _checks.check_shape(self.codebook, "codebook", part, "that of this rank's part")  # another may be in its place
         _checks.check_same_device(self.codebook, "the codebook", z)
+        _checks.check_precision(self.precision)
         _checks.check_mask(mask, z)
         if not torch.compiler.is_compiling():
             distributed.check_shards_kept(self, self._group)

@@ -1,13 +1,17 @@
-"""The Python that README.md and docs/migrating.md show runs, from the top to the end of a page."""
+"""The Python that README.md and docs/migrating.md show runs; docs/api.md names all that there is."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import diveq_kernels
+from diveq_kernels import functional, layers
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a page speaks of without making it: the reader's own.
@@ -30,3 +34,14 @@ def test_what_a_page_shows_runs(page: str) -> None:
     program = "\n".join([OWN if page != "README.md" else "", *blocks, CHECKS[page]])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_overview_has_all_that_is_public() -> None:
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", (ROOT / "docs" / "api.md").read_text()))))
+    kinds = [getattr(layers, name) for name in layers.__all__ if name != "SFCodes"]
+    arguments = {name for kind in kinds for name in inspect.signature(kind).parameters}
+    functions = {name for name, x in vars(functional).items() if getattr(x, "__module__", "") == functional.__name__}
+    functions -= {"Nearest", "Quantized", "Projected", "noise_seed"}
+    buffers = {name for name, _ in layers.ResidualSFDIVEQ(8, 4, 2, allow_warning=False).named_buffers()}
+    public = {*diveq_kernels.__all__, *arguments, *buffers, *(name for name in functions if name[0] != "_")}
+    assert len(functions) > 8 and public - named == {"__version__", "curve"}

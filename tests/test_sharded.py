@@ -416,6 +416,15 @@ def test_bad_arguments():
             function(torch.zeros(2, 3, device="meta"))
     with pytest.raises(TypeError, match="codebook must be a torch.Tensor, got list"):
         layer.load_codebook([[0.0] * 3] * 4)
+    other = ShardedNearest(4, 3)
+    other.precision = "half"
+    with pytest.raises(ValueError, match="precision must be 'exact' or 'fast', got 'half'"):
+        other(torch.zeros(2, 3))
+    for wrong in ((4, 1), (1, 3), (4,)):
+        other.codebook = torch.nn.Parameter(torch.zeros(wrong))
+        for function in (other, other.quantize):
+            with pytest.raises(ValueError, match="codebook must have shape .* this rank's part"):
+                function(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"codebook must have shape \[K, D\] = \(4, 3\), got \(3, 3\)"):
         layer.load_codebook(torch.zeros(3, 3))
     z = torch.randn(2, 3, requires_grad=True)
