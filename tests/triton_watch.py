@@ -130,9 +130,15 @@ def _barrier(self: Any) -> None:
     _watch.now += 1
 
 
+def _as_bool(mask: Any) -> Any:
+    """Of what `&` makes of a bool and a scalar one the interpreter has int32, which Triton 3.9's does not take."""
+    mask.data = np.asarray(mask.data, dtype=bool)
+    return mask
+
+
 def _load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
     assert _watch is not None
-    for storage, offsets, _ in _watch.of(pointers.data, mask.data):
+    for storage, offsets, _ in _watch.of(pointers.data, _as_bool(mask).data):
         _watch.record("read", storage, offsets)
     return _create_masked_load(self, pointers, mask, *rest)
 
@@ -141,7 +147,7 @@ def _store(self: Any, pointers: Any, values: Any, mask: Any, *rest: Any) -> Any:
     assert _watch is not None
     raw = np.dtype(f"u{values.data.itemsize}")
     stored = np.broadcast_to(values.data, pointers.data.shape).reshape(-1).view(raw)
-    for storage, offsets, which in _watch.of(pointers.data, mask.data):
+    for storage, offsets, which in _watch.of(pointers.data, _as_bool(mask).data):
         _, first, same = np.unique(offsets, return_index=True, return_inverse=True)
         if (stored[which] != stored[which][first][same]).any():
             raise RuntimeError("a race: one store writes two values to one element")
@@ -151,7 +157,7 @@ def _store(self: Any, pointers: Any, values: Any, mask: Any, *rest: Any) -> Any:
 
 def _atomic(self: Any, operation: Any, pointers: Any, values: Any, mask: Any, *rest: Any) -> Any:
     assert _watch is not None
-    for storage, offsets, _ in _watch.of(pointers.data, mask.data):
+    for storage, offsets, _ in _watch.of(pointers.data, _as_bool(mask).data):
         _watch.record("atomic", storage, offsets)
     return _create_atomic_rmw(self, operation, pointers, values, mask, *rest)
 
