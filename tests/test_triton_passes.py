@@ -60,8 +60,7 @@ def find(z: Tensor, codebook: Tensor, mask: Tensor | None = None, dither: Tensor
     distances = torch.full(z.shape[:-1], 7.0)
     with forced("search_bf16x3", TILE):  # tiles that the few rows left fill in part
         found = search.find(z, codebook, dither, mask, "exact", distances)
-    if dither is not None:
-        codebook = torch.lerp(codebook[:-1], codebook[1:], dither[:, None])
+    codebook = codebook if dither is None else torch.lerp(codebook[:-1], codebook[1:], dither[:, None])
     expected = sqdist(z, codebook)
     kept = torch.ones(len(z), dtype=torch.bool) if mask is None else mask
     least, picked = expected.amin(1)[kept], expected[kept].gather(1, found[kept].long()[:, None])[:, 0]
@@ -384,9 +383,10 @@ def test_nothing_past_a_row_is_measured(dim: int, looked: list[set[int]], left: 
     assert len(looked[0]) < 40
 
 
-def test_dithered_codewords_and_strided_rows(left: list[set[int]], target: str) -> None:
+@pytest.mark.parametrize("dim", [20, 130])  # the first look measures two codewords at a time of the longer rows
+def test_dithered_codewords_and_strided_rows(dim: int, left: list[set[int]], target: str) -> None:
     gen = generator()
-    z, codebook = torch.randn(20, 150, generator=gen).T, torch.randn(300, 20, generator=gen)
+    z, codebook = torch.randn(dim, 150, generator=gen).T, torch.randn(300, dim, generator=gen)
     find(z, codebook, torch.arange(150) % 4 != 1, torch.rand(299, generator=gen))
 
 
