@@ -20,6 +20,7 @@ tl = pytest.importorskip("triton.language", reason="needs Triton")
 from diveq_kernels.triton_kernels import INTERPRETED, nearest, pack, residual, scan, search, settle  # noqa: E402
 from diveq_kernels.triton_kernels.middle import middle  # noqa: E402
 from diveq_kernels.triton_kernels.product import error_bound  # noqa: E402
+from diveq_kernels.triton_kernels.product import split as split_in_kernel  # noqa: E402
 
 TILE = {"BLOCK_N": 16, "BLOCK_K": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter (TRITON_INTERPRET=1)")
@@ -79,6 +80,31 @@ def test_products_keep_their_bound(product: str, data: str, step: int) -> None:
         without = accumulate(torch.zeros(len(z), dtype=torch.float64), h, high_c, step)
         lost = (without - (z.double() * c.double()).sum(1)).abs() / (z.double().norm(dim=1) * c.double().norm(dim=1))
         assert float(lost.max()) > error_bound(product, dim, dim)  # one product alone would be seen
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def split_kernel(x, high, low, PRODUCT: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, 1024)
+    of_x = split_in_kernel(tl.load(x + at), PRODUCT, 1)
+    tl.store(high + at, of_x[0])
+    tl.store(low + at, of_x[1])
+
+
+@interpreted
+@pytest.mark.parametrize("target", ["triton-cpu"])
+@pytest.mark.parametrize(("product", "bits"), [("tf32", 11), ("fp16", 11), ("bf16", 8), ("bf16x3", 8)])
+def test_parts_of_a_number_leave_out_what_the_bound_counts(product: str, bits: int, target: str) -> None:
+    """Rounded to the nearest of so many bits, and the rest once more: in the interpreter by arithmetic of its own."""
+    x = torch.randn(1024, generator=generator())
+    x[:3] = torch.tensor([1 + 2.0**-bits, 1 + 3 * 2.0**-bits, -(2 - 2.0**-23)])  # halfway, and to the next power of two
+    high, low = torch.empty(2, 1024)
+    split_kernel[(1,)](x, high, low, product)
+    whole = high.double() / torch.frexp(high.double()).exponent.exp2() * 2.0**bits
+    assert torch.equal(whole, whole.round())
+    assert ((x.double() - high).abs() <= 2.0**-bits * x.abs().double()).all()
+    if product == "bf16x3":
+        assert torch.equal(low, low.bfloat16().float())
+        assert ((x.double() - high - low).abs() <= 2.0**-17 * x.abs().double()).all()
 
 
 def fp16_scale(length: Tensor) -> Tensor:
@@ -200,8 +226,10 @@ def test_a_groups_score_may_be_that_of_any_of_its_codewords(target: str) -> None
     above_kernel[(1,)](bias, distances, of_c, of_x, lengths, found, dim)
     errors = of_x[:, None].double() + of_c[:, None].double() * squares.double()
     least = distances.double().amin(1)
-    # Twice, as the least score may have come out too low, and the nearest codeword's too high.
-    needed = torch.where(gone, -torch.inf, 2 * errors - (distances.double() - least[:, None])).amax(1)
+    # Twice, as the least score may have come out too low, and the nearest codeword's too high. Both are rounded.
+    rounding = dim * 2.0**-24 * (distances.double() + least[:, None])
+    nearer = (distances.double() - least[:, None] - rounding).clamp_min(0)
+    needed = torch.where(gone, -torch.inf, 2 * errors - nearer).amax(1)
     assert (found >= needed).all()
     assert (found <= needed + 0.003 * errors.where(~gone, 0).amax(1) + (dim + 8) * 2.0**-22 * distances[:, 0]).all()
     assert (found < errors.where(~gone, 0).amax(1)).any()  # some that are long and far do not count
@@ -224,6 +252,20 @@ def test_the_longest_codeword_is_found(target: str) -> None:
         wanted = torch.where(wanted < 1.84e19, wanted, 0.0)
         wanted, found = wanted.amax(1), packed.lengths[:, 2].double()
         assert ((found >= wanted) & (found <= 1.01 * wanted + 1.1e-18)).all()
+
+
+@interpreted
+@pytest.mark.parametrize("target", ["triton-cpu"])
+@pytest.mark.parametrize(("largest", "fits"), [(65000.0, True), (66000.0, False), (-66000.0, False)])
+def test_a_codeword_past_the_range_of_fp16_is_noticed(largest: float, fits: bool, target: str) -> None:
+    """In one column of one codeword, doubled and at its scale: no further than that is it too wide."""
+    codebook = torch.randn(200, 12, generator=generator())
+    around = middle(codebook[None], 16)
+    scale = fp16_scale(around.squares[0].sum(0).sort()[0][16].sqrt())
+    codebook[17, 3] = around.centre[0, 3] + largest / (2 * scale)  # not one of the sample
+    too_wide = torch.zeros(1, dtype=torch.int32)
+    packed = pack.pack(codebook[None], None, "fp16", True, TILE, too_wide=too_wide)
+    assert bool(too_wide) != fits and bool(packed.points.half().isfinite().all()) == fits
 
 
 # ---- the search with products in error -----------------------------------------------------------------------------
