@@ -268,6 +268,20 @@ def test_a_codeword_past_the_range_of_fp16_is_noticed(largest: float, fits: bool
     assert bool(too_wide) != fits and bool(packed.points.half().isfinite().all()) == fits
 
 
+@interpreted
+@pytest.mark.parametrize("target", ["triton-cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["half", "whole"])
+def test_fast_searches_moved_points_far_from_0(dtype: torch.dtype, target: str) -> None:
+    """Rows in bf16 are not centred: what that leaves of the centre is beside ‖c − μ‖². Points are rounded there."""
+    gen = generator()
+    z, codebook = (5 + torch.randn(60, 12, generator=gen)).to(dtype), 5 + torch.randn(300, 12, generator=gen)
+    found = search.find(z, codebook, None, None, "fast")
+    distances = torch.cdist(z.double(), codebook.double())
+    moved = 2.0**-8 * (codebook - codebook.median(dim=0).values).norm(dim=1).max()
+    picked = distances.gather(1, found.long()[:, None])[:, 0]
+    assert (picked <= distances.amin(1) + 4 * moved).all()
+
+
 # ---- the search with products in error -----------------------------------------------------------------------------
 
 
