@@ -103,7 +103,8 @@ class ShardedNearest(MarkedCodebook):
         self._sizes = [num_embeddings // ranks + (r < num_embeddings % ranks) for r in range(ranks)]
         self.first = sum(self._sizes[:rank])
         self._name = f"codebook_{self.first}_{self.first + self._sizes[rank]}_of_{num_embeddings}"
-        codebook = torch.empty(self._sizes[rank], embedding_dim, device=device, dtype=dtype)
+        self._part_shape = (self._sizes[rank], embedding_dim)
+        codebook = torch.empty(self._part_shape, device=device, dtype=dtype)
         _checks.check_float_tensor(codebook, "codebook (argument dtype)")
         self.register_parameter(self._name, nn.Parameter(codebook))
         self.reset_parameters()
@@ -232,8 +233,8 @@ class ShardedNearest(MarkedCodebook):
         _checks.check_z(z)
         if z.shape[-1] != self.embedding_dim:
             raise ValueError(f"z must have shape [..., D] with D = {self.embedding_dim}, got {tuple(z.shape)}")
-        part = (self._sizes[distributed.rank_in(self._group)], self.embedding_dim)
-        _checks.check_shape(self.codebook, "codebook", part, "that of this rank's part")  # another may be in its place
+        # Another may be in its place.
+        _checks.check_shape(self.codebook, "codebook", self._part_shape, "that of this rank's part")
         _checks.check_same_device(self.codebook, "the codebook", z)
         _checks.check_precision(self.precision)
         _checks.check_mask(mask, z)

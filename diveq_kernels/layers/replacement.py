@@ -118,9 +118,9 @@ class ReplacingQuantizer(Quantizer):
                 kmeans_start, self.codebook, z.detach(), mask, counter, self._synchronises(), self._backend()
             )
             self._write(codebook)
-            # A transform of torch.func has a state of its own; a compiler has one, too, as it traces.
-            transformed = torch._C._functorch.peek_interpreter_stack() is not None
-            self._may_start = transformed and not torch.compiler.is_compiling()
+            # A transform of torch.func has a state of its own. A compiler finds one, too, and the start stays in its
+            # graph: within a checkpoint it could not write the attribute.
+            self._may_start = torch._C._functorch.peek_interpreter_stack() is not None
         if not self.codebook_reset:
             return codebook
         clock = in_step(self._replacement_clock(), is_step)
