@@ -45,7 +45,7 @@ class Start:
         return Start, (self.may_be_due,)  # a copy of the layer has a start of its own
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_kept_elsewhere() -> bool:
     """Whether codebook and counter are those of a transform of torch.func, or of a graph to be exported."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.compiler.is_exporting()

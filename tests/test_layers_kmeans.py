@@ -242,8 +242,9 @@ def compiled_whole(run):
     starts = []
 
     def compile_graph(graph, inputs):
-        nodes = [node for part in graph.modules() if isinstance(part, torch.fx.GraphModule) for node in part.graph.nodes]
-        starts.append(sum(str(node.target).startswith("diveq.kmeans_start") for node in nodes))
+        parts = [part.graph for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        targets = [str(node.target) for part in parts for node in part.nodes]
+        starts.append(sum(target.startswith("diveq.kmeans_start") for target in targets))
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     return torch.compile(run, fullgraph=True, backend=compile_graph), starts
@@ -295,7 +296,8 @@ def test_a_state_kept_elsewhere_leaves_the_layers_own_start(how):
         return torch.func.functional_call(layer, {"codebook": codebook, **buffers}, (latents(40),))[0].sum()
 
     if how == "transform":
-        torch.func.grad(step)(layer.codebook.detach().clone(), {name: buffer.clone() for name, buffer in layer.named_buffers()})
+        buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        torch.func.grad(step)(layer.codebook.detach().clone(), buffers)
     else:
         torch.export.export(layer, (latents(40),)).module()(latents(40))
     compiled, starts = compiled_whole(layer)
