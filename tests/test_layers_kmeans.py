@@ -278,12 +278,11 @@ def test_it_compiles_whole_and_later_steps_are_without(kind, repeated):
 def test_copies_begin_by_themselves():
     torch._dynamo.reset()
     layer = make(DIVEQ)
-    others = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
-    torch.compile(layer, backend="aot_eager")(latents(40))
-    for other in others:
+    for other in [layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]:
         compiled, starts = compiled_whole(other)
-        compiled(latents(40))
-        assert starts == [1]
+        for _ in range(2):
+            compiled(latents(40))
+        assert starts == [1, 0]
         torch.testing.assert_close(other.codebook.mean(), torch.tensor(40.0), rtol=0.1, atol=0)
     torch._dynamo.reset()
 
