@@ -18,20 +18,6 @@ from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels._operation import is_seen
 from diveq_kernels.usage import fewest_steps, replacement_due
 
-# ---- steps -----------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("diveq::in_forward", mutates_args=())
-def in_forward(counter: Tensor) -> Tensor:
-    """1, or 0 in a backward, where checkpointing repeats a forward: a tensor like the counter, for graphs."""
-    return torch.full_like(counter, int(torch._C._current_graph_task_id() == -1))
-
-
-@in_forward.register_fake
-def _(counter: Tensor) -> Tensor:
-    return torch.empty_like(counter)
-
-
 # ---- replacement -----------------------------------------------------------------------------------------------------
 
 

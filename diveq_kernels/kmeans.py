@@ -6,9 +6,7 @@ gradient passes to the codebook unchanged.
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,42 +14,10 @@ from torch import Tensor
 from diveq_kernels import distributed, ops, philox
 from diveq_kernels._dtypes import compute_dtype
 from diveq_kernels.codebook import finite_rows, pass_on, save_arity
+from diveq_kernels.steps import layer_of
+from diveq_kernels.usage import in_step
 
 ITERATIONS = 10
-
-# ---- whether it may be due -------------------------------------------------------------------------------------------
-
-_starts: WeakValueDictionary[int, Start] = WeakValueDictionary()
-
-
-class Start:
-    """A layer's start by k-means, as far as the host knows of it without waiting for the device that counts steps.
-
-    A compiled graph, and a checkpoint in one, can write to no attribute. So ``kmeans_start`` does, as it runs; it finds
-    this object by its number. What was traced with ``may_be_due`` is then traced anew, without the operation.
-
-    Attributes:
-        may_be_due: False once the layer began a step with ``kmeans_start``.
-        number: int64 [] on the CPU, random, as graphs that were exported or saved meet objects of other processes.
-    """
-
-    def __init__(self, may_be_due: bool):
-        self.may_be_due = may_be_due
-        number = secrets.randbits(63)
-        self.number = torch.tensor(number, dtype=torch.int64, device="cpu")
-        _starts[number] = self
-
-    def __reduce__(self) -> tuple[type[Start], tuple[bool]]:
-        return Start, (self.may_be_due,)  # a copy of the layer has a start of its own
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_kept_elsewhere() -> bool:
-    """Whether codebook and counter are those of a transform of torch.func, or of a graph to be exported."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.compiler.is_exporting()
-
-
-# ---- Lloyd's algorithm -----------------------------------------------------------------------------------------------
 
 
 def _spread(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool) -> Tensor:
@@ -95,7 +61,8 @@ def _kmeans(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool, b
     "diveq::kmeans_start",
     mutates_args=(),
     schema="(Tensor codebook, Tensor z, Tensor? mask, Tensor iter_counter, bool sync, str backend,"
-    " Tensor? start=None) -> Tensor",
+    " Tensor? is_step=None, Tensor? number=None) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def kmeans_start(
     codebook: Tensor,
@@ -104,7 +71,8 @@ def kmeans_start(
     iter_counter: Tensor,
     sync: bool,
     backend: str,
-    start: Tensor | None = None,
+    is_step: Tensor | None = None,
+    number: Tensor | None = None,
 ) -> Tensor:
     """The codebook that k-means finds in the rows of the first step (docs/math.md, "k-means start").
 
@@ -119,17 +87,25 @@ def kmeans_start(
         iter_counter: int32 [1]; the codebook is replaced where it is below 0.
         sync: Whether z is this rank's part of the rows, those of all ranks following one another.
         backend: Of the search.
-        start: The number of the ``Start`` that is not due after this.
+        is_step: int32 [1], 0 where nothing is due whatever the counter.
+        number: Of the layer, which learns that later steps have no start.
 
     Returns:
         codebook_now: a new tensor like codebook, the same on every rank.
     """
-    begun = _starts.get(int(start)) if start is not None else None
-    if begun is not None:
-        begun.may_be_due = False
-    due = (iter_counter < 0).squeeze()
+    due = (in_step(iter_counter, 1 if is_step is None else is_step) < 0).squeeze()
     if due.device.type == "cpu" and not due:
-        return codebook.clone(memory_format=torch.contiguous_format)
+        now = codebook.clone(memory_format=torch.contiguous_format)
+    else:
+        now = _start(codebook, z, mask, due, sync, backend)
+    layer = None if number is None else layer_of(number, iter_counter)
+    if layer is not None:
+        layer.learn_of_start()
+    return now
+
+
+def _start(codebook: Tensor, z: Tensor, mask: Tensor | None, due: Tensor, sync: bool, backend: str) -> Tensor:
+    """The codebook that k-means finds if it is due and has rows."""
     books = codebook if codebook.dim() == 3 else codebook[None]
     Q, K, part = books.shape
     rows = z.reshape(-1, z.shape[-1])

@@ -11,8 +11,8 @@ from typing_extensions import Self
 from diveq_kernels import _checks, backends, distributed
 from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels._operation import is_plain
-from diveq_kernels.codebook import in_forward
 from diveq_kernels.layers._arguments import check_count, check_flags
+from diveq_kernels.steps import in_forward, in_forward_of, number_of
 from diveq_kernels.usage import perplexity
 
 
@@ -73,6 +73,9 @@ class Quantizer(MarkedCodebook):
     _known_version: int = -1
     _graphs_count: bool = False
     _settled: bool = False
+    # What graphs have told (``learn_of_forward``): steps until they look, and whether forwards are repeated.
+    _steps_to_look: int
+    _repeats: bool
     _replicated: bool = False  # by ``diveq_kernels.distributed.replicate``
 
     def __init__(
@@ -112,6 +115,7 @@ class Quantizer(MarkedCodebook):
         # Steps of training; shape and dtype are those of the `diveq` package's checkpoints.
         self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32, device=device))
         self._draw()
+        self._number = number_of(self)
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -135,7 +139,7 @@ class Quantizer(MarkedCodebook):
         for buffer in self.buffers():
             nn.init.zeros_(buffer)
         nn.init.constant_(self.iter_counter, self._steps_at_start(drawn))
-        self._forget_steps()
+        self._forget_all()
 
     @torch.no_grad()
     def _draw(self) -> None:
@@ -239,9 +243,33 @@ class Quantizer(MarkedCodebook):
         """Whether this step changes codebook and counts: not if frozen, nor where checkpointing repeats a forward."""
         return not self._is_frozen() and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
 
-    def _is_step(self) -> Tensor | int:
-        """In a forward that ``_writes``: 1 for a step, 0 for a repetition, which a graph finds out as it runs."""
-        return in_forward(self.iter_counter) if torch.compiler.is_compiling() else 1
+    def _is_step(self, learns: bool = False) -> Tensor | int:
+        """In a forward that ``_writes``: 1 for a step, 0 for a repetition, which a graph finds out as it runs.
+
+        Args:
+            learns: Whether ``learn_of_forward`` is called as it does.
+        """
+        if not torch.compiler.is_compiling():
+            return 1
+        told = learns and not self._settled and not torch.compiler.is_exporting()
+        is_step: Tensor = in_forward_of(self.iter_counter, self._number) if told else in_forward(self.iter_counter)
+        return is_step
+
+    def learn_of_forward(self, is_step: bool) -> None:
+        """What a graph whose steps are not known to be settled tells as one of its forwards, or repetitions, begins.
+
+        The graph looks at the counter in its second step, and when the last step that differs begins. A repetition is
+        to be of its step's kind, so where there are some nothing is concluded.
+        """
+        self._repeats = self._repeats or not is_step
+        if self._repeats or self._is_captured():
+            return
+        if self._steps_to_look > 0:
+            self._steps_to_look -= 1
+            return
+        to_come = self._first_settled_step() - 2 - int(self.iter_counter)
+        self._settled = to_come <= 0
+        self._steps_to_look = max(0, to_come - 1)
 
     def _is_frozen(self) -> bool:
         """Whether the codebook is one with ``requires_grad_(False)``, which within torch.vmap all seem to be."""
@@ -297,7 +325,7 @@ class Quantizer(MarkedCodebook):
             elif not self._is_captured():
                 if self._known_counter is None:
                     self._known_steps, self._known_version = max(0, int(self.iter_counter)), self.iter_counter._version
-                    self._known_counter = self.iter_counter
+                    self._known_counter, self._settled = self.iter_counter, False
                 if self._known_counter is not self.iter_counter:
                     return False
                 self._settled = self._settled or self._known_steps >= needed
@@ -321,9 +349,13 @@ class Quantizer(MarkedCodebook):
     def _forget_steps(self) -> None:
         self._known_steps, self._known_counter, self._settled = -1, None, False
 
+    def _forget_all(self) -> None:
+        self._forget_steps()
+        self._steps_to_look, self._repeats = 1, False
+
     def _mark(self) -> None:
         distributed.keep_replicated(self)
-        self._forget_steps()  # the counter may be another tensor too
+        self._forget_all()  # the counter may be another tensor too
 
     def train(self, mode: bool = True) -> Self:
         """``nn.Module.train``. Until its first steps are over the layer takes this chance to look at their counter."""
@@ -370,6 +402,7 @@ class Quantizer(MarkedCodebook):
                 "save the state_dict of the layer that was pickled, and load it into a new one"
             )
         super().__setstate__(state)
+        self._number = number_of(self)  # a copy has its own
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

@@ -254,7 +254,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         writes = self._writes()
         if self._is_settled(counted=not writes):
             return self._train_curve(z, mask, active)
-        is_step = self._is_step() if writes else 0
+        is_step = self._is_step(learns=True) if writes else 0
         step = self.iter_counter.clamp_min(0) + is_step  # a forward that is repeated has been counted
         if self._builds_curve and writes:
             self._may_write()

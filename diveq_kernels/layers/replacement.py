@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diveq_kernels import distributed
 from diveq_kernels.codebook import edit, replace_unused
-from diveq_kernels.kmeans import Start, is_kept_elsewhere, kmeans_start
+from diveq_kernels.kmeans import kmeans_start
 from diveq_kernels.layers._arguments import check_flags, check_init, check_replacement, warn_unusual_replacement
 from diveq_kernels.layers.base import Quantizer, brings_codebook
 from diveq_kernels.usage import count_use, in_step, replacement_due
@@ -67,7 +67,7 @@ class ReplacingQuantizer(Quantizer):
         self.register_buffer("num_replaced", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._begin()
         self.iter_counter.fill_(self._steps_at_start(drawn=True))
-        self._start = Start(init == "kmeans")
+        self._may_start = init == "kmeans"
         self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
@@ -75,7 +75,7 @@ class ReplacingQuantizer(Quantizer):
         """``Quantizer.reset_parameters``; with ``init="kmeans"`` the next step looks for a codebook again."""
         super().reset_parameters()
         self._begin()
-        self._start.may_be_due = self.init == "kmeans"
+        self._may_start = self.init == "kmeans"
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -90,13 +90,17 @@ class ReplacingQuantizer(Quantizer):
             self._begin()
 
     def _steps_at_start(self, drawn: bool) -> int:
-        # The counter decides, on its device; the start's object spares all later steps the work and the collectives.
+        # The counter decides, on its device; the flag spares all later steps the work and the collectives.
         return -1 if drawn and self.init == "kmeans" else 0
 
     def _start_may_be_due(self) -> bool:
         if self._counts_are_free():
             return self.init == "kmeans" and int(self.iter_counter) < 0
-        return self._start.may_be_due
+        return self._may_start
+
+    def learn_of_start(self) -> None:
+        """What a graph's start by k-means tells the layer."""
+        self._may_start = False
 
     def _replacement_clock(self) -> Tensor:
         """Steps so far, int32 [1]; 0 where no replacement shall follow."""
@@ -113,11 +117,12 @@ class ReplacingQuantizer(Quantizer):
         if may_start or self.codebook_reset:
             self._may_write()
         if may_start:
-            counter = in_step(self.iter_counter, is_step)
-            start = None if is_kept_elsewhere() else self._start.number
-            codebook = edit(
-                kmeans_start, self.codebook, z.detach(), mask, counter, self._synchronises(), self._backend(), start
-            )
+            in_graph = torch.compiler.is_compiling()
+            told = (is_step, None if torch.compiler.is_exporting() else self._number) if in_graph else ()
+            how = self._synchronises(), self._backend(), *told
+            codebook = edit(kmeans_start, codebook, z.detach(), mask, self.iter_counter, *how)
+            if not in_graph:  # a transform of torch.func has a state of its own
+                self._may_start = torch._C._functorch.peek_interpreter_stack() is not None
             self._write(codebook)
         if not self.codebook_reset:
             return codebook
@@ -173,5 +178,5 @@ def _before_loading(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
 
 def _after_loading(layer: Any, *_: Any) -> None:
     """A checkpoint may be one from before the first step; with ``assign`` it may be what takes a layer from "meta"."""
-    layer._start.may_be_due = layer.init == "kmeans"
+    layer._may_start = layer.init == "kmeans"
     layer._begin()

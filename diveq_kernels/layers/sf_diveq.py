@@ -137,7 +137,7 @@ class SFDIVEQ(Quantizer):
 
     def _train(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         codebook: Tensor = self.codebook
-        is_step = self._is_step() if self._writes() else None
+        is_step = self._is_step(learns=True) if self._writes() else None
         if is_step is not None:
             self._count_step(is_step)
         started = None
