@@ -64,6 +64,31 @@ __global__ void copy_kernel(const float* x, float* out) {
   if (!kWait) wait_for_copies();
 }
 
+// Tile by tile, the next one copied while this one is read, to where the one before it was.
+template <bool kAfterReading>
+__global__ void copy_ahead_kernel(const float* x, float* out, int tiles) {
+  DIVEQ_SHARED(float, tile);
+  const int t = threadIdx.x;
+  const auto copy = [&](int i) {
+    const int of_warp = t / 32 * 32 + 4 * (t % 32);
+    if (t % 32 < 8 && i < tiles) copy_async(tile + i % 2 * 128 + of_warp, x + i * 128 + of_warp);
+  };
+  copy(0);
+  for (int i = 0; i < tiles; ++i) {
+    wait_for_copies();
+    if (!kAfterReading) copy(i + 1);
+    __syncthreads();
+    if (kAfterReading) copy(i + 1);
+    out[i * 128 + t] = tile[i % 2 * 128 + 127 - t];
+  }
+}
+
+// What a block before this one made, if that was done.
+__global__ void chain_kernel(float* out) {
+  const int t = blockIdx.x * 128 + threadIdx.x;
+  out[t] = blockIdx.x ? out[t - 128] : 1.0f;
+}
+
 __global__ void overrun_kernel(float* out) {
   DIVEQ_SHARED(float, tile);
   tile[threadIdx.x + 1] = 1.0f;
@@ -129,6 +154,12 @@ int main(int, char** argv) {
     }
     if (name == "copy") DIVEQ_LAUNCH(copy_kernel<true>, 1, 128, 512, nullptr, x, out), mirrored(128, 128);
     if (name == "copy without waiting") DIVEQ_LAUNCH(copy_kernel<false>, 1, 128, 512, nullptr, x, out), mirrored(128, 128);
+    if (name == "copy ahead") DIVEQ_LAUNCH(copy_ahead_kernel<true>, 1, 128, 1024, nullptr, x, out, 4), mirrored(128, 512);
+    if (name == "copy too far ahead") DIVEQ_LAUNCH(copy_ahead_kernel<false>, 1, 128, 1024, nullptr, x, out, 4), mirrored(128, 512);
+    if (name == "chain of blocks") {
+      DIVEQ_LAUNCH(chain_kernel, 4, 128, 0, nullptr, out);
+      for (int i = 0; i < 512; ++i) right &= out[i] == 1;
+    }
     if (name == "overrun") DIVEQ_LAUNCH(overrun_kernel, 1, 128, 512, nullptr, out);
     if (name == "too much shared memory") DIVEQ_LAUNCH(unwritten_kernel, 1, 128, 100 << 10, nullptr, out);
     if (name == "too much with arrays") DIVEQ_LAUNCH(unwritten_kernel, 1, 128, 99 << 10, nullptr, out);

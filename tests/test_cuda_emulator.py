@@ -46,7 +46,7 @@ def outcomes(program: Path, kernel: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("kernel", ["mirror", "warp", "copy", "shuffles", "mma", "unwritten memory"])
+@pytest.mark.parametrize("kernel", ["mirror", "warp", "copy", "copy ahead", "shuffles", "mma", "unwritten memory"])
 def test_right_in_every_order(program: Path, kernel: str) -> None:
     assert outcomes(program, kernel) == ["right"] * 4
 
@@ -56,11 +56,17 @@ def test_without_tensor_cores(tmp_path: Path) -> None:
     assert outcomes(program, "mma") == outcomes(program, "copy") == ["right"] * 4
 
 
-@pytest.mark.parametrize(
-    "kernel", ["unwritten tile", "overwritten tile", "unsynchronised warp", "copy without waiting"]
-)
+@pytest.mark.parametrize("kernel", ["unwritten tile", "overwritten tile", "unsynchronised warp"])
 def test_what_is_missing_shows(program: Path, kernel: str) -> None:
     assert outcomes(program, kernel) == ["wrong"] * 4
+
+
+@pytest.mark.parametrize(
+    ("kernel", "right_in"), [("copy without waiting", "1"), ("copy too far ahead", "0"), ("chain of blocks", "0")]
+)
+def test_what_one_order_hides_shows_in_the_others(program: Path, kernel: str, right_in: str) -> None:
+    """Copies may be there at once or not before they are waited for; blocks run in any order."""
+    assert outcomes(program, kernel) == ["right" if schedule == right_in else "wrong" for schedule in SCHEDULES]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
 #if DIVEQ_ARCH < 800
   *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 #elif defined(DIVEQ_EMULATE)
-  emulator::copy_later(to, from, 16);
+  emulator::copy_async(to, from, 16);
 #else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");

@@ -133,6 +133,7 @@ Block& block() {
 
 std::mutex mutex;  // autograd launches from threads of its own
 int64_t launches = 0, schedule = 0;  // 0: threads in order, 1: in reverse, else shuffled by this seed
+std::mt19937_64 random_bits;
 std::string running;
 
 // From the running fiber back to the scheduler.
@@ -216,8 +217,16 @@ bool release(int first, int last, State state) {
   return true;
 }
 
-void shuffle_order(std::vector<int>& order, std::mt19937_64& random) {
-  for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
+void shuffle_order(std::vector<int>& order) {
+  for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[random_bits() % (i + 1)]);
+}
+
+// Numbers below `count` as the schedule has them.
+std::vector<int> in_order(int count) {
+  std::vector<int> order(count);
+  for (int i = 0; i < count; ++i) order[i] = schedule == 1 ? count - 1 - i : i;
+  if (schedule > 1) shuffle_order(order);
+  return order;
 }
 
 // Lets a warp's lanes run until each waits, and then whether its exchange lets them go on.
@@ -228,17 +237,15 @@ bool run_warp(int first, const std::vector<int>& lanes) {
   return release(first, first + 32, State::in_exchange);
 }
 
-void run_block(std::mt19937_64& random) {
+void run_block() {
   Block& b = block();
-  std::vector<int> warps(b.count / 32), lanes(32);
+  std::vector<int> warps = in_order(b.count / 32), lanes = in_order(32);
   for (int i = 0; i < b.count; ++i) start(b.threads[i]);
-  for (size_t w = 0; w < warps.size(); ++w) warps[w] = (int)(schedule == 1 ? warps.size() - 1 - w : w);
-  for (int l = 0; l < 32; ++l) lanes[l] = schedule == 1 ? 31 - l : l;
   for (;;) {
     bool moved = false;
     if (schedule > 1) {  // the warps in turns
-      shuffle_order(warps, random);
-      shuffle_order(lanes, random);
+      shuffle_order(warps);
+      shuffle_order(lanes);
       for (int w : warps) moved |= run_warp(32 * w, lanes);
     } else {  // each as far as it gets
       for (int w : warps)
@@ -311,7 +318,11 @@ void poison(void* memory, size_t bytes, int64_t& number) {
   memset(memory, 0xFF, bytes);
 }
 
-void copy_later(void* to, const void* from, int bytes) { block().running->copies.push_back({to, from, bytes}); }
+void copy_async(void* to, const void* from, int bytes) {
+  const bool at_once = schedule == 1 || (schedule > 1 && random_bits() % 2);
+  if (at_once) memcpy(to, from, bytes);
+  block().running->copies.push_back({to, from, at_once ? 0 : bytes});  // to be waited for all the same
+}
 
 void finish_copies() {
   Thread& t = *block().running;
@@ -342,18 +353,18 @@ void run(const char* name, dim3 grid, dim3 block_size, size_t shared_bytes, void
     const unsigned x = i % block_size.x, rest = i / block_size.x;
     b.threads[i].index = dim3(x, rest % block_size.y, rest / block_size.y);
   }
-  std::mt19937_64 random(schedule);
+  random_bits.seed(schedule);
   b.shared_bytes = shared_bytes;
   b.shared.reset(new char[shared_bytes]);  // of just this size, for AddressSanitizer
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        ++b.number;
-        b.array_bytes = 0;
-        memset(b.shared.get(), 0xFF, shared_bytes);
-        run_block(random);
-      }
+  const auto blocks = (uint64_t)grid.x * grid.y * grid.z;
+  if (blocks > 0x7FFFFFFFu) throw std::runtime_error("emulated kernel " + running + ": too many blocks to emulate");
+  for (const int i : in_order((int)blocks)) {
+    blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    ++b.number;
+    b.array_bytes = 0;
+    memset(b.shared.get(), 0xFF, shared_bytes);
+    run_block();
+  }
 }
 
 }  // namespace diveq::emulator

@@ -1,10 +1,11 @@
 // A small emulation of a CUDA block on the CPU, so that the tests run the very source that nvcc compiles.
 //
 // Every thread of a block is a fiber; blocks run one after another. A fiber runs until it waits: at a barrier, or for the
-// other lanes of its warp. The order in which the fibers run differs, since a missing barrier shows in one order and not
-// in another: the environment variable DIVEQ_EMULATED_SCHEDULE has them run in order (0), in reverse (1) or shuffled (a
-// seed from 2 on); without it launches take turns. What would hang or be undefined on a GPU is an error that names the place: a barrier or
-// a warp operation that not every thread reaches, or that they reach in different lines. Shared memory starts as NaN.
+// other lanes of its warp. The order of blocks and fibers differs, since what is missing shows in one order and not in
+// another: the environment variable DIVEQ_EMULATED_SCHEDULE has them run in order (0), in reverse (1) or shuffled (a seed
+// from 2 on); without it launches take turns. What would hang or be undefined on a GPU is an error that names the place: a
+// barrier or a warp operation that not every thread reaches, or that they reach in different lines. Shared memory starts
+// as NaN.
 //
 // The names below that have no namespace are those of CUDA.
 #pragma once
@@ -48,8 +49,8 @@ void* shared_memory();
 // NaN, once per block; counted as shared memory.
 void poison(void* memory, size_t bytes, int64_t& block);
 
-// cp.async: the copy happens no earlier than it must.
-void copy_later(void* to, const void* from, int bytes);
+// cp.async: the copy happens when it must (in order), at once (in reverse), or either (shuffled).
+void copy_async(void* to, const void* from, int bytes);
 void finish_copies();
 
 // ---- what a launch calls ----
