@@ -69,8 +69,9 @@ inline int most_shared() { return min(kMostShared, static_cast<int>(emulator::kM
 namespace diveq {
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA kernel ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would report it
+  throw std::runtime_error(std::string("CUDA kernel ") + what + ": " + cudaGetErrorString(error));
 }
 
 // kMostShared, or what the current device has for a launch: 62 KiB on sm_75.
