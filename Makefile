@@ -84,15 +84,21 @@ sanitize-cuda: $(STAMP)
 		tests/test_replace_kernels.py tests/test_usage_kernels.py -q \
 		-k "cuda-cpu and not float64 and not 4096 and not no_temporary"
 
-# Each tool on some tests of every kernel; without a GPU or the tool this fails and says what is missing.
+# Some tests of every kernel of the GPU backends.
+EVERY_KERNEL = (float32 and not layouts and not the_torch_way and not is_due) or sorted_sums or many_codewords \
+	or every_interval or (perplexity and not millions)
+
+# Each tool on these; without a GPU or the tool this fails and says what is missing.
 sanitize-gpu:
 	@command -v compute-sanitizer > /dev/null || \
 		{ echo "sanitize-gpu: compute-sanitizer is not on PATH (it comes with the CUDA toolkit)" >&2; exit 1; }
 	@$(GPU_PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "sanitize-gpu: torch finds no GPU")'
 	for tool in memcheck racecheck synccheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
-			$(GPU_PY) -m pytest -q -p no:xdist tests/test_quantize.py tests/test_project.py tests/test_gradients.py \
-			-k "(cuda-cuda or triton-cuda) and float32 and not 4096" || exit 1; \
+			$(GPU_PY) -m pytest -q -p no:xdist tests/test_quantize.py tests/test_project.py tests/test_nearest.py \
+			tests/test_gradients.py tests/test_project_gradients.py tests/test_deterministic.py \
+			tests/test_replace_kernels.py tests/test_usage_kernels.py \
+			-k "(cuda-cuda or triton-cuda) and not 4096 and ($(EVERY_KERNEL))" || exit 1; \
 	done
 
 clean:

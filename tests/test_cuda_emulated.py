@@ -7,6 +7,7 @@ threads (forward, backward, shuffled), so that a barrier that is missing shows.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,15 +52,15 @@ pytestmark = [
 ]
 
 
-def run(file: str, names: str, architecture: int = 800) -> subprocess.CompletedProcess[str]:
-    """Tests of one file in a process of its own."""
+def run(files: list[str], names: str, architecture: int = 800, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Tests of some files in a process of its own."""
     library = emulated_cuda.build(architecture=architecture)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "emulated_cuda", "-W", "ignore"]
     paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [*command, file, "-k", names],
+        [*command, *files, "-k", names],
         cwd=TESTS,
-        env={**os.environ, "PYTHONPATH": paths, "DIVEQ_EMULATED_CUDA": str(library)},
+        env={**os.environ, "PYTHONPATH": paths, "DIVEQ_EMULATED_CUDA": str(library), **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -69,6 +70,22 @@ def run(file: str, names: str, architecture: int = 800) -> subprocess.CompletedP
 @pytest.mark.parametrize(("file", "architecture"), [*((f, 800) for f in SELECTION), *((f, 750) for f in SEARCHES)])
 def test_in_the_emulator(file: str, architecture: int) -> None:
     names = (SELECTION if architecture == 800 else SEARCHES)[file]
-    done = run(file, f"cuda-cpu and not float64 and not 4096 and ({names})", architecture)
+    done = run([file], f"cuda-cpu and not float64 and not 4096 and ({names})", architecture)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_compute_sanitizer_is_given_every_kernel(tmp_path: Path) -> None:
+    """By the tests that ``make sanitize-gpu`` has on a GPU."""
+    root = TESTS.parent
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "-s", "-n", "sanitize-gpu"]
+    commands = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
+    files, (names,) = re.findall(r"tests/(test_\w+\.py)", commands), re.findall(r'-k "(.*?)"', commands)
+    launches = tmp_path / "launches"
+    done = run(files, names.replace("cuda-cuda", "cuda-cpu"), DIVEQ_EMULATED_LAUNCHES=str(launches))
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    sources = "".join(path.read_text() for path in (root / "csrc/cuda").glob("*.cu*"))
+    kernels = set(re.findall(r"\b(\w+_kernel)\(", sources)) - {"philox_kernel"}  # which is for tests alone
+    assert len(kernels) >= 17 and kernels <= set(re.findall(r"\w+_kernel\b", launches.read_text()))

@@ -336,6 +336,9 @@ void run(const char* name, dim3 grid, dim3 block_size, size_t shared_bytes, void
   const char* forced = getenv("DIVEQ_EMULATED_SCHEDULE");
   schedule = forced ? atoll(forced) : launches % 3 < 2 ? launches % 3 : launches;
   ++launches;
+  if (const char* path = getenv("DIVEQ_EMULATED_LAUNCHES")) {
+    if (FILE* file = fopen(path, "a")) fprintf(file, "%s\n", name), fclose(file);
+  }
   const auto total = (uint64_t)block_size.x * block_size.y * block_size.z;
   if (!total || total > kMaxThreads || total % 32 || !grid.x || grid.x > 0x7FFFFFFFu || !grid.y || grid.y > 65535 ||
       !grid.z || grid.z > 65535 || shared_bytes > kMaxShared)
