@@ -53,17 +53,25 @@ def test_it_loads_without_a_gpu_and_says_what_it_was_built_for(built: tuple[Path
 
 
 @pytest.mark.xdist_group("cuda build")
-def test_what_rows_share_is_added_to_by_atomics(tmp_path: Path) -> None:
+def test_what_threads_share_is_changed_by_atomics(tmp_path: Path) -> None:
     """In the emulator, where threads do not run at once, plain additions would do as well."""
-    command = ["nvcc", "-std=c++20", "-O3", "-Icsrc", "-ptx", "-arch=compute_90", "csrc/cuda/steps.cu"]
-    subprocess.run([*command, "-o", tmp_path / "steps.ptx"], cwd=ROOT, check=True)
-    kernels = (tmp_path / "steps.ptx").read_text().split(".entry ")[1:]
-    atomic = re.compile(r"\b(?:atom|red)\.global\.add\.([\w.]+)")
-    added = {text.partition("(")[0]: set(atomic.findall(text)) for text in kernels}
-    steps = [types for name, types in added.items() if re.search(r"\d+step_kernel", name)]
-    gradients = [types for name, types in added.items() if "gradient_kernel" in name]
-    assert len(steps) >= 7 and all(types == {"u32"} for types in steps)
-    assert len(gradients) >= 9 and all(types == {"f32", "v4.f32"} for types in gradients)
+    changed: dict[str, set[str]] = {}
+    for name in ("search", "steps", "layer"):
+        command = ["nvcc", "-std=c++20", "-O3", "-Icsrc", "-ptx", "-arch=compute_90", f"csrc/cuda/{name}.cu"]
+        subprocess.run([*command, "-o", tmp_path / "kernels.ptx"], cwd=ROOT, check=True)
+        for text in (tmp_path / "kernels.ptx").read_text().split(".entry ")[1:]:
+            changed[text.partition("(")[0]] = set(re.findall(r"\b(?:atom|red)\.global\.([\w.]+)", text))
+
+    def of(kernel: str) -> list[set[str]]:
+        return [changed.pop(name) for name in list(changed) if re.search(rf"[\d_]{kernel}", name)]
+
+    gradients = of("(project_|sqdist_)?gradient_kernel")
+    assert len(gradients) >= 9 and all(found == {"add.f32", "add.v4.f32"} for found in gradients)
+    assert of("project_step_kernel") == [set()]
+    steps = of("step_kernel")
+    assert len(steps) >= 7 and all(found == {"add.u32"} for found in steps)
+    assert of("replace_kernel") == [{"add.u32"}] and of("pack_segments_kernel") == [{"max.u32"}]
+    assert len(changed) >= 15 and not any(changed.values()), changed
 
 
 def test_the_arrays_of_kernels_leave_room_for_what_launches_add(tmp_path: Path) -> None:
