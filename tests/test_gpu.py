@@ -193,7 +193,7 @@ def test_inductor_runs_the_kernels(quantizer: Quantizer, mode: str) -> None:
         for _ in range(3):  # the third time a CUDA graph replays
             assert_same_step(run(), step(*inputs))
     kernel = {"diveq": "diveq_kernel", "sf_diveq": "sf_diveq_kernel"}.get(quantizer.name, "composite_kernel")
-    # The CUDA library stays an operation, and so does Triton's where torch cannot have symbols in it.
+    # The CUDA library stays an operation, and so does Triton's before torch 2.13.
     dissolved = backends.check_name(None) != "cuda" and torch.__version__ >= (2, 13)
     assert any(kernel in text for text in code) == dissolved
     assert any("torch.ops.diveq" in text for text in code) != dissolved

@@ -47,7 +47,9 @@ __all__ = [
 ]
 
 _OLDEST = (8, 0)  # compute capability
-_SYMBOLS_BREAK = torch.__version__ < (2, 13)
+# Inductor lays out what is saved for backward as it likes. Before torch 2.13 it hands that to a kernel as it is, beside
+# strides that are numbers from when the graph was traced: gradients would be wrong, without a word.
+_STRIDES_BREAK = torch.__version__ < (2, 13)
 
 
 @functools.cache
@@ -78,12 +80,9 @@ def why_unusable(device: torch.device) -> str | None:
 def traced(op: str, arguments: Sequence[Any]) -> AbstractContextManager[None] | None:
     """Where to run an operation so that a graph being traced receives its kernels; None where it has none to show.
 
-    Those are the cases that a launcher leaves to the reference, whose loops over rows no graph should unroll; and sizes
-    that are symbols before torch 2.13, whose Inductor stumbles over kernels that write [N] for such an N.
+    Those are the cases that a launcher leaves to the reference, whose loops over rows no graph should unroll; and all
+    before torch 2.13, whose Inductor also stumbles over kernels that write [N] for an N that is a symbol.
     """
-    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-    if _SYMBOLS_BREAK and any(isinstance(size, torch.SymInt) for x in tensors for size in x.shape):
-        return None
-    wide = any(x.dtype == torch.float64 for x in tensors)
+    wide = any(x.dtype == torch.float64 for x in arguments if isinstance(x, torch.Tensor))
     unordered = op in ("residual_backward", "product_backward") and torch.are_deterministic_algorithms_enabled()
-    return None if INTERPRETED or wide or unordered else in_graph()
+    return None if INTERPRETED or _STRIDES_BREAK or wide or unordered else in_graph()
