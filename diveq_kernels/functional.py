@@ -348,8 +348,8 @@ def _as_int(value: int | numbers.Integral) -> int:
     return value if isinstance(value, int) else int(value)
 
 
-def _num_active(num_active: int | Tensor | None, z: Tensor, stages: int) -> Tensor | None:
-    """The number of active stages per row, int32 [...]; None for all."""
+def _num_active(num_active: int | Tensor | None, z: Tensor, stages: int, per_sample: str = "") -> Tensor | None:
+    """The number of active stages per row, int32 [...]; None for all. per_sample: what a layer takes besides."""
     if num_active is None:
         return None
     if isinstance(num_active, Tensor):
@@ -360,7 +360,7 @@ def _num_active(num_active: int | Tensor | None, z: Tensor, stages: int) -> Tens
             num_active = num_active.clamp(0, stages).to(torch.int32)
         if num_active.dim() == 0:
             num_active = num_active.expand(z.shape[:-1])
-        _checks.check_shape(num_active, "num_active", tuple(z.shape[:-1]), "[], or z's shape without D")
+        _checks.check_shape(num_active, "num_active", tuple(z.shape[:-1]), f"[], {per_sample}or z's shape without D")
         return num_active
     if isinstance(num_active, bool) or not isinstance(num_active, (int, numbers.Integral)):
         raise TypeError(f"num_active must be an int, an integer tensor or None, got {type(num_active).__name__}")

@@ -257,8 +257,12 @@ def test_wrong_shapes_with_channels_first_are_told_in_the_words_of_the_layer(kin
     z = torch.randn(4, 6, 5)
     with pytest.raises(ValueError, match=r"mask must have shape z's shape without D = \(4, 5\), got \(4, 1, 5\)"):
         layer(z, torch.ones(4, 1, 5, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"num_active must have shape \[\], or z's shape without D = \(4, 5\), got"):
-        layer(z, num_active=torch.ones(4, 1, dtype=torch.int64))
+    expected = r"num_active must have shape \[\], \[B\], or z's shape without D = \(4, 5\), got"
+    for wrong in ((4, 1), (5,)):
+        with pytest.raises(ValueError, match=expected):
+            layer(z, num_active=torch.ones(wrong, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"num_active must have shape \[\], or z's shape without D = \(4,\), got"):
+        layer(z[..., 0], num_active=torch.ones(4, 1, dtype=torch.int64))
 
 
 def test_more_steps_than_there_can_be():

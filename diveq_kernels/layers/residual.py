@@ -59,10 +59,10 @@ class _Residual(CompositeQuantizer):
 
     def _active(self, num_active: int | Tensor | None, rows: Tensor) -> Tensor | None:
         """The number of active stages of each row."""
-        per_sample = isinstance(num_active, Tensor) and rows.dim() > 2 and num_active.shape == rows.shape[:1]
-        if isinstance(num_active, Tensor) and per_sample:
+        batch = "[B], " if rows.dim() > 2 else ""
+        if isinstance(num_active, Tensor) and batch and num_active.shape == rows.shape[:1]:
             num_active = num_active.view(-1, *[1] * (rows.dim() - 2)).expand(rows.shape[:-1])
-        return functional._num_active(num_active, rows, self.num_codebooks)
+        return functional._num_active(num_active, rows, self.num_codebooks, batch)
 
     def _fewest_stages(self) -> int:
         return 1
