@@ -48,7 +48,8 @@ class SFDIVEQ(Quantizer):
     Indices are those of segments, 0 to K−2, in evaluation too (the `diveq` package's ``inference`` returns those of
     nearest codewords). In the steps that pass z through the codebook has no gradient, as there, and optimizers leave it
     alone; in a graph (on an accelerator once there was one), with a process group, and where z needs no gradient, it is
-    zero instead of None: an optimizer's weight decay and step count then include these steps.
+    zero instead of None: an optimizer's weight decay and step count then include these steps. Where it is None,
+    ``GradScaler.step`` raises for an optimizer that has nothing but such codebooks: leave that out before step S.
 
     Args:
         num_embeddings: K >= 2, the number of codewords.
