@@ -57,6 +57,30 @@ def test_edges_of_tiles(isa: str, rows: int, codewords: int) -> None:
         check_nearest(torch.randn(rows, dim, generator=gen), torch.randn(codewords, dim, generator=gen))
 
 
+@pytest.mark.parametrize("function", [F.nearest, F.diveq, F.sf_diveq, F.project, F.residual_diveq])
+def test_rows_and_stages_that_are_left_out_are_not_searched(function: Any) -> None:
+    """Padding at the end, and the stages that a bandwidth does without, take next to no time."""
+    gen, residual = generator(), function is F.residual_diveq
+    z = torch.randn(8192, 64, generator=gen)
+    codebook = torch.randn(*([8, 1024] if residual else [4096]), 64, generator=gen)
+    fewer: dict[str, Any] = {"num_active": 1} if residual else {"mask": torch.arange(8192) < 256}
+
+    def processor_time(**keywords: Any) -> float:
+        times = []
+        for _ in range(4):
+            start = time.process_time()
+            function(z, codebook, backend="cpu", **keywords)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # others would wait for the one with work to do, at full speed
+    try:
+        assert processor_time(**fewer) < 0.6 * processor_time()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_large_dim_and_several_panels_of_the_cache(isa: str) -> None:
     gen = generator()
     check_nearest(torch.randn(30, 4096, generator=gen), torch.randn(70, 4096, generator=gen))

@@ -62,10 +62,16 @@ void composite(Tensor z, Tensor books, Maybe dither, Maybe num_active, Maybe mas
     const float* searched = keep_rest ? remainder : x;
     for (size_t s = 0; s < codes.size(); ++s) {
       int32_t* found = chosen + s * total + first;
+      const auto rests = [&](int64_t row) { return (kept && !kept[row]) || (active && active[row] <= (int64_t)s); };
+      int64_t resting = 0;
+      while (resting < n && rests(first + resting)) ++resting;
+      if (resting == n) {
+        std::fill_n(found, n, -1);
+        continue;
+      }
       searched_in[s].search(exact, searched + (product ? s * part : 0), dim, n, found, work);
       for (int64_t r = 0; r < n; ++r) {
-        const int64_t row = first + r;
-        if ((kept && !kept[row]) || (active && active[row] <= (int64_t)s)) found[r] = -1;
+        if (rests(first + r)) found[r] = -1;
         if (keep_rest && found[r] >= 0) {
           k.part(codes[s], found[r], target, room);
           float* left = remainder + r * dim;

@@ -19,8 +19,10 @@ void nearest(Tensor z, Tensor codebook, Maybe mask, bool exact, Tensor indices, 
   each_tile(0, count, tile, tile * dim + dim + k.search_scratch(dim, tile), [&](int64_t first, int64_t n, float* scratch) {
     float *one = scratch + tile * dim, *rest = one + dim;
     const float* x = read_tile(k, rows, first, n, scratch);
-    book.search(exact, x, dim, n, chosen + first, rest);
-    k.distances(codes, x, n, chosen + first, distances + first, one);
+    if (!all_left_out(kept, first, n)) {
+      book.search(exact, x, dim, n, chosen + first, rest);
+      k.distances(codes, x, n, chosen + first, distances + first, one);
+    }
     for (int64_t r = first; kept && r < first + n; ++r)
       if (!kept[r]) chosen[r] = -1, distances[r] = 0;
   });

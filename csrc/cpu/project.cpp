@@ -23,7 +23,7 @@ void project(Tensor z, Tensor codebook, Maybe mask, bool /*exact: always*/, Tens
     float *room = scratch + tile * dim, *ends = room + tile * dim, *work = ends + 2 * dim;
     const float* x = read_tile(k, rows, first, n, scratch);
     float* made = made_tile(out, first, room);
-    k.project(codes, path.packed, x, n, chosen + first, positions + first, work);
+    if (!all_left_out(kept, first, n)) k.project(codes, path.packed, x, n, chosen + first, positions + first, work);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = first + r;
       const int32_t j = chosen[row];

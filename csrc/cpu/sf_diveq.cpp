@@ -25,7 +25,7 @@ void sf_diveq(Tensor z, Tensor codebook, Tensor dither, Maybe mask, Maybe seed, 
     float* work = noises + 2 * noise_floats;
     const float* x = read_tile(k, rows, first, n, scratch);
     float* made = made_tile(out, first, made_room);
-    book.search(exact, x, dim, n, chosen + first, work);
+    if (!all_left_out(kept, first, n)) book.search(exact, x, dim, n, chosen + first, work);
     Noise noise1(k, seed, noise_std, dim, 0, noises);
     Noise noise2(k, seed, noise_std, dim, total * ((dim + 3) / 4), noises + noise_floats);
     for (int64_t r = 0; r < n; ++r) {

@@ -44,6 +44,11 @@ inline void each_tile(int64_t begin, int64_t end, int64_t tile, int64_t floats, 
   });
 }
 
+// Whether a mask, if there is one, leaves out all of these rows, so that nothing needs to be searched for them.
+inline bool all_left_out(const bool* kept, int64_t first, int64_t rows) {
+  return kept && std::none_of(kept + first, kept + first + rows, [](bool keeps) { return keeps; });
+}
+
 // f(first row, rows, first codeword, last codeword, scratch): every thread passes over all these rows in order and adds
 // to codewords of its own, so that a codeword's sum does not depend on the threads.
 template <class F>
