@@ -40,6 +40,7 @@ SELECTION = {
     "test_triton_noise.py": "triton",
     "test_triton_project.py": "triton",
     "test_triton_exhaust.py": "triton",
+    "test_triton_left_out.py": "triton",
     "test_triton_rows.py": "triton",
     "test_triton_watch.py": "triton",
 }

@@ -25,6 +25,7 @@ from diveq_kernels.triton_kernels.product import product_for
 from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import (
     COLUMNS,
+    any_of,
     count_uses,
     deliver,
     load_points,
@@ -95,6 +96,9 @@ def composite_kernel(
             live = kept
             if num_active is not None:
                 live = live & (stage < active)
+            end = count
+            if mask is not None or num_active is not None:
+                end = tl.where(any_of(live), end, 0)
             source = z if GROUP > 0 else residuals
             source_starts = starts + s * GROUP * step if GROUP > 0 else own
             of_points = points + s * count * PARTS * PADDED_D
@@ -102,7 +106,7 @@ def composite_kernel(
             source_step = step if GROUP > 0 else 1
             best, where, of_classes, squares = scan(
                 source, source_starts, source_step, live, of_points, of_bias, of_centre, lengths + 3 * s,
-                count, 0, count,
+                count, 0, end,
                 PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
             )  # fmt: skip
             hidden = tl.min(of_classes, axis=1)

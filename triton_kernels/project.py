@@ -37,6 +37,7 @@ from diveq_kernels.triton_kernels.rows import (
     ALL,
     LEFT,
     UNLISTED,
+    any_of,
     deliver,
     dense,
     list_left,
@@ -187,14 +188,15 @@ def _nearer_of_pair(
 
 @triton.jit
 def _nearest_segment(
-    z, starts, step, live, codebook, code_stride, code_step, centre, segments, table, count, slack,
+    z, starts, step, live, codebook, code_stride, code_step, centre, segments, table, count, end, slack,
     PRODUCT: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     IN_REGISTERS: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """(index of the nearest segment, whether there is one, whether it may be hidden) for rows [BLOCK_N].
 
-    The index is 0 in rows that are not finite. With ``AGAIN`` none is hidden, for another pass over the curve.
+    Of the segments before ``end``: all, or none where no row is searched. The index is 0 in rows that are not finite.
+    With ``AGAIN`` none is hidden, for another pass over the curve.
     """
     ALL_HELD: tl.constexpr = IN_REGISTERS == PADDED_D and PADDED_D == BLOCK_D
     tl.static_assert(IN_REGISTERS == 0 or (ALL_HELD and (PRODUCT == "bf16" or PRODUCT == "bf16x3")))
@@ -217,7 +219,7 @@ def _nearest_segment(
     least = tl.full((BLOCK_N, PAIRS), float("inf"), tl.float32)
     others = tl.full((BLOCK_N, PAIRS), float("inf"), tl.float32)
     tile = tl.zeros((BLOCK_N, PAIRS), tl.int32)
-    for first in tl.range(0, count, BLOCK_K):
+    for first in tl.range(0, end, BLOCK_K):
         score = _scores(
             high, low, z, starts, step, live, norm, longest, centre, segments, table, count, slack, first,
             PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D,
@@ -304,9 +306,12 @@ def project_kernel(
     kept = inside
     if mask is not None:
         kept = kept & tl.load(mask + n, mask=inside, other=0).to(tl.int1)
+    end = count
+    if mask is not None:
+        end = tl.where(any_of(kept), end, 0)
     starts = row_starts(n, inner, outer_stride, inner_stride, D)
     j, found, crowded = _nearest_segment(
-        z, starts, step, kept, codebook, code_stride, code_step, centre, segments, table, count, slack,
+        z, starts, step, kept, codebook, code_stride, code_step, centre, segments, table, count, end, slack,
         PRODUCT, EXACT, UPCAST, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS, taken is not None,
     )  # fmt: skip
     share, base, _, near = position_on(

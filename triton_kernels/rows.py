@@ -141,6 +141,12 @@ def load_targets(codebook, code_stride, code_step, dither, j, first, D: tl.const
 
 
 @triton.jit
+def any_of(live):
+    """Whether a tile has a row that is searched."""
+    return tl.max(live.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def count_uses(counts, indices, kept):
     """Add rows' indices, just stored at the pointers ``indices`` [BN], to the histogram, where ``kept``.
 

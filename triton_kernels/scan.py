@@ -56,7 +56,7 @@ import triton
 import triton.language as tl
 
 from diveq_kernels.triton_kernels.product import centred_rows, held_rows, multiply, operands, scale_of
-from diveq_kernels.triton_kernels.rows import row_starts
+from diveq_kernels.triton_kernels.rows import any_of, row_starts
 
 # ‖x‖² from which on the scan does not decide. Below it no product with a codeword whose ‖c‖² is in fp32 overflows.
 LONG = tl.constexpr(8e37)
@@ -285,6 +285,8 @@ def scan_kernel(
     if SPLITS > 1:
         begin = tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K * split
         end = tl.minimum(begin + tl.cdiv(tl.cdiv(count, BLOCK_K), SPLITS) * BLOCK_K, count)
+    if mask is not None:
+        end = tl.where(any_of(live), end, 0)
     best, where, of_classes, square = scan(
         z, starts, step, live, points, bias, centre, lengths, count, begin, end,
         PRODUCT, EXACT, UPCAST, KAPPA, D, PADDED_D, BLOCK_N, BLOCK_K, BLOCK_D, IN_REGISTERS,
