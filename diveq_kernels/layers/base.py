@@ -258,8 +258,9 @@ class Quantizer(MarkedCodebook):
     def learn_of_forward(self, is_step: bool) -> None:
         """What a graph whose steps are not known to be settled tells as one of its forwards, or repetitions, begins.
 
-        The graph looks at the counter in its second step, and when the last step that differs begins. A repetition is
-        to be of its step's kind, so where there are some nothing is concluded.
+        The graph looks at the counter in its second step, and when the first step begins that does not differ: one that
+        differs may yet fail, and be made again. A repetition is to be of its step's kind, so where there are some
+        nothing is concluded.
         """
         self._repeats = self._repeats or not is_step
         if self._repeats or self._is_captured():
@@ -267,7 +268,7 @@ class Quantizer(MarkedCodebook):
         if self._steps_to_look > 0:
             self._steps_to_look -= 1
             return
-        to_come = self._first_settled_step() - 2 - int(self.iter_counter)
+        to_come = self._first_settled_step() - 1 - int(self.iter_counter)
         self._settled = to_come <= 0
         self._steps_to_look = max(0, to_come - 1)
 

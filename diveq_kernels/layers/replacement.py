@@ -99,8 +99,9 @@ class ReplacingQuantizer(Quantizer):
         return self._may_start
 
     def learn_of_start(self) -> None:
-        """What a graph's start by k-means tells the layer."""
-        self._may_start = False
+        """What a graph's start by k-means tells the layer; one that was due may yet be lost, if its step fails."""
+        if not self._is_captured():
+            self._may_start = int(self.iter_counter) < 0
 
     def _replacement_clock(self) -> Tensor:
         """Steps so far, int32 [1]; 0 where no replacement shall follow."""
