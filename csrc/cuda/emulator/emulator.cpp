@@ -132,7 +132,8 @@ Block& block() {
 }
 
 std::mutex mutex;  // autograd launches from threads of its own
-int64_t launches = 0, schedule = 0;  // 0: threads in order, 1: in reverse, else shuffled by this seed
+int64_t launches = 0, barriers = 0;  // so far; that the last launch's blocks came to
+int64_t schedule = 0;  // 0: threads in order, 1: in reverse, else shuffled by this seed
 std::mt19937_64 random_bits;
 std::string running;
 
@@ -259,6 +260,7 @@ void run_block() {
       for (int i = 0; i < b.count; ++i) total += b.threads[i].value;
       if (release(0, b.count, State::at_barrier)) {
         b.barrier_total = total;
+        ++barriers;
         moved = true;
       }
     }
@@ -336,9 +338,7 @@ void run(const char* name, dim3 grid, dim3 block_size, size_t shared_bytes, void
   const char* forced = getenv("DIVEQ_EMULATED_SCHEDULE");
   schedule = forced ? atoll(forced) : launches % 3 < 2 ? launches % 3 : launches;
   ++launches;
-  if (const char* path = getenv("DIVEQ_EMULATED_LAUNCHES")) {
-    if (FILE* file = fopen(path, "a")) fprintf(file, "%s\n", name), fclose(file);
-  }
+  barriers = 0;
   const auto total = (uint64_t)block_size.x * block_size.y * block_size.z;
   if (!total || total > kMaxThreads || total % 32 || !grid.x || grid.x > 0x7FFFFFFFu || !grid.y || grid.y > 65535 ||
       !grid.z || grid.z > 65535 || shared_bytes > kMaxShared)
@@ -367,6 +367,9 @@ void run(const char* name, dim3 grid, dim3 block_size, size_t shared_bytes, void
     b.array_bytes = 0;
     memset(b.shared.get(), 0xFF, shared_bytes);
     run_block();
+  }
+  if (const char* path = getenv("DIVEQ_EMULATED_LAUNCHES")) {
+    if (FILE* file = fopen(path, "a")) fprintf(file, "%s %lld\n", name, static_cast<long long>(barriers)), fclose(file);
   }
 }
 
