@@ -50,7 +50,7 @@ FILES = {
 # Of a backend's own kernels, by part.
 OF_ONE: dict[str, dict[int, tuple[str, ...]]] = {
     "triton": {1: ("test_triton_repeat.py",), 2: ()},
-    "cuda": {1: ("test_native_cuda.py",), 2: ()},
+    "cuda": {1: ("test_native_cuda.py", "test_left_out_cuda.py"), 2: ()},
 }
 # Each compiles dozens of Triton kernels for what the interpreter shows as well: the first to lose.
 LAST = {"test_layouts", "test_sizes_about_a_tile", "test_rows_exactly_at_an_end"}

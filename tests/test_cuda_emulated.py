@@ -36,6 +36,7 @@ SELECTION = {
     "test_replace_kernels.py": "cuda",
     "test_usage_kernels.py": "cuda",
     "test_native_cuda.py": "not large",
+    "test_left_out_cuda.py": "cuda",
 }
 
 # What searches: on sm_75 without tensor cores or copies that go on aside, and with less shared memory.
@@ -44,6 +45,7 @@ SEARCHES = {
     "test_project.py": SELECTION["test_project.py"],
     "test_end_of_range.py": SELECTION["test_end_of_range.py"],
     "test_native_cuda.py": "every_number_of_columns or opposite or first_of_equal or score_is_further_off",
+    "test_left_out_cuda.py": "cuda",
 }
 
 pytestmark = [

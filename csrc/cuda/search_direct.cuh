@@ -50,7 +50,9 @@ __global__ void __launch_bounds__(kThreads, 4) search_direct_kernel(Search searc
 
   const auto* all = reinterpret_cast<const float4*>(packed.points) + rows.stage * packed.columns;
   const auto* all_ranges = reinterpret_cast<const float2*>(packed.ranges);
-  const auto count = static_cast<int32_t>(search.books.first.count);
+  // Nothing is compared for a block whose rows are all left out.
+  const bool searches = (!search.mask && !search.num_active) || __syncthreads_or(live);
+  const int32_t count = searches ? static_cast<int32_t>(search.books.first.count) : 0;
   float least = INFINITY;
   int32_t index = 0;
   for (int32_t first = 0; first < count; first += kDirectTile) {

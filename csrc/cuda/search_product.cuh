@@ -77,9 +77,16 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   const Searched rows{search, search.books.product ? static_cast<int>(blockIdx.y) : first_stage};
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int thread = threadIdx.x, lane = thread % 32, warp_rows = thread / 32 % 2, warp_columns = thread / 64;
-  for (int r = thread; r < kTileRows; r += kProductThreads)
+  bool live = false;
+  for (int r = thread; r < kTileRows; r += kProductThreads) {
     starts[r] = rows.live(first_row + r) ? offset_of(search.z, first_row + r) : -1;
-  __syncthreads();
+    live |= starts[r] >= 0;
+  }
+  if (!__syncthreads_or(live)) {  // all of the tile's rows are left out
+    for (int r = thread; r < kTileRows && first_row + r < search.rows; r += kProductThreads)
+      rows.choose(first_row + r, -1);
+    return;
+  }
 
   uint32_t *const columns = shared, *const fragments = shared + 2 * kParts * kColumnsChunk;
   const RowsTile tile{rows, packed.centre + static_cast<int64_t>(rows.stage) * packed.depth, starts, first_row, fragments};
