@@ -77,11 +77,13 @@ tune:
 	$(GPU_PY) -m benchmarks.tune --resume --minutes 9
 
 sanitize: $(STAMP)
-	$(PY) tests/sanitized.py cpu tests/test_native_cpu.py tests/test_native_cpu_few.py tests/test_native_cpu_screen.py -q -k "not working_memory"
+	$(PY) tests/sanitized.py cpu tests/test_native_cpu.py tests/test_native_cpu_few.py tests/test_native_cpu_screen.py \
+		tests/test_compat_rotation.py tests/test_compat_commitment.py -q -k "not working_memory"
 
 sanitize-cuda: $(STAMP)
 	$(PY) tests/sanitized.py cuda tests/test_native_cuda.py tests/test_left_out_cuda.py tests/test_nearest.py \
-		tests/test_project.py tests/test_replace_kernels.py tests/test_usage_kernels.py -q \
+		tests/test_project.py tests/test_gradients.py tests/test_project_gradients.py tests/test_deterministic.py \
+		tests/test_replace_kernels.py tests/test_usage_kernels.py -q \
 		-k "cuda-cpu and not float64 and not 4096 and not no_temporary"
 
 # Some tests of every kernel of the GPU backends.

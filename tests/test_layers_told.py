@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from processes import needs_gloo, spawn, start
 from test_layers_writes import CURVE, KINDS, STARTS, make
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from diveq_kernels.layers.base import Quantizer
@@ -232,6 +233,14 @@ def test_ranks_learn_it_in_the_same_step(tmp_path: Any) -> None:
         ranks = [torch.load(tmp_path / f"{name}-{init}-{rank}.pt") for rank in range(2)]
         assert ranks[0][:2] == ranks[1][:2] and ranks[0][1][0] and not ranks[0][1][-1]
         assert all(map(torch.equal, ranks[0][2].values(), ranks[1][2].values()))
+
+
+def test_a_layer_made_with_fake_tensors() -> None:
+    state = make("SFDIVEQ", "random").state_dict()
+    with FakeTensorMode():
+        layer = make("SFDIVEQ", "random")
+    layer.load_state_dict(state, assign=True)
+    train(torch.compile(layer, backend="aot_eager"), layer, copy.deepcopy(layer), 3)
 
 
 def test_layers_that_are_gone_are_not_found() -> None:

@@ -115,7 +115,6 @@ class Quantizer(MarkedCodebook):
         # Steps of training; shape and dtype are those of the `diveq` package's checkpoints.
         self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32, device=device))
         self._draw()
-        self._number = number_of(self)
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -356,6 +355,7 @@ class Quantizer(MarkedCodebook):
 
     def _mark(self) -> None:
         distributed.keep_replicated(self)
+        self._number = number_of(self)  # a copy's own, and no fake one where the layer was made with fake tensors
         self._forget_all()  # the counter may be another tensor too
 
     def train(self, mode: bool = True) -> Self:
@@ -403,7 +403,6 @@ class Quantizer(MarkedCodebook):
                 "save the state_dict of the layer that was pickled, and load it into a new one"
             )
         super().__setstate__(state)
-        self._number = number_of(self)  # a copy has its own
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
