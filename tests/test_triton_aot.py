@@ -201,6 +201,21 @@ def test_numbers_of_stages_compile() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_searches_with_a_mask_compile_without_spills(architecture: int) -> None:
+    """They know where their loop over the codewords ends by asking whether the tile has a row to search for."""
+    for rows, (precision, dtype, of_codebook) in [(FEW_ROWS, EXACT), (ROWS, EXACT), (ROWS, HALF)]:
+        z, books = meta(rows, 64, dtype=dtype), meta(4, CODEWORDS, 64, dtype=of_codebook)
+        mask = meta(rows, dtype=torch.bool)
+        with recorded(architecture) as launches:
+            triton_kernels.nearest(z, books[0], mask, precision)
+            triton_kernels.project(z, books[0], mask, precision)
+            triton_kernels.residual(z, books, None, None, mask, meta(dtype=torch.int64), 1e-3, precision)
+        launches = [x for x in launches if x.kernel.__name__ in ("scan_kernel", "project_kernel", "composite_kernel")]
+        for kernel in map(lambda launch: compile_for(launch, architecture), launches):
+            assert kernel.spilled == 0, (kernel.name, rows, precision, kernel.registers, kernel.spilled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sorted_sums_compile_without_spills(architecture: int, dtype: torch.dtype) -> None:
     """The codebook's gradient under deterministic algorithms, in every tile of its."""
