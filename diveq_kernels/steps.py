@@ -29,6 +29,12 @@ def layer_of(number: Tensor, counter: Tensor) -> Any:
     return layer if layer is not None and layer.iter_counter.data_ptr() == counter.data_ptr() else None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting``, which Dynamo of torch 2.11 takes for True in every graph."""
+    return torch.compiler.is_exporting()
+
+
 def _in_forward() -> bool:
     return torch._C._current_graph_task_id() == -1
 

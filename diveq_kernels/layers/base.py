@@ -12,7 +12,7 @@ from diveq_kernels import _checks, backends, distributed
 from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels._operation import is_plain
 from diveq_kernels.layers._arguments import check_count, check_flags
-from diveq_kernels.steps import in_forward, in_forward_of, number_of
+from diveq_kernels.steps import in_forward, in_forward_of, is_exporting, number_of
 from diveq_kernels.usage import perplexity
 
 
@@ -250,7 +250,7 @@ class Quantizer(MarkedCodebook):
         """
         if not torch.compiler.is_compiling():
             return 1
-        told = learns and not self._settled and not torch.compiler.is_exporting()
+        told = learns and not self._settled and not is_exporting()
         is_step: Tensor = in_forward_of(self.iter_counter, self._number) if told else in_forward(self.iter_counter)
         return is_step
 

@@ -12,6 +12,7 @@ from diveq_kernels.codebook import edit, replace_unused
 from diveq_kernels.kmeans import kmeans_start
 from diveq_kernels.layers._arguments import check_flags, check_init, check_replacement, warn_unusual_replacement
 from diveq_kernels.layers.base import Quantizer, brings_codebook
+from diveq_kernels.steps import is_exporting
 from diveq_kernels.usage import count_use, in_step, replacement_due
 
 
@@ -119,7 +120,7 @@ class ReplacingQuantizer(Quantizer):
             self._may_write()
         if may_start:
             in_graph = torch.compiler.is_compiling()
-            told = (is_step, None if torch.compiler.is_exporting() else self._number) if in_graph else ()
+            told = (is_step, None if is_exporting() else self._number) if in_graph else ()
             how = self._synchronises(), self._backend(), *told
             codebook = edit(kmeans_start, codebook, z.detach(), mask, self.iter_counter, *how)
             if not in_graph:  # a transform of torch.func has a state of its own
