@@ -29,17 +29,7 @@ class Autoencoder(torch.nn.Module):
         return self.decoder(z_q), perplexity
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=1024, help="rows of one process")
-    options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-
+def train(options: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(0)
     clusters = torch.randn(500, 64)
     # Nothing else is needed: use, replacements and (for the SF layers) λ and initialisation are those of all ranks.
@@ -63,8 +53,21 @@ def main() -> None:
     same = all(torch.equal(codebook, other) for other in everyones)
     if dist.get_rank() == 0:
         print(f"{len(everyones)} processes, codebooks bit-identical: {same}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=1024, help="rows of one process")
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    train(options, device)
     dist.barrier()
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # when the model is gone: gloo's can deadlock in DistributedDataParallel's destructor
 
 
 if __name__ == "__main__":

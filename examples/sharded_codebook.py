@@ -36,18 +36,7 @@ class Autoencoder(torch.nn.Module):
         return self.decoder(z_q)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=1024, help="rows of one process")
-    parser.add_argument("--codewords", type=int, default=4096, help="on all processes together")
-    parser.add_argument("--rows", choices=("same", "own"), default="same")
-    options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+def train(options: argparse.Namespace, device: torch.device) -> None:
     rank, own = dist.get_rank(), options.rows == "own"
 
     torch.manual_seed(0)
@@ -75,8 +64,23 @@ def main() -> None:
     whole = quantizer.gather_codebook()  # for a checkpoint that any number of processes can load with load_codebook
     same = torch.equal(indices, F.nearest(z, whole).indices)
     print(f"rank {rank} has {len(quantizer.codebook)} of {len(whole)} codewords; codes of the whole codebook: {same}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=1024, help="rows of one process")
+    parser.add_argument("--codewords", type=int, default=4096, help="on all processes together")
+    parser.add_argument("--rows", choices=("same", "own"), default="same")
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    train(options, device)
     dist.barrier()
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # when the model is gone: gloo's can deadlock in DistributedDataParallel's destructor
 
 
 if __name__ == "__main__":

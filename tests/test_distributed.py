@@ -93,7 +93,6 @@ def run_all_kinds(rank, world, folder):
         alone.sync_ranks = False
         alone(batch(0))
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -151,7 +150,6 @@ def run_fsdp(rank, world, folder):
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)), ignored_params=replicate(model))
     history, _ = train(model, model.quantizer, world, rank)
     torch.save(history, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -185,7 +183,6 @@ def run_sharded(rank, world, folder):
     fully_shard(still, mesh=init_device_mesh("cpu", (world,)))
     still(batch(0)).sum().backward()
     torch.save(said, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_a_sharded_codebook_is_refused_where_it_is_written(tmp_path):
@@ -224,7 +221,6 @@ def run_and_die(rank, world, folder, resume, dies):
 
     history, _ = train(parallel, model.quantizer, world, rank, range(first, STEPS), optimizer, before_step)
     torch.save(history[-1], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_one_of_four_is_killed(tmp_path):
@@ -314,7 +310,6 @@ def run_averages(rank, world, folder):
             gradients = [torch.empty_like(changed.codebook) for _ in range(world)]
             dist.all_gather(gradients, changed.codebook.grad)
             assert gradients[0].count_nonzero() > 0 and torch.equal(*gradients), (kind, after)
-    dist.destroy_process_group()
 
 
 def test_gradients_of_replicated_codebooks_are_averaged(tmp_path):
@@ -329,7 +324,6 @@ def run_with_dropout(rank, world, folder):
     codebooks = [torch.empty_like(layer.codebook) for _ in range(world)]
     dist.all_gather(codebooks, layer.codebook.detach())
     assert torch.equal(*codebooks)
-    dist.destroy_process_group()
 
 
 def test_ranks_may_leave_out_other_stages(tmp_path):

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from processes import needs_gloo, spawn, start
 from test_layers_writes import CURVE, KINDS, STARTS, make
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -222,7 +221,6 @@ def run_rank(rank: int, world: int, folder: str) -> None:
             step(compiled, data, number, layer)
             told.append(len(graphs))
         torch.save((told, graphs, layer.state_dict()), f"{folder}/{name}-{init}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 @needs_gloo

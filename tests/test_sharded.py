@@ -116,7 +116,6 @@ def run_cases(rank, world, folder):
             got["decoded"], got["whole"] = layer.decode(got["indices"]), layer.gather_codebook()
             found[name, rows] = got
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +227,6 @@ def run_training(rank, world, folder):
             codes = train(wrapped, *((world, rank) if rows == "own" else ()))
             found[rows, compiled] = codes, model.quantizer.gather_codebook(), model.decoder.weight.detach()
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @for_every_world
@@ -331,7 +329,6 @@ def run_others(rank, world, folder):
     # But those of other groups' ranks may share a part.
     parallel = DistributedDataParallel(torch.nn.Sequential(ShardedNearest(10, 3, group=groups[rank])))
     assert parallel(z).indices.shape == (5,)
-    dist.destroy_process_group()
 
 
 def test_what_else_two_ranks_do(tmp_path):

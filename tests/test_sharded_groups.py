@@ -78,7 +78,6 @@ def run_pairs(rank: int, world: int, folder: str) -> None:
                 parallel(torch.ones(5, 3))
     with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup or None, got list"):
         ShardedNearest(9, 3, group=[0, 1])
-    dist.destroy_process_group()
 
 
 def test_two_pairs_of_four_ranks(tmp_path: Path) -> None:

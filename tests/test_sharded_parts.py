@@ -72,7 +72,6 @@ def run_checkpoint(rank, world, folder):
     parts = [torch.empty_like(model.quantizer.codebook) for _ in range(world)]
     dist.all_gather(parts, model.quantizer.codebook.detach())
     assert not torch.equal(*parts)
-    dist.destroy_process_group()
 
 
 def test_a_distributed_checkpoint_has_all_parts(tmp_path):
@@ -128,7 +127,6 @@ def run_wrapped(rank, world, folder):
     model = Model()
     with pytest.raises(RuntimeError, match="FSDP has sharded a part"):
         FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)(batch(rank))
-    dist.destroy_process_group()
 
 
 def test_what_may_and_may_not_wrap_them(tmp_path):
