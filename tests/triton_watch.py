@@ -162,7 +162,18 @@ def _atomic(self: Any, operation: Any, pointers: Any, values: Any, mask: Any, *r
     return _create_atomic_rmw(self, operation, pointers, values, mask, *rest)
 
 
+def _argmin(values: np.ndarray, **options: Any) -> Any:
+    """``np.nanargmin``, with which Triton 3.9's interpreter fails at values that are all NaN: any index is right."""
+    return np.argmin(np.nan_to_num(values, nan=np.inf, posinf=np.inf, neginf=-np.inf), **options)
+
+
+def _min_max(self: Any, values: Any, val_reduce_op: Any, idx_reduce_op: Any = None) -> Any:
+    return _reduce_min_max(self, values, val_reduce_op, _argmin if idx_reduce_op is np.nanargmin else idx_reduce_op)
+
+
 _builder = interpreter.InterpreterBuilder
+_reduce_min_max = interpreter.ReduceOps.min_max
+interpreter.ReduceOps.min_max = _min_max
 _init_args_hst = interpreter.GridExecutor._init_args_hst
 _set_grid_idx = _builder.set_grid_idx
 _create_masked_load, _create_masked_store = _builder.create_masked_load, _builder.create_masked_store
