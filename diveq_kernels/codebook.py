@@ -112,6 +112,9 @@ def _(codebook: Tensor, usage: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 # ---- SF-DiVeQ's initialisation ---------------------------------------------------------------------------------------
 
 
+_BAG = 128  # rows that fp32 sums one after the other
+
+
 class _Chunks(NamedTuple):
     """The share of each of K codewords in the rows of one step; nothing where no codebook is being built."""
 
@@ -178,12 +181,15 @@ def _chunk_sums(table: Tensor, chosen: Tensor, chunks: _Chunks) -> Tensor:
     K = len(chunks.middle)
     if len(chosen) == 0:
         return table.new_zeros(K, table.shape[1])
-    # The last bag takes all rows that are left, on CUDA even with `include_last_offset`: those that belong to nobody go
-    # into K more bags, short ones since each is summed in turn.
+    # Each bag is summed in turn, in fp32: so a codeword's rows go into bags of about _BAG. The last bag takes all rows
+    # that are left, on CUDA even with `include_last_offset`: those that belong to nobody go into as many more.
+    parts = -(-len(chosen) // (K * _BAG))
+    part = torch.arange(parts, device=chosen.device)
     end = chunks.first[-1:]
-    others = end + (len(chosen) - end) * torch.arange(K, device=end.device) // K
-    first = torch.cat([chunks.first[:-1], others])
-    sums = torch.nn.functional.embedding_bag(chosen, table, first, mode="sum")[:K]
+    others = end + (len(chosen) - end) * torch.arange(K * parts, device=end.device) // (K * parts)
+    first = torch.cat([(chunks.first[:-1, None] + chunks.first.diff()[:, None] * part // parts).flatten(), others])
+    bags = torch.nn.functional.embedding_bag(chosen, table, first, mode="sum")[: K * parts]
+    sums = bags.view(K, parts, -1).sum(dim=1, dtype=torch.float64).to(table.dtype)
     middle = torch.where(chunks.has_middle, table[chosen[chunks.middle]], 0)
     return torch.where(chunks.number > 0, sums, middle)
 

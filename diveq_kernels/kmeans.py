@@ -49,11 +49,13 @@ def _kmeans(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool, b
     means = _spread(rows, kept, codewords, seed, sync)
     for _ in range(ITERATIONS):
         bins = _search(rows, means, kept, backend) + 1
-        sums = rows.new_zeros(codewords + 1, rows.shape[1]).index_add_(0, bins, rows)[1:]
+        # Of how far rows are from their codeword: fp32 sums of the rows lose a mean that is far from 0.
+        off = means[(bins - 1).clamp_min(0)].neg_().add_(rows)
+        sums = rows.new_zeros(codewords + 1, rows.shape[1]).index_add_(0, bins, off)[1:]
         counts = bins.new_zeros(codewords + 1).index_add_(0, bins, torch.ones_like(bins))[1:]
         if sync:
             sums, counts = distributed.sum_over_ranks(sums), distributed.sum_over_ranks(counts)
-        means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], means)
+        means = means + sums / counts.clamp_min(1)[:, None]
     return means
 
 

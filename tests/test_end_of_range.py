@@ -240,13 +240,14 @@ def test_project_where_no_segment_takes_part(target: Target, length: float) -> N
 @on_every_target
 @pytest.mark.parametrize("dim", [1, 2, 4, 5])
 def test_project_of_rows_to_which_no_distance_is_in_fp32(target: Target, dim: int) -> None:
-    """Either the row counts as not finite, or it has its nearest point, and its segment takes the gradient."""
+    """On triton the row may count as not finite; elsewhere it has its nearest point."""
     codebook, z = torch.zeros(5, dim), torch.zeros(3, dim)
     codebook[:, 0] = torch.tensor([0, 1e19, 3e19, 2e19, 0])
     z[:, 0] = torch.tensor([6e19, 1e22, -6e19])
     found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
     points = f64(found.points)
     bad = points.isnan().all(1)
+    assert target.backend == "triton" or not bad.any()
     nearest = torch.zeros(3, dim, dtype=torch.float64)
     nearest[:2, 0] = 3e19
     torch.testing.assert_close(points[~bad], nearest[~bad], rtol=1e-6, atol=0)

@@ -61,6 +61,12 @@ def test_any_number_of_rows(K, A):
         torch.testing.assert_close(run(layer, steps), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_many_rows_far_from_0():
+    z = 300 + torch.randn(1 << 20, 5)
+    means = z.double().view(2, -1, 5).mean(dim=1)
+    assert (run(make(SFDIVEQ, 2, skip_iters=2, avg_iters=1), [z]) - means).abs().max() < 1e-3
+
+
 def test_order_of_arrival():
     """Data that drift make the codebook a curve along the drift."""
     layer = make(SFDIVEQ, 10, 1, skip_iters=6, avg_iters=5)

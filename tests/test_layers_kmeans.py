@@ -71,6 +71,15 @@ def test_codewords_are_means_of_the_rows_that_choose_them(kind):
         torch.testing.assert_close(lloyd(rows, found), found.double(), rtol=1e-5, atol=1e-5)
 
 
+def test_rows_far_from_0_and_close_together():
+    rows = 1000 + torch.randn(1 << 18, 1)
+    errors = [
+        error(begin(DIVEQ(16, 1, init="kmeans", allow_warning=False, verbose=False, dtype=dtype), rows), rows)
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert errors[0] < 1.01 * errors[1] < 0.02
+
+
 def test_it_is_much_better_than_rows_as_they_come():
     rows = latents(3000)
     assert ITERATIONS >= 1 and error(begin(make(DIVEQ, 64), rows), rows) < 0.85 * error(rows[:64], rows)
