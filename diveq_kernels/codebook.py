@@ -174,23 +174,20 @@ def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor, syn
 
 
 def _chunk_sums(table: Tensor, chosen: Tensor, chunks: _Chunks) -> Tensor:
-    """This rank's part of Σ table[chosen] over each codeword's rows, or of its middle row -> [K, D].
+    """This rank's part of Σ table[chosen] over each codeword's rows, or of its middle row -> fp64 [K, D].
 
     chosen is in the chunks' order.
     """
     K = len(chunks.middle)
     if len(chosen) == 0:
-        return table.new_zeros(K, table.shape[1])
-    # Each bag is summed in turn, in fp32: so a codeword's rows go into bags of about _BAG. The last bag takes all rows
-    # that are left, on CUDA even with `include_last_offset`: those that belong to nobody go into as many more.
-    parts = -(-len(chosen) // (K * _BAG))
-    part = torch.arange(parts, device=chosen.device)
-    end = chunks.first[-1:]
-    others = end + (len(chosen) - end) * torch.arange(K * parts, device=end.device) // (K * parts)
-    first = torch.cat([(chunks.first[:-1, None] + chunks.first.diff()[:, None] * part // parts).flatten(), others])
-    bags = torch.nn.functional.embedding_bag(chosen, table, first, mode="sum")[: K * parts]
-    sums = bags.view(K, parts, -1).sum(dim=1, dtype=torch.float64).to(table.dtype)
-    middle = torch.where(chunks.has_middle, table[chosen[chunks.middle]], 0)
+        return table.new_zeros(K, table.shape[1], dtype=torch.float64)
+    # A bag is summed in turn, in fp32, so they are short: those after the last codeword's, which are nobody's, as well.
+    cuts = torch.arange(0, len(chosen), _BAG, device=chosen.device)
+    first = torch.cat([chunks.first, cuts]).sort().values
+    bags = torch.nn.functional.embedding_bag(chosen, table, first, mode="sum").double()
+    whose = torch.searchsorted(chunks.first, first, right=True) - 1
+    sums = bags.new_zeros(K + 1, bags.shape[1]).index_add_(0, whose, bags)[:K]
+    middle = torch.where(chunks.has_middle, table[chosen[chunks.middle]], 0).double()
     return torch.where(chunks.number > 0, sums, middle)
 
 
@@ -199,8 +196,8 @@ def _merge(codebook: Tensor, sums: Tensor, chunks: _Chunks, sync: bool) -> Tenso
     if sync:
         sums = distributed.sum_over_ranks(sums)
     mean = sums / chunks.number.clamp_min(1)
-    weight = chunks.weight.to(sums.dtype)
-    merged = torch.where(weight == 1, mean, (1 - weight) * codebook.to(sums.dtype) + weight * mean)
+    weight = chunks.weight.double()
+    merged = torch.where(weight == 1, mean, (1 - weight) * codebook.double() + weight * mean)
     return torch.where(chunks.built, merged.to(codebook.dtype), codebook).contiguous()
 
 

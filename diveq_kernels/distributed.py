@@ -125,8 +125,8 @@ def keep_replicated(layer: Any) -> None:
 
 def _average_gradient(codebook: Tensor) -> None:
     if codebook.grad is not None and is_active():
+        codebook.grad /= dist.get_world_size()  # first, as DistributedDataParallel does: the sum may be beyond fp16
         dist.all_reduce(codebook.grad)
-        codebook.grad /= dist.get_world_size()
 
 
 def is_made_of_others(layer: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from diveq_kernels.steps import layer_of
 from diveq_kernels.usage import in_step
 
 ITERATIONS = 10
+_BLOCK = 1 << 16  # rows of which there is a copy in fp64 at a time
 
 
 def _spread(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool) -> Tensor:
@@ -49,13 +50,16 @@ def _kmeans(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool, b
     means = _spread(rows, kept, codewords, seed, sync)
     for _ in range(ITERATIONS):
         bins = _search(rows, means, kept, backend) + 1
-        # Of how far rows are from their codeword: fp32 sums of the rows lose a mean that is far from 0.
-        off = means[(bins - 1).clamp_min(0)].neg_().add_(rows)
-        sums = rows.new_zeros(codewords + 1, rows.shape[1]).index_add_(0, bins, off)[1:]
+        # Of how far rows are from their codeword, and in fp64: fp32 loses a mean that is far from 0, or of many rows.
+        sums = rows.new_zeros(codewords + 1, rows.shape[1], dtype=torch.float64)
+        for first in range(0, len(rows), _BLOCK):
+            chosen = bins[first : first + _BLOCK]
+            off = rows[first : first + _BLOCK] - means[(chosen - 1).clamp_min(0)]
+            sums.index_add_(0, chosen, off.double())
         counts = bins.new_zeros(codewords + 1).index_add_(0, bins, torch.ones_like(bins))[1:]
         if sync:
             sums, counts = distributed.sum_over_ranks(sums), distributed.sum_over_ranks(counts)
-        means = means + sums / counts.clamp_min(1)[:, None]
+        means = (means + sums[1:] / counts.clamp_min(1)[:, None]).to(rows.dtype)
     return means
 
 

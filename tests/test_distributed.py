@@ -310,6 +310,10 @@ def run_averages(rank, world, folder):
             gradients = [torch.empty_like(changed.codebook) for _ in range(world)]
             dist.all_gather(gradients, changed.codebook.grad)
             assert gradients[0].count_nonzero() > 0 and torch.equal(*gradients), (kind, after)
+    layer = Model("DIVEQ").quantizer.half()
+    replicate(layer)
+    layer.codebook.backward(torch.full_like(layer.codebook, 50000))
+    assert (layer.codebook.grad == 50000).all()  # half of what fp16 would not hold
 
 
 def test_gradients_of_replicated_codebooks_are_averaged(tmp_path):

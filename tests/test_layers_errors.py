@@ -136,6 +136,8 @@ def test_bad_schedule(kind):
         kind(1, 4)
     with pytest.raises(ValueError, match="skip_iters must be an int >= 0, got -1"):
         kind(8, 4, skip_iters=-1, avg_iters=0)
+    with pytest.raises(ValueError, match="skip_iters must be an int <= 2147483647, got 10000000000"):
+        kind(8, 4, skip_iters=10**10)
     with pytest.raises(ValueError, match="avg_iters must be an int >= 0, got -1"):
         kind(8, 4, avg_iters=-1)
     with pytest.raises(ValueError, match="avg_iters must be at most skip_iters = 10, got 11"):

@@ -80,6 +80,13 @@ def test_rows_far_from_0_and_close_together():
     assert errors[0] < 1.01 * errors[1] < 0.02
 
 
+def test_the_mean_of_many_rows_in_order():
+    rows = torch.zeros(1 << 22, 1)
+    rows[: 3 * len(rows) // 10] = 1
+    found = begin(DIVEQ(1, 1, init="kmeans", allow_warning=False, verbose=False), rows)
+    assert abs(found.item() - 0.3) < 1e-6
+
+
 def test_it_is_much_better_than_rows_as_they_come():
     rows = latents(3000)
     assert ITERATIONS >= 1 and error(begin(make(DIVEQ, 64), rows), rows) < 0.85 * error(rows[:64], rows)

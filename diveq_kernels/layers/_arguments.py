@@ -70,8 +70,8 @@ def check_init(init: Any) -> None:
 
 
 def check_sf_schedule(skip_iters: Any, avg_iters: Any) -> tuple[int, int]:
-    """The arguments; raises unless 0 <= avg_iters <= skip_iters."""
-    skip_iters = check_count(skip_iters, "skip_iters", 0)
+    """The arguments; raises unless 0 <= avg_iters <= skip_iters <= 2^31 − 1."""
+    skip_iters = check_count(skip_iters, "skip_iters", 0, _MOST_STEPS)
     avg_iters = check_count(avg_iters, "avg_iters", 0)
     if avg_iters > skip_iters:
         raise ValueError(f"avg_iters must be at most skip_iters = {skip_iters}, got {avg_iters}")
