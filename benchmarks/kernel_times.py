@@ -6,12 +6,14 @@ Writes kernels.json in FOLDER, or benchmarks/results/DEVICE, search by search; d
 "Kernels of a search" from it. The goals beside the times are those set for an H200 before anything had run.
 
 With --steps: of every operation, forward and backward, at the shape of the part "operations" of ``benchmarks.run``, for
-each backend: torch's kernels too, and the host's time, after which a call returns. To steps.json.
+each backend: torch's kernels too, and the host's time, after which a call returns. Training steps also with a codebook
+as layers draw it, of which few codewords have most rows, and with gradients summed in order. To steps.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -72,16 +74,25 @@ def host_time(run: Callable[[], Any]) -> float:
     return 1e3 * statistics.median(times)
 
 
-def measure_step(case: Case, who: contestants.Contestant) -> dict[str, Any]:
-    """Of one operation: milliseconds of each kernel on the GPU and how many there are in a call, and of the host."""
+def measure_step(case: Case, who: contestants.Contestant, in_order: bool) -> dict[str, Any]:
+    """Of one operation: milliseconds of each kernel on the GPU and how many there are in a call, and of the host.
+
+    With ``in_order`` under deterministic algorithms.
+    """
     run = who.prepare(case, make_inputs(case, "cuda")).run
+    torch.use_deterministic_algorithms(in_order)
+    try:
+        events, host = profiled(run), host_time(run)
+    finally:
+        torch.use_deterministic_algorithms(False)
     kernels = [
         {"name": event.key, "calls": event.count / CALLS, "milliseconds": event.device_time_total / CALLS / 1e3}
-        for event in sorted(profiled(run), key=lambda event: -event.device_time_total)
+        for event in sorted(events, key=lambda event: -event.device_time_total)
         if event.device_time_total
     ]
     total = sum(kernel["milliseconds"] for kernel in kernels)
-    return {"case": case._asdict(), "who": who.name, "total": total, "host": host_time(run), "kernels": kernels}
+    about = {"case": case._asdict(), "in_order": in_order, "who": who.name}
+    return {**about, "total": total, "host": host, "kernels": kernels}
 
 
 def searches() -> Iterator[dict[str, Any]]:
@@ -91,10 +102,11 @@ def searches() -> Iterator[dict[str, Any]]:
 
 
 def steps() -> Iterator[dict[str, Any]]:
+    exact = [who for who in contestants.ours("cuda") if who.rounding is contestants.rounding_of_fp32]
     for case in PARTS["operations"].cases["cuda"]:
-        for who in contestants.ours("cuda"):
-            if who.rounding is contestants.rounding_of_fp32:  # the exact ones
-                yield measure_step(case, who)
+        trains = (False, True) if case.is_step else (False,)
+        for codebook, in_order, who in itertools.product(("normal", "drawn")[: len(trains)], trains, exact):
+            yield measure_step(case._replace(codebook=codebook), who, in_order)
 
 
 def main() -> None:

@@ -76,7 +76,8 @@ _OTHERS = {
         ),  # fmt: skip
     ),
     "composite_backward": Family(("residual",), ("composite_backward_kernel",)),
-    "segments": Family(("train", "sf_train"), ("segment_kernel",), deterministic=True),
+    "composite_segments": Family(("residual",), ("composite_segment_kernel",), deterministic=True),
+    "segments": Family(("train", "sf_train"), ("segment_kernel", "combine_kernel"), deterministic=True),
     "curve": Family(("project",), ("curve_kernel",)),
     "project_backward": Family(("project_train",), ("project_backward_kernel",)),
     "project_segments": Family(("project_train",), ("project_segment_kernel",), deterministic=True),

@@ -119,3 +119,20 @@ def check_dither(dither: Any, z: Tensor, expected: tuple[int, ...], meaning: str
     check_float_tensor(dither, "dither")
     check_shape(dither, "dither", expected, meaning)
     check_same_device(dither, "dither", z)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _draws_again() -> bool:
+    from torch._functorch import config
+
+    return bool(config.activation_memory_budget < 1)
+
+
+def check_nothing_is_drawn_again() -> None:
+    """Raise a RuntimeError where the backward of a graph being compiled may draw a seed or λ anew, and use the new."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and _draws_again():
+        raise RuntimeError(
+            "noise and dither cannot be compiled with torch._functorch.config.activation_memory_budget below 1: torch "
+            "would draw them again in the backward, and gradients would be of another step. Set it to 1, or keep the "
+            "layer out of the graph by torch.compiler.disable"
+        )

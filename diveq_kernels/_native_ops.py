@@ -10,23 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diveq_kernels._runs import sorted_runs
+
 Gradients = tuple[Tensor | None, Tensor | None]
-
-
-def sorted_runs(indices: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Rows in the order of the indices that they chose, for a sum in a fixed order.
-
-    Args:
-        indices: int32 [stages, N], −1 in rows that chose nothing.
-        count: Number of codewords or segments that they could choose.
-
-    Returns:
-        (order, bounds): int64 [stages, N], rows by index and by number among equals; and int64 [stages, count + 1],
-        where the run of each index begins in ``order``, and the end of the last.
-    """
-    found, order = indices.sort(dim=-1, stable=True)
-    values = torch.arange(count + 1, device=indices.device, dtype=indices.dtype)
-    return order, torch.searchsorted(found, values.expand(len(indices), -1).contiguous())
 
 
 def _plain(flags: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -252,7 +252,7 @@ def traced(
         arguments: The operation's, less the backend.
     """
     context = getattr(_load(_choose(op, _device(device), name)[0]), "traced", None)
-    return context(op, arguments) if context else None
+    return context(arguments) if context else None
 
 
 def device_types() -> list[str]:

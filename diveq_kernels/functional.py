@@ -312,6 +312,7 @@ def noise_seed(z: Tensor, noise_std: float, seed: int | Tensor | None) -> Tensor
     if noise_std == 0:
         return None
     if seed is None:
+        _checks.check_nothing_is_drawn_again()
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=z.device)
     return seed if isinstance(seed, Tensor) else torch.full((), _as_int(seed), dtype=torch.int64, device=z.device)
 
@@ -338,6 +339,7 @@ def _dither(dither: Tensor | None, z: Tensor, codebook: Tensor) -> Tensor:
     """λ for each segment of each codebook: the given one, checked, or a draw from U(0, 1)."""
     shape = (*codebook.shape[:-2], codebook.shape[-2] - 1)
     if dither is None:
+        _checks.check_nothing_is_drawn_again()
         return torch.rand(shape, dtype=compute_dtype(z, codebook), device=z.device)
     _checks.check_dither(dither, z, shape, "[K-1]" if codebook.dim() == 2 else "[codebooks, K-1]")
     return dither

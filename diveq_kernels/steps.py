@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import secrets
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 _layers: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def number_of(layer: Any) -> Tensor:
     """A new number of the layer for ``layer_of``, int64 [] on the CPU; random, as graphs outlive processes."""
+    _layers.pop(_numbers.get(layer, -1), None)
     number = secrets.randbits(63)
-    _layers[number] = layer
+    _layers[number], _numbers[layer] = layer, number
     return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 

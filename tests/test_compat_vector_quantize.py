@@ -323,6 +323,26 @@ def test_more_heads_than_codebooks():
     torch.testing.assert_close(accelerate_vector_quantize(copy.deepcopy(theirs))(x), theirs(x))
 
 
+def test_one_codebook_for_several_sequences():
+    """The package takes rows [B, T, N, D] for B heads, unless it is to train the codebook."""
+    theirs = package.VectorQuantize(
+        dim=8, codebook_size=20, directional_reparam=True, threshold_ema_dead_code=1, freeze_codebook=True
+    )
+    found = []
+    for layer in (theirs, accelerate_vector_quantize(copy.deepcopy(theirs))):
+        x = torch.linspace(-3, 3, 3 * 2 * 7 * 8).sin().view(3, 2, 7, 8).requires_grad_()
+        torch.manual_seed(0)
+        z_q, indices, _ = layer(x)
+        found.append((z_q, indices, *torch.autograd.grad(z_q.square().sum(), x)))
+    torch.testing.assert_close(*found)
+
+
+def test_surplus_arguments_are_refused():
+    layer = accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20))
+    with pytest.raises(TypeError, match="takes an input and 11 more arguments, got 12"):
+        layer(torch.randn(2, 5, 8), *[None] * 12)
+
+
 def test_indices_that_are_not_there():
     layer = accelerate_vector_quantize(package.VectorQuantize(dim=8, codebook_size=20))
     before = copy.deepcopy(layer.state_dict())

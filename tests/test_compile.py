@@ -172,3 +172,20 @@ def test_images_of_several_sizes_between_convolutions(kind, memory_format):
                 restored.square().mean().backward()
                 results.append((restored.detach(), x.grad))
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [DIVEQ, SFDIVEQ])
+def test_what_a_backward_would_draw_again_is_not_compiled(kind):
+    """torch does that where it has a memory budget, with all random numbers: a forward then runs eagerly, or raises."""
+    quantizer, results = make(kind, noise_std=0.3), []
+    with torch._functorch.config.patch(activation_memory_budget=0.1):
+        for function in (quantizer, torch.compile(quantizer)):
+            z = torch.linspace(-2, 2, 200).sin().view(40, 5).requires_grad_()
+            torch.manual_seed(3)
+            z_q = function(z)[0]
+            z_q.square().sum().backward()
+            results.append((z_q.detach(), z.grad))
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="activation_memory_budget"):
+            torch.compile(quantizer, fullgraph=True)(z)
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -11,6 +11,7 @@ from cases import QUANTIZERS, Quantizer, Target, generator, on_every_target
 from torch import Tensor
 
 import diveq_kernels.functional as F
+from diveq_kernels import _runs
 
 
 def rows_to_quantize(gen: torch.Generator) -> Tensor:
@@ -19,21 +20,26 @@ def rows_to_quantize(gen: torch.Generator) -> Tensor:
     return z
 
 
+def gradient(
+    quantizer: Quantizer, target: Target, deterministic: bool, z: Tensor, books: Tensor, **keywords: Tensor
+) -> Tensor:
+    keywords = {name: x.to(target.device) for name, x in keywords.items()}
+    z, books = z.to(target.device), books.to(target.device).requires_grad_()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = quantizer(z, books, noise_std=0.1, seed=4, backend=target.backend, **keywords)
+        return torch.autograd.grad((found.z_q**2).sum(), books)[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def codebook_gradient(quantizer: Quantizer, target: Target, deterministic: bool, seed: int) -> Tensor:
     gen = torch.Generator().manual_seed(seed)
     z = rows_to_quantize(gen)
     books = torch.randn(quantizer.books_shape(7, 6), generator=gen)
     mask = torch.rand(150, generator=gen) < 0.7
     mask[[7, 60, 149]] = True
-    mask = mask.to(target.device)
-    keywords = quantizer.dither(books.to(target.device), gen)
-    z, books = z.to(target.device), books.to(target.device).requires_grad_()
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        found = quantizer(z, books, noise_std=0.1, seed=4, mask=mask, backend=target.backend, **keywords)
-        return torch.autograd.grad((found.z_q**2).sum(), books)[0]
-    finally:
-        torch.use_deterministic_algorithms(False)
+    return gradient(quantizer, target, deterministic, z, books, mask=mask, **quantizer.dither(books, gen))
 
 
 @on_every_target
@@ -44,6 +50,22 @@ def test_sorted_sums_equal_unordered_ones(target: Target, quantizer: Quantizer) 
     for deterministic in (False, True):
         found = codebook_gradient(quantizer, target, deterministic, seed)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@on_every_target
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_runs_of_several_pieces(target: Target, quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows about some of the codewords, as many as pieces have, fewer and more, in any order."""
+    monkeypatch.setattr(_runs, "PIECE", 40)
+    gen, lengths = generator(), torch.tensor([80, 0, 41, 1, 40, 39, 2])
+    books = 10.0 * torch.randn(quantizer.books_shape(7, 6), generator=gen)
+    whole = torch.cat(books.unbind(), -1) if books.shape[-1] < 6 else books.reshape(-1, 7, 6)[0]
+    z = whole.repeat_interleave(lengths, 0)
+    z = (z + 0.1 * torch.randn(z.shape, generator=gen))[torch.randperm(len(z), generator=gen)]
+    dither = quantizer.dither(books, gen)
+    found = gradient(quantizer, target, True, z, books, **dither)
+    expected = gradient(quantizer, Target("reference", "cpu"), False, z.double(), books.double(), **dither)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def search_gradient(of: str, target: Target, deterministic: bool, seed: int) -> Tensor:
@@ -66,7 +88,10 @@ def search_gradient(of: str, target: Target, deterministic: bool, seed: int) -> 
 
 @on_every_target
 @pytest.mark.parametrize("of", ["sqdist", "points"])
-def test_sorted_sums_of_a_search_equal_unordered_ones(target: Target, of: str) -> None:
+def test_sorted_sums_of_a_search_equal_unordered_ones(
+    target: Target, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_runs, "PIECE", 8)  # some of the seven codewords' runs are several pieces
     seed = generator().initial_seed()
     expected = search_gradient(of, Target("reference", target.device), False, seed)
     for deterministic in (False, True):

@@ -375,3 +375,21 @@ def test_draws_and_perplexities_do_not_depend_on_torch_s_default_dtype() -> None
         torch.set_default_dtype(torch.float32)
     for one, two in zip(found, expected, strict=True):
         assert one.dtype == torch.float32 and torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_in_inference_mode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose tensors have no versions by which writes could be noticed."""
+
+    def seen_by(layer: Any, batches: torch.Tensor) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        return [layer(z)[0] for z in batches]
+
+    z = torch.randn(START + 2, 40, 6)
+    with torch.inference_mode():
+        layer = make(name, "random")
+        other = copy.deepcopy(layer)
+        expected = seen_by(layer, z)
+        monkeypatch.setattr(Quantizer, "_counts_are_free", lambda self: False)
+        assert_same(seen_by(other, z), expected)
+        assert other.train().iter_counter == layer.iter_counter == START + 2

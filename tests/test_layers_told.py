@@ -13,6 +13,7 @@ from test_layers_writes import CURVE, KINDS, STARTS, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from diveq_kernels import steps
 from diveq_kernels.layers.base import Quantizer
 
 START = CURVE["skip_iters"]
@@ -248,3 +249,14 @@ def test_layers_that_are_gone_are_not_found() -> None:
     del layer
     for of in (number, torch.tensor(5)):
         assert torch.ops.diveq.in_forward_of(counter, of) == 1
+
+
+def test_a_layer_has_one_number() -> None:
+    """However often it is moved or loaded; a copy's is another."""
+    layer = make("DIVEQ", "random")
+    before = len(steps._layers)
+    for _ in range(3):
+        layer.float().load_state_dict(layer.state_dict())
+    other = copy.deepcopy(layer)
+    assert len(steps._layers) == before + 1
+    assert [steps.layer_of(each._number, each.iter_counter) for each in (layer, other)] == [layer, other]

@@ -415,3 +415,27 @@ def test_working_memory(name: str, rows: int, codewords: int, dim: int, limit: i
     command = [sys.executable, "-c", MEMORY, name, str(rows), str(codewords), str(dim)]
     extra = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert extra < limit
+
+
+SCARCE = """
+import resource, torch
+from pathlib import Path
+import diveq_kernels.functional as F
+z, c = torch.randn(4000, 4096), torch.randn(64, 4096)
+F.nearest(z[:100, :8].contiguous(), c[:, :8].contiguous(), backend="cpu")
+now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 200_000, resource.RLIM_INFINITY))
+try:
+    F.nearest(z, c, backend="cpu")
+except MemoryError:
+    print("MemoryError")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(F.nearest(z, c, backend="cpu").indices.shape)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_that_is_not_there() -> None:
+    """What threads of the kernels raise is raised, and leaves nothing behind."""
+    done = subprocess.run([sys.executable, "-c", SCARCE], check=True, capture_output=True, text=True)
+    assert done.stdout == "MemoryError\ntorch.Size([4000])\n"

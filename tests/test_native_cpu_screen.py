@@ -345,3 +345,17 @@ def test_more_copies_than_are_listed(isa: str, dim: int, copies: int) -> None:
     check_nearest(rows, codebook)
     codebook[places[copies // 2], 0] *= 1 + 2.0**-23
     check_nearest(rows, codebook)
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_a_row_on_a_codeword_whose_neighbour_has_diverged(isa: str, lam: float) -> None:
+    """Dithered points that are codewords, one of them the row: its distance is 0, its other end beyond fp32."""
+    gen = generator()
+    codebook, dither = torch.randn(64, 16, generator=gen), torch.rand(63, generator=gen)
+    segment, far = (55, 55) if lam == 1 else (56, 57)
+    codebook[far] = 1e20
+    dither[segment], dither[14] = lam, 0.0
+    point = (1 - lam) * codebook[segment] + lam * codebook[segment + 1]
+    codebook[14] = point + 1e-2 * torch.randn(16, generator=gen)
+    found = F.sf_diveq(point.repeat(8, 1), codebook, dither=dither, noise_std=0, backend="cpu").indices
+    assert (found == segment).all()

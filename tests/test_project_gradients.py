@@ -155,3 +155,26 @@ def test_of_points_alone_and_of_positions_alone(target: Target) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     for a, b, both in zip(of_points, of_t, run((found.points, g), (found.t, h)), strict=True):
         torch.testing.assert_close(a + b, both, rtol=1e-4, atol=1e-4)
+
+
+@on_every_target
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("scale", "of_t"), [(1e-21, 1.0), (1e-40, 0.0)])
+def test_on_segments_too_short_for_their_gradient(
+    target: Target, scale: float, of_t: float, deterministic: bool
+) -> None:
+    """Their square, or what is divided by it, is not in fp32: then t counts as constant, and nothing becomes NaN."""
+    gen = generator()
+    codebook = scale * torch.randn(2, 3, generator=gen)
+    codebook[:, 2] = 0
+    weights = torch.rand(20, 1, generator=gen) * 0.4 + 0.3
+    z, g = weights * codebook[:1] + (1 - weights) * codebook[1:], torch.randn(20, 3, generator=gen)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = gradients(target, z, codebook, g, torch.full((20,), of_t), None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in found)
+    if target.backend != "reference":  # which has a large one
+        moved = found[1].sum(0) + found[2].sum(0)  # all of them together, which moves the points as much
+        torch.testing.assert_close(moved.cpu(), g.sum(0), rtol=1e-2, atol=1e-2)

@@ -219,14 +219,22 @@ def test_searches_with_a_mask_compile_without_spills(architecture: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sorted_sums_compile_without_spills(architecture: int, dtype: torch.dtype) -> None:
     """The codebook's gradient under deterministic algorithms, in every tile of its."""
+    seed, kernels = meta(dtype=torch.int64), {"segment_kernel", "composite_segment_kernel", "combine_kernel"}
+    codes, of_table = meta(4, FEW_ROWS, dtype=torch.int32), table(f"sm_{architecture}")
+    entries = [entry for name in ("segments", "composite_segments") for entry in of_table[name]]
     torch.use_deterministic_algorithms(True)
     try:
-        for entry in table(f"sm_{architecture}")["segments"]:
-            z, books = (meta(n, min(entry["max_dim"], 512), dtype=dtype) for n in (FEW_ROWS, CODEWORDS))
+        for dim in {min(entry["max_dim"], 512) for entry in entries}:
+            z, books = meta(FEW_ROWS, dim, dtype=dtype), meta(4, CODEWORDS, dim, dtype=dtype)
             with recorded(architecture) as launches:
-                steps(z, books, "fast")
-            launches = [x for x in launches if x.kernel.__name__ == "segment_kernel"]
-            assert {x.options["ENDS"] for x in launches} == {1, 2}
+                steps(z, books[0], "fast")
+                for dither in (None, meta(4, CODEWORDS - 1)):
+                    triton_kernels.residual_backward(z, z, books, dither, codes, seed, 1e-3, True, True)
+                    of_groups = books[..., : dim // 4]
+                    triton_kernels.product_backward(z, z, of_groups, dither, codes, seed, 1e-3, True, True)
+            launches = [x for x in launches if x.kernel.__name__ in kernels]
+            assert {x.kernel.__name__ for x in launches} == kernels
+            assert {x.options["ENDS"] for x in launches if "ENDS" in x.options} == {1, 2}
             check_fits(launches, architecture)
     finally:
         torch.use_deterministic_algorithms(False)

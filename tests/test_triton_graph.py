@@ -44,9 +44,11 @@ WRITES = {
     "exhaust_kernel": {"indices", "sqdist"},
     "project_kernel": {*_OF_ROWS, "points", "position"},
     "composite_kernel": {"residuals", "indices", "counts", "z_q"},
-    "composite_backward_kernel": {"grad_z", "grad_codebooks"},
-    "segment_kernel": {"grad_codebook"},
-    "project_segment_kernel": {"grad_codebook"},
+    "composite_backward_kernel": {"grad_z", "grad_codebooks", "weights"},
+    "segment_kernel": {"partial"},
+    "project_segment_kernel": {"partial"},
+    "composite_segment_kernel": {"partial"},
+    "combine_kernel": {"grad_codebooks"},
 }
 for _name in ("diveq", "sf_diveq"):
     WRITES[f"{_name}_kernel"] = {"counts", "z_q"}
@@ -200,18 +202,24 @@ def test_other_cases_stay_one_operation(name: str, why: str) -> None:
 
 
 @needs_kernels
-def test_deterministic_gradients() -> None:
-    """Kernels that add up sorted rows; those of composites stay one operation."""
+@pytest.mark.parametrize("all_sizes", [False, True], ids=["any N", "any size"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_deterministic_gradients(name: str, all_sizes: bool) -> None:
+    """Kernels that add up sorted rows, which are sorted in the graph, for all N and, where sizes are symbols, all K."""
+    adding = {"project": "project_segment_kernel"} | dict.fromkeys(("residual", "product"), "composite_segment_kernel")
     torch.use_deterministic_algorithms(True)
     try:
         with fake_cuda() as mode:
-            for name in ("residual", "product"):
-                graph, _ = traced(*(lambda call: (call[0], *call[1]))(calls(name, mode, torch.float32, "")[1]))
-                assert opaque(graph) == [f"diveq::{name}_backward"]
-            for name in ("nearest", "diveq", "sf_diveq", "project"):
-                graph, _ = traced(*(lambda call: (call[0], *call[1]))(calls(name, mode, torch.float32, "")[1]))
-                adding = "project_segment_kernel" if name == "project" else "segment_kernel"
-                assert launched(graph) == [f"{name}_backward_kernel", adding]
+            function, tensors = calls(name, mode, torch.float32, "", all_sizes=all_sizes)[1]
+            graph, results = traced(function, *tensors)
+            expected = [*KERNELS[name][1], adding.get(name, "segment_kernel"), "combine_kernel"]
+            assert launched(graph) == expected and not opaque(graph)
+            for found, fake in zip(results, function(*tensors), strict=True):
+                assert (found.dtype, found.device, found.stride()) == (fake.dtype, fake.device, fake.stride())
+            rows, codewords = tensors[0].shape[0], tensors[2 + (name == "project")].shape[-2]
+            for size in (rows, *[codewords] * all_sizes):
+                assert size.node.expr.is_symbol and size.node.expr not in mode.shape_env.replacements, size
+            assert all_sizes or not mode.shape_env.guards, mode.shape_env.guards
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -225,4 +233,4 @@ def test_older_graphs_have_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             assert len(opaque(graph)) == 1 and not launched(graph)
             sizes = [torch.empty([100 if isinstance(n, torch.SymInt) else n for n in x.shape], dtype=x.dtype,
                                  device="cuda") for x in tensors]  # fmt: skip
-            assert triton_kernels.traced("diveq", sizes) is None
+            assert triton_kernels.traced(sizes) is None

@@ -91,6 +91,13 @@ def test_which_float_a_kernel_is_given(anywhere: None) -> None:
             assert started[-2:] == [(two, one), (7.0, one)]
 
 
+def test_a_float_that_torch_is_given(anywhere: None) -> None:
+    """torch makes another object of it, which may not be taken for a constant."""
+    of, x = repeat.repeated(lambda x, scale: x * scale), torch.ones(3)
+    for scale in (0.5, 0.5, 0.5, 0.5, 2.0, 3.0):
+        assert torch.equal(of(x, scale), x * scale)
+
+
 def test_what_is_written_and_drawn_is_written_and_drawn_again(anywhere: None) -> None:
     def step(x: Tensor) -> Tensor:
         x.add_(1)

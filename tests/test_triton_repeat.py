@@ -225,13 +225,14 @@ def test_a_float_is_an_argument_like_tensors(name: str) -> None:
 
 
 @runs
-def test_deterministic_algorithms_are_a_kind_of_their_own() -> None:
-    arguments = call_of("diveq_backward", "rows", torch.float32)
+@pytest.mark.parametrize("name", ["diveq_backward", "residual_backward", "project_backward"])
+def test_deterministic_algorithms_are_a_kind_of_their_own(name: str) -> None:
+    arguments, function = call_of(name, "rows", torch.float32), function_of(name)
     for deterministic in (False, True, False):
         torch.use_deterministic_algorithms(deterministic)
         try:
             for _ in range(3):
-                same(triton_kernels.diveq_backward(*arguments), triton_kernels.diveq_backward.__wrapped__(*arguments))
+                same(function(*arguments), function.__wrapped__(*arguments))
         finally:
             torch.use_deterministic_algorithms(False)
     assert len(programs()) == 2

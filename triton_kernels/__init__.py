@@ -77,12 +77,11 @@ def why_unusable(device: torch.device) -> str | None:
     return _why_not_started() if device.type == "cuda" and torch.cuda.is_available() and not INTERPRETED else None
 
 
-def traced(op: str, arguments: Sequence[Any]) -> AbstractContextManager[None] | None:
+def traced(arguments: Sequence[Any]) -> AbstractContextManager[None] | None:
     """Where to run an operation so that a graph being traced receives its kernels; None where it has none to show.
 
-    Those are the cases that a launcher leaves to the reference, whose loops over rows no graph should unroll; and all
-    before torch 2.13, whose Inductor also stumbles over kernels that write [N] for an N that is a symbol.
+    Those are the cases that are left to the reference, whose loops over rows no graph should unroll; and all before
+    torch 2.13, whose Inductor also stumbles over kernels that write [N] for an N that is a symbol.
     """
     wide = any(x.dtype == torch.float64 for x in arguments if isinstance(x, torch.Tensor))
-    unordered = op in ("residual_backward", "product_backward") and torch.are_deterministic_algorithms_enabled()
-    return None if INTERPRETED or _STRIDES_BREAK or wide or unordered else in_graph()
+    return None if INTERPRETED or _STRIDES_BREAK or wide else in_graph()

@@ -1,7 +1,7 @@
 """Gradient towards one end of a row's step, and the two ways to add rows to the codewords that they chose.
 
 Atomics by default: contributions to one codeword arrive in any order. Under deterministic algorithms rows are sorted by
-index (a stable sort), and one program per codeword adds up its own, in order. Both accumulate in fp32.
+index (a stable sort), and their sums made in pieces of that order (sums.py). Both accumulate in fp32.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
-from diveq_kernels.triton_kernels.rows import Rows, load_rows, load_targets, row_starts
+from diveq_kernels.triton_kernels.rows import Rows, load_rows, load_targets
+from diveq_kernels.triton_kernels.sums import summed
 
 
 @triton.jit
@@ -46,52 +46,6 @@ def add_pull(grad_codebook, index, adds, pull, first, D: tl.constexpr, BLOCK_D: 
     tl.atomic_add(grad_codebook + at, pull, mask=adds[:, None] & (k < D)[None, :], sem="relaxed")
 
 
-@triton.jit
-def run_of(ends, segment, segments, rows):
-    """Where in the sorted rows those that chose a segment begin and end; an empty run where there is no such segment.
-
-    ``ends`` counts rows with an index, which the sort puts behind those without.
-    """
-    real = (segment >= 0) & (segment < segments)
-    skipped = rows - tl.load(ends + segments - 1)
-    start = tl.load(ends + segment - 1, mask=real & (segment > 0), other=0)
-    stop = tl.load(ends + segment, mask=real, other=0)
-    return tl.where(real, start, stop) + skipped, stop + skipped
-
-
-@triton.jit
-def segment_kernel(
-    z, inner, outer_stride, inner_stride, step, codebook, code_stride, code_step,
-    order, ends, weights, grad_codebook, segments, rows,
-    ENDS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """∂L/∂c_j = Σ a_n (c_j − z_n) over the rows of codeword j; with two ends, over those of both its segments."""
-    j = tl.program_id(0)
-    first = tl.program_id(1) * BLOCK_D
-    k = first + tl.arange(0, BLOCK_D)
-    c = tl.load(codebook + j.to(tl.int64) * code_stride + k.to(tl.int64) * code_step, mask=k < D, other=0.0)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for end in tl.static_range(ENDS):
-        segment = j - end  # codeword j begins segment j and ends segment j − 1
-        start, stop = run_of(ends, segment, segments, rows)
-        for position in tl.range(start, stop, BLOCK_N):
-            at = position + tl.arange(0, BLOCK_N)
-            live = at < stop
-            n = tl.load(order + at, mask=live, other=0)
-            a = tl.load(weights + end * rows + n, mask=live, other=0.0)
-            x = load_rows(z, row_starts(n, inner, outer_stride, inner_stride), step, live, first, D, BLOCK_D)
-            pull = a[:, None] * (c.to(tl.float32)[None, :] - x)
-            total += tl.sum(tl.where((a == 0.0)[:, None], 0.0, pull), axis=0)
-    tl.store(grad_codebook + j.to(tl.int64) * D + k, total, mask=k < D)
-
-
-def sorted_rows(indices: Tensor, segments: int) -> tuple[Tensor, Tensor]:
-    """(row numbers in the order of their indices, how many rows with an index chose a segment up to each)."""
-    found, order = indices.reshape(-1).sort(stable=True)
-    bounds = torch.arange(segments, device=indices.device, dtype=found.dtype)
-    return order, torch.searchsorted(found, bounds, right=True) - torch.searchsorted(found, bounds[:1])
-
-
 class CodebookGradient:
     """Where ∂L/∂C is accumulated, by atomics or by sorted segments as torch's settings ask.
 
@@ -118,15 +72,6 @@ class CodebookGradient:
             return codebook.new_empty(0)
         if self.atomic is not None:
             return self.atomic.to(codebook.dtype)
-        result = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device)
-        if indices.numel():
-            codewords, dim = codebook.shape
-            segments = codewords - (self._ends - 1)
-            order, ends = sorted_rows(indices, segments)
-            tile = configuration("segments", dim, codebook.device)
-            launch(
-                segment_kernel, (codewords, cdiv(dim, tile["BLOCK_D"])), codebook.device,
-                *z, codebook, *codebook.stride(), order, ends, weights, result, segments, indices.numel(),
-                ENDS=self._ends, D=dim, **tile,
-            )  # fmt: skip
-        return result.to(codebook.dtype)
+        if weights is None or not indices.numel():
+            return torch.zeros(codebook.shape, dtype=codebook.dtype, device=codebook.device)
+        return summed(z, codebook, indices, weights)

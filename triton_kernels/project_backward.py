@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diveq_kernels.triton_kernels.gradients import add_pull, run_of, sorted_rows
+from diveq_kernels._runs import sorted_runs
+from diveq_kernels.triton_kernels.gradients import add_pull
 from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.project import position_on
 from diveq_kernels.triton_kernels.repeat import repeated
@@ -26,6 +27,7 @@ from diveq_kernels.triton_kernels.rows import (
     rows_of,
     store_rows,
 )
+from diveq_kernels.triton_kernels.sums import combined, piece_of, room_for, store_sums
 
 
 @triton.jit
@@ -54,6 +56,8 @@ def project_backward_kernel(
         through_t += tl.sum(load_rows(grad, g_starts, g_step, kept, first, D, BLOCK_D) * (e - s), axis=1)
     adds = kept & finite
     theta = tl.where(moves & finite, through_t / tl.where(moves, square, 1.0), 0.0)
+    # Too short a segment, which has no gradient then.
+    theta = tl.where((tl.abs(theta) == float("inf")) & (tl.abs(through_t) < float("inf")), 0.0, theta)
     if weights is not None:
         tl.store(weights + n, tl.where(adds, t, float("nan")), mask=inside)
         tl.store(weights + rows + n, theta, mask=inside)
@@ -76,36 +80,45 @@ def project_backward_kernel(
 @triton.jit
 def project_segment_kernel(
     grad, g_inner, g_outer_stride, g_inner_stride, g_step, z, inner, outer_stride, inner_stride, step,
-    codebook, code_stride, code_step, order, ends, weights, grad_codebook, segments, rows,
+    codebook, code_stride, code_step, order, bounds, firsts, owners, length, weights, partial, segments, rows,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂c_j for one codeword: in order, over the rows of the segment that it begins, then of the one that it ends."""
-    j = tl.program_id(0)
+    """What a piece's rows (sums.py) give to ∂L/∂C at both ends of their segment."""
+    piece, stage = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * BLOCK_D
+    j, start, stop, live = piece_of(bounds, firsts, owners, length, piece, stage, segments)
     k = first + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for end in tl.static_range(2):
-        segment = j - end
-        start, stop = run_of(ends, segment, segments, rows)
-        at = codebook + segment.to(tl.int64) * code_stride + k.to(tl.int64) * code_step
-        has_rows = (k < D) & (start < stop)
-        s = tl.load(at, mask=has_rows, other=0.0).to(tl.float32)
-        d = tl.load(at + code_stride, mask=has_rows, other=0.0).to(tl.float32) - s
-        for position in tl.range(start, stop, BLOCK_N):
-            at_row = position + tl.arange(0, BLOCK_N)
-            live = at_row < stop
-            n = tl.load(order + at_row, mask=live, other=0)
-            t = tl.load(weights + n, mask=live, other=float("nan"))
-            theta = tl.load(weights + rows + n, mask=live, other=0.0)[:, None]
-            g = load_rows(grad, row_starts(n, g_inner, g_outer_stride, g_inner_stride), g_step, live, first, D, BLOCK_D)
-            x = load_rows(z, row_starts(n, inner, outer_stride, inner_stride), step, live, first, D, BLOCK_D)
-            w = x - s[None, :]
-            if end == 0:
-                pull = (1.0 - t)[:, None] * g - theta * (w + (1.0 - 2.0 * t)[:, None] * d[None, :])
-            else:
-                pull = t[:, None] * g + theta * (w - (2.0 * t)[:, None] * d[None, :])
-            total += tl.sum(tl.where((t == t)[:, None], pull, 0.0), axis=0)
-    tl.store(grad_codebook + j.to(tl.int64) * D + k, total, mask=k < D)
+    at = codebook + j.to(tl.int64) * code_stride + k.to(tl.int64) * code_step
+    s = tl.load(at, mask=k < D, other=0.0).to(tl.float32)[None, :]
+    d = tl.load(at + code_stride, mask=k < D, other=0.0).to(tl.float32)[None, :] - s
+    to_start = tl.zeros((BLOCK_D,), tl.float32)
+    to_end = tl.zeros((BLOCK_D,), tl.float32)
+    for position in tl.range(start, stop, BLOCK_N):
+        at_row = position + tl.arange(0, BLOCK_N)
+        inside = at_row < stop
+        n = tl.load(order + at_row, mask=inside, other=0)
+        t = tl.load(weights + n, mask=inside, other=float("nan"))[:, None]
+        theta = tl.load(weights + rows + n, mask=inside, other=0.0)[:, None]
+        g = load_rows(grad, row_starts(n, g_inner, g_outer_stride, g_inner_stride), g_step, inside, first, D, BLOCK_D)
+        w = load_rows(z, row_starts(n, inner, outer_stride, inner_stride), step, inside, first, D, BLOCK_D) - s
+        to_start += tl.sum(tl.where(t == t, (1.0 - t) * g - theta * (w + (1.0 - 2.0 * t) * d), 0.0), axis=0)
+        to_end += tl.sum(tl.where(t == t, t * g + theta * (w - 2.0 * t * d), 0.0), axis=0)
+    store_sums(partial, piece, stage, live, to_start, first, 0, 2, D, BLOCK_D)
+    store_sums(partial, piece, stage, live, to_end, first, 1, 2, D, BLOCK_D)
+
+
+def _in_order(grad: Tensor, z: Tensor, codebook: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """∂L/∂C from what project_backward_kernel has kept of each row."""
+    segments, dim = codebook.shape[0] - 1, z.shape[-1]
+    runs = sorted_runs(indices.reshape(1, -1), segments)
+    partial = room_for(runs, 2, dim)
+    tile = configuration("project_segments", dim, z.device)
+    launch(
+        project_segment_kernel, (len(partial), cdiv(dim, tile["BLOCK_D"])), z.device,
+        *rows_of(grad), *rows_of(z), codebook, *codebook.stride(), *runs, weights, partial, segments, indices.numel(),
+        D=dim, **tile,
+    )  # fmt: skip
+    return combined(partial, runs, codebook)
 
 
 @repeated
@@ -120,11 +133,12 @@ def project_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of points and t, to the row and both ends of its segment; sums in order as ``gradients`` has it."""
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
-    total = torch.zeros(codebook.shape if need_codebook else (0,), dtype=torch.float32, device=codebook.device)
-    rows, dim, codewords = indices.numel(), z.shape[-1], codebook.shape[0]
+    rows, dim = indices.numel(), z.shape[-1]
+    in_order = need_codebook and torch.are_deterministic_algorithms_enabled() and rows > 0
+    weights = torch.empty((2, rows), dtype=torch.float32, device=z.device) if in_order else None
+    shape = codebook.shape if need_codebook and not in_order else (0,)
+    total = torch.zeros(shape, dtype=torch.float32, device=codebook.device)
     if rows:
-        in_order = need_codebook and torch.are_deterministic_algorithms_enabled()
-        weights = torch.empty((2, rows), dtype=torch.float32, device=z.device) if in_order else None
         tile = configuration("project_backward", dim, z.device)
         launch(
             project_backward_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
@@ -132,12 +146,7 @@ def project_backward(
             *(written or (None, 1, 0, 0, 1)), total if need_codebook and not in_order else None, weights,
             D=dim, **tile,
         )  # fmt: skip
-        if in_order:
-            order, ends = sorted_rows(indices, codewords - 1)
-            tile = configuration("project_segments", dim, z.device)
-            launch(
-                project_segment_kernel, (codewords, cdiv(dim, tile["BLOCK_D"])), z.device,
-                *rows_of(grad_points), *rows_of(z), codebook, *codebook.stride(), order, ends, weights, total,
-                codewords - 1, rows, D=dim, **tile,
-            )  # fmt: skip
-    return (deliver(grad_z, written) if written else grad_z), total.to(codebook.dtype)
+    grad_z = deliver(grad_z, written) if written else grad_z
+    if weights is not None:
+        return grad_z, _in_order(grad_points, z, codebook, indices, weights)
+    return grad_z, total.to(codebook.dtype)

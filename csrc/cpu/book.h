@@ -31,7 +31,7 @@ class Book {
     std::fill_n(nearest, rows, Choice{INFINITY, 0});
     std::mutex merging;
     const int64_t grain = (1 << 15) / (codes_.dim * rows) + 1;
-    torch::stable::parallel_for(0, codes_.count, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, codes_.count, grain, [&](int64_t begin, int64_t end) {
       Choice found[kFew];
       std::fill_n(found, rows, Choice{INFINITY, 0});
       float limits[kFew];

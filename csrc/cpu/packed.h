@@ -54,7 +54,7 @@ inline std::vector<int32_t> sort_by_length(const Kernels& k, const Codes& codes,
   constexpr uint32_t kApart = 8 << 4;  // of lengths that differ by a factor of 16
   const int64_t dim = codes.dim, panel = k.coarse_panel;
   std::vector<uint32_t> bucket(codes.count);
-  torch::stable::parallel_for(0, codes.count, (1 << 15) / dim + 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, codes.count, (1 << 15) / dim + 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = buffer(3 * dim);
     for (int64_t j = begin; j < end; ++j) {
       float* at = scratch.get();
@@ -97,7 +97,7 @@ class Kept {
 template <class F>
 void pack_panels(const Kernels& k, int64_t panels, int64_t panel, int64_t dim, const F& f) {
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / (panel * dim));
-  torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
     const Buffer scratch = buffer(2 * dim + panel * (dim + k.lanes));
     f(begin, end, scratch.get());
   });

@@ -214,7 +214,9 @@ void project_gradient(const float* g, float grad_t, const float* z, const float*
   each(dim, [&](int64_t k, int n) { of_g += load(g + k, n) * (load(end + k, n) - load(start + k, n)); });
   const bool finite = at == at;
   *t = (float)at;
-  *through = at > 0 && at < 1 ? (float)(((double)grad_t + sum(of_g)) / length) : 0.0f;
+  const double of_t = ((double)grad_t + sum(of_g)) / length;
+  const bool steep = fabs(of_t) > FLT_MAX && fabs(of_t) < INFINITY;  // too short a segment, which has no gradient then
+  *through = at > 0 && at < 1 && !steep ? (float)of_t : 0.0f;
   if (grad_z)
     each(dim, [&](int64_t k, int n) {
       V value = all(finite ? 0.0f : NAN);

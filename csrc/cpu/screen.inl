@@ -169,7 +169,8 @@ inline void compare(Row& row, const Codes& c, bool exact, const int32_t* order, 
   if (dithered) {  // how far rounding can move the point
     const Four ends = sums(of_ends[0], of_ends[1], of_ends[2], of_ends[3]);
     const Four mixing = 4 * kUnit * (Four)_mm_sqrt_ps((__m128)ends);
-    margin += 2.01f * (Four)_mm_sqrt_ps((__m128)distance) * mixing + mixing * mixing;
+    const __m128 apart = _mm_max_ps(_mm_sqrt_ps((__m128)distance), (__m128)four(1e-19f));  // 0 times infinity is none
+    margin += 2.01f * (Four)apart * mixing + mixing * mixing;
   }
   const Four lower = distance - margin;
   __m128 upper = _mm_min_ps((__m128)(distance + margin), (__m128)four(INFINITY));  // the second of what is not a number

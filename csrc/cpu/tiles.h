@@ -5,12 +5,30 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 
 #include "kernels.h"
 
 namespace diveq {
+
+// torch's, which would say of an exception only that there was one: the first is thrown again.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  std::exception_ptr failed;
+  std::mutex failing;
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    try {
+      f(first, last);
+    } catch (...) {
+      const std::lock_guard lock(failing);
+      if (!failed) failed = std::current_exception();
+    }
+  });
+  if (failed) std::rethrow_exception(failed);
+}
 
 struct Free {
   void operator()(float* p) const { std::free(p); }
@@ -37,7 +55,7 @@ inline int64_t tile_rows(const Kernels& k, int64_t dim, int64_t rows) {
 // floats of scratch.
 template <class F>
 inline void each_tile(int64_t begin, int64_t end, int64_t tile, int64_t floats, const F& f) {
-  torch::stable::parallel_for(0, (end - begin + tile - 1) / tile, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, (end - begin + tile - 1) / tile, 1, [&](int64_t first, int64_t last) {
     const Buffer scratch = buffer(floats);
     for (int64_t n = begin + first * tile; n < std::min(end, begin + last * tile); n += tile)
       f(n, std::min(tile, end - n), scratch.get());
@@ -55,7 +73,7 @@ template <class F>
 void each_owner(int64_t begin, int64_t end, int64_t tile, int64_t codewords, int64_t floats, const F& f) {
   const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
   const int64_t share = std::max<int64_t>(1, (codewords + threads - 1) / threads);
-  torch::stable::parallel_for(0, (codewords + share - 1) / share, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, (codewords + share - 1) / share, 1, [&](int64_t first, int64_t last) {
     const Buffer scratch = buffer(floats);
     const int64_t low = first * share, high = std::min(codewords, last * share);
     for (int64_t n = begin; n < end; n += tile) f(n, std::min(tile, end - n), low, high, scratch.get());

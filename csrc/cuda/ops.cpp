@@ -1,8 +1,8 @@
 // The library of the cuda backend: its operations, each a search and a step, or one pass over the rows backward; and what
 // layers do around them.
 //
-// ..._backward adds up the codebook's gradient with atomics; ..._backward_sorted in the order of `order` [stages, N], the
-// rows sorted by index, in which the run of index j begins at bounds [stages, segments + 1].
+// ..._backward adds up the codebook's gradient with atomics; ..._backward_sorted in a fixed order, in the pieces that
+// diveq_kernels/_runs.py describes.
 #include "../ops.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -43,16 +43,26 @@ Noise noise_of(const Maybe& seed, double noise_std, int64_t rows) {
   return {data<const int64_t>(seed), static_cast<float>(noise_std), rows};
 }
 
-// The Gradients of an operation, and the memory behind them.
+// diveq_kernels._runs.Runs; nothing where any order will do.
+struct Sorted {
+  Maybe order, bounds, firsts, owners;
+  int64_t length = 0;
+};
+
+// The Gradients of an operation, and the memory behind them. A row has `scalars` numbers and gives to `ends` codewords.
 class Wanted {
  public:
-  Wanted(const Tensor& z, const Maybe& grad_z, const Maybe& sums, const Maybe& order, const Maybe& bounds, int64_t ends,
+  Wanted(const Tensor& z, const Maybe& grad_z, const Maybe& sums, const Sorted& sorted, int64_t scalars, int64_t ends,
          int64_t rows) {
     if (grad_z) rows_ = rows_of(*grad_z);
     to = {grad_z ? &rows_ : nullptr, data<float>(sums), nullptr, nullptr};
-    if (!order || !sums) return;
-    runs_ = {data<const int64_t>(order), data<const int64_t>(bounds), rows, bounds->size(bounds->dim() - 1) - 1};
-    scalars_ = torch::stable::new_empty(z, {ends, rows}, ScalarType::Float);
+    if (!sorted.order || !sums) return;
+    const int64_t stages = sorted.owners->size(0), pieces = sorted.owners->size(1);
+    partial_ = torch::stable::new_empty(z, {stages, pieces, ends, sums->size(sums->dim() - 1)}, ScalarType::Float);
+    runs_ = {data<const int64_t>(sorted.order), data<const int64_t>(sorted.bounds),
+             data<const int64_t>(sorted.firsts), data<const int32_t>(sorted.owners),
+             data<float>(partial_), rows, sorted.bounds->size(1) - 1, pieces, sorted.length};
+    scalars_ = torch::stable::new_empty(z, {scalars, rows}, ScalarType::Float);
     to.runs = &runs_;
     to.scalars = data<float>(scalars_);
   }
@@ -62,48 +72,47 @@ class Wanted {
  private:
   Rows rows_{};
   Runs runs_{};
-  Maybe scalars_;
+  Maybe scalars_, partial_;
 };
 
 void nearest_gradient(const Tensor& grad, const Tensor& z, const Tensor& codebook, const Tensor& indices,
-                      const Maybe& grad_z, const Maybe& sums, const Maybe& order, const Maybe& bounds) {
+                      const Maybe& grad_z, const Maybe& sums, const Sorted& sorted) {
   const int64_t rows = row_count(z);
   if (!rows) return;
   const Scope scope(z);
-  const Wanted wanted(z, grad_z, sums, order, bounds, 1, rows);
+  const Wanted wanted(z, grad_z, sums, sorted, 1, 1, rows);
   launch_sqdist_gradient(data<float>(grad), rows_of(z), codes_of(codebook, std::nullopt)[0], data<int32_t>(indices),
                          rows, wanted.to, scope.stream);
 }
 
 void composite_gradient(const Tensor& grad, const Tensor& z, const Tensor& books, const Maybe& dither,
                         const Tensor& indices, const Maybe& seed, double noise_std, bool product, const Maybe& grad_z,
-                        const Maybe& sums, const Maybe& order, const Maybe& bounds) {
+                        const Maybe& sums, const Sorted& sorted) {
   const int64_t rows = row_count(z);
   if (!rows) return;
   const Scope scope(z);
-  const Wanted wanted(z, grad_z, sums, order, bounds, 1, rows);
+  const Wanted wanted(z, grad_z, sums, sorted, 1, dither ? 2 : 1, rows);
   launch_composite_gradient(rows_of(grad), rows_of(z), books_of(books, dither, product), data<int32_t>(indices),
                             noise_of(seed, noise_std, rows), wanted.to, scope.stream);
 }
 
 void sf_diveq_gradient(const Tensor& grad, const Tensor& z, const Tensor& codebook, const Tensor& dither,
                        const Tensor& indices, const Maybe& seed, double noise_std, const Maybe& grad_z,
-                       const Maybe& sums, const Maybe& order, const Maybe& bounds) {
+                       const Maybe& sums, const Sorted& sorted) {
   const int64_t rows = row_count(z);
   if (!rows) return;
   const Scope scope(z);
-  const Wanted wanted(z, grad_z, sums, order, bounds, 2, rows);
+  const Wanted wanted(z, grad_z, sums, sorted, 2, 2, rows);
   launch_sf_diveq_gradient(rows_of(grad), rows_of(z), codes_of(codebook, dither)[0], data<int32_t>(indices),
                            noise_of(seed, noise_std, rows), wanted.to, scope.stream);
 }
 
 void project_gradient(const Tensor& grad_points, const Tensor& grad_t, const Tensor& z, const Tensor& codebook,
-                      const Tensor& indices, const Maybe& grad_z, const Maybe& sums, const Maybe& order,
-                      const Maybe& bounds) {
+                      const Tensor& indices, const Maybe& grad_z, const Maybe& sums, const Sorted& sorted) {
   const int64_t rows = row_count(z);
   if (!rows) return;
   const Scope scope(z);
-  const Wanted wanted(z, grad_z, sums, order, bounds, 2, rows);
+  const Wanted wanted(z, grad_z, sums, sorted, 2, 2, rows);
   launch_project_gradient(rows_of(grad_points), data<float>(grad_t), rows_of(z), codes_of(codebook, std::nullopt)[0],
                           data<int32_t>(indices), rows, wanted.to, scope.stream);
 }
@@ -162,45 +171,48 @@ void project(Tensor z, Tensor codebook, Maybe mask, bool exact, Tensor points, T
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 void nearest_backward(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Maybe grad_z, Maybe grad_codebook) {
-  nearest_gradient(grad, z, codebook, indices, grad_z, grad_codebook, std::nullopt, std::nullopt);
+  nearest_gradient(grad, z, codebook, indices, grad_z, grad_codebook, {});
 }
 
 void nearest_backward_sorted(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Maybe grad_z, Maybe grad_codebook,
-                             Tensor order, Tensor bounds) {
-  nearest_gradient(grad, z, codebook, indices, grad_z, grad_codebook, order, bounds);
+                             Tensor order, Tensor bounds, Tensor firsts, Tensor owners, int64_t length) {
+  nearest_gradient(grad, z, codebook, indices, grad_z, grad_codebook, {order, bounds, firsts, owners, length});
 }
 
 void composite_backward(Tensor grad, Tensor z, Tensor books, Maybe dither, Tensor indices, Maybe seed,
                         double noise_std, bool product, Maybe grad_z, Maybe grad_books) {
-  composite_gradient(grad, z, books, dither, indices, seed, noise_std, product, grad_z, grad_books, std::nullopt,
-                     std::nullopt);
+  composite_gradient(grad, z, books, dither, indices, seed, noise_std, product, grad_z, grad_books, {});
 }
 
 void composite_backward_sorted(Tensor grad, Tensor z, Tensor books, Maybe dither, Tensor indices, Maybe seed,
                                double noise_std, bool product, Maybe grad_z, Maybe grad_books, Tensor order,
-                               Tensor bounds) {
-  composite_gradient(grad, z, books, dither, indices, seed, noise_std, product, grad_z, grad_books, order, bounds);
+                               Tensor bounds, Tensor firsts, Tensor owners, int64_t length) {
+  composite_gradient(grad, z, books, dither, indices, seed, noise_std, product, grad_z, grad_books,
+                     {order, bounds, firsts, owners, length});
 }
 
 void sf_diveq_backward(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Maybe seed,
                        double noise_std, Maybe grad_z, Maybe grad_codebook) {
-  sf_diveq_gradient(grad, z, codebook, dither, indices, seed, noise_std, grad_z, grad_codebook, std::nullopt,
-                    std::nullopt);
+  sf_diveq_gradient(grad, z, codebook, dither, indices, seed, noise_std, grad_z, grad_codebook, {});
 }
 
 void sf_diveq_backward_sorted(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Maybe seed,
-                              double noise_std, Maybe grad_z, Maybe grad_codebook, Tensor order, Tensor bounds) {
-  sf_diveq_gradient(grad, z, codebook, dither, indices, seed, noise_std, grad_z, grad_codebook, order, bounds);
+                              double noise_std, Maybe grad_z, Maybe grad_codebook, Tensor order, Tensor bounds,
+                              Tensor firsts, Tensor owners, int64_t length) {
+  sf_diveq_gradient(grad, z, codebook, dither, indices, seed, noise_std, grad_z, grad_codebook,
+                    {order, bounds, firsts, owners, length});
 }
 
 void project_backward(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices, Maybe grad_z,
                       Maybe grad_codebook) {
-  project_gradient(grad_points, grad_t, z, codebook, indices, grad_z, grad_codebook, std::nullopt, std::nullopt);
+  project_gradient(grad_points, grad_t, z, codebook, indices, grad_z, grad_codebook, {});
 }
 
 void project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices,
-                             Maybe grad_z, Maybe grad_codebook, Tensor order, Tensor bounds) {
-  project_gradient(grad_points, grad_t, z, codebook, indices, grad_z, grad_codebook, order, bounds);
+                             Maybe grad_z, Maybe grad_codebook, Tensor order, Tensor bounds, Tensor firsts,
+                             Tensor owners, int64_t length) {
+  project_gradient(grad_points, grad_t, z, codebook, indices, grad_z, grad_codebook,
+                   {order, bounds, firsts, owners, length});
 }
 
 // ---- around them ----------------------------------------------------------------------------------------------------
@@ -250,16 +262,19 @@ STABLE_TORCH_LIBRARY(diveq_cuda, m) {
   diveq::define_operations(m);
   m.def(
       "nearest_backward_sorted(Tensor grad, Tensor z, Tensor codebook, Tensor indices, Tensor(a!)? grad_z,"
-      " Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
+      " Tensor(b!)? grad_codebook, Tensor order, Tensor bounds, Tensor firsts, Tensor owners, int length) -> ()");
   m.def(
       "composite_backward_sorted(Tensor grad, Tensor z, Tensor books, Tensor? dither, Tensor indices, Tensor? seed,"
-      " float noise_std, bool product, Tensor(a!)? grad_z, Tensor(b!)? grad_books, Tensor order, Tensor bounds) -> ()");
+      " float noise_std, bool product, Tensor(a!)? grad_z, Tensor(b!)? grad_books, Tensor order, Tensor bounds,"
+      " Tensor firsts, Tensor owners, int length) -> ()");
   m.def(
       "sf_diveq_backward_sorted(Tensor grad, Tensor z, Tensor codebook, Tensor dither, Tensor indices, Tensor? seed,"
-      " float noise_std, Tensor(a!)? grad_z, Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
+      " float noise_std, Tensor(a!)? grad_z, Tensor(b!)? grad_codebook, Tensor order, Tensor bounds,"
+      " Tensor firsts, Tensor owners, int length) -> ()");
   m.def(
       "project_backward_sorted(Tensor grad_points, Tensor grad_t, Tensor z, Tensor codebook, Tensor indices,"
-      " Tensor(a!)? grad_z, Tensor(b!)? grad_codebook, Tensor order, Tensor bounds) -> ()");
+      " Tensor(a!)? grad_z, Tensor(b!)? grad_codebook, Tensor order, Tensor bounds,"
+      " Tensor firsts, Tensor owners, int length) -> ()");
   m.def(
       "replace(Tensor codebooks, Tensor usage, Tensor iter_counter, Tensor seed, int replacement_iters, int fewest,"
       " float perturb_eps, Tensor(a!) cumulative, Tensor(b!) out, Tensor(c!) num_replaced) -> ()");

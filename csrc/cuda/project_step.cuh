@@ -106,7 +106,9 @@ __global__ void __launch_bounds__(kThreads)
   const bool finite = sum(bad, lanes) == 0.0f && t == t;
   if (!at.live) return;
   const bool inside = place > 0.0 && place < 1.0;  // of a long segment t may round to that of its end
-  const float q = j >= 0 && inside ? static_cast<float>((grad_t[at.row] + to_t) / squared_length) : 0.0f;
+  const double of_t = j >= 0 && inside ? (grad_t[at.row] + to_t) / squared_length : 0.0;
+  const bool steep = fabs(of_t) > FLT_MAX && fabs(of_t) < INFINITY;  // too short a segment: it has no gradient then
+  const float q = steep ? 0.0f : static_cast<float>(of_t);
   if (scalars && at.lane == 0) {
     scalars[at.row] = j >= 0 && finite ? t : -1.0f;
     scalars[rows + at.row] = q;

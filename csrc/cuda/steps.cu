@@ -25,8 +25,12 @@ template <class Shares>
 void launch_sums(const Shares& shares, const Gradients& to, int64_t codewords, int stages, Stream stream) {
   if (!to.runs) return;
   const int lanes = lanes_for(shares.part()), quads = quads_of(shares.part());
-  const dim3 grid(static_cast<unsigned>(codewords), (quads + lanes - 1) / lanes, stages);
-  DIVEQ_LAUNCH(sum_runs_kernel<Shares>, grid, kThreads, 0, stream, shares, *to.runs, to.sums, lanes);
+  const Runs& runs = *to.runs;
+  const unsigned columns = (quads + lanes - 1) / lanes;
+  const dim3 of_pieces(static_cast<unsigned>(runs.pieces), columns, stages);
+  const dim3 of_codewords(static_cast<unsigned>(codewords), columns, stages);
+  DIVEQ_LAUNCH(sum_pieces_kernel<Shares>, of_pieces, kThreads, 0, stream, shares, runs, lanes);
+  DIVEQ_LAUNCH(add_pieces_kernel, of_codewords, kThreads, 0, stream, runs, shares.ends(), shares.part(), to.sums, lanes);
 }
 
 template <class Ends>

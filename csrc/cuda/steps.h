@@ -7,11 +7,14 @@
 
 namespace diveq {
 
-// Rows in the order of the indices that they chose, and where each index's run of them begins: order [stages, rows],
-// bounds [stages, segments + 1].
+// Rows in the order of the indices that they chose, and the pieces of `length` rows into which each index's run of them is
+// cut, as diveq_kernels/_runs.py has it: order [stages, rows], bounds and firsts [stages, segments + 1],
+// owners [stages, pieces]; and room for the pieces' sums, fp32 [stages, pieces, ends, columns].
 struct Runs {
-  const int64_t *order, *bounds;
-  int64_t rows, segments;
+  const int64_t *order, *bounds, *firsts;
+  const int32_t* owners;
+  float* partial;
+  int64_t rows, segments, pieces, length;
 };
 
 // Noise of every step: the seed on the device, or null for none.

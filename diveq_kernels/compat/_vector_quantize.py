@@ -200,12 +200,16 @@ class FusedVectorQuantize(VectorQuantize):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         """As in the package."""
+        if len(arguments) > len(self._after_input):
+            most = len(self._after_input)
+            raise TypeError(f"forward takes an input and {most} more arguments, got {len(arguments)} of them")
         options.update(zip(self._after_input, arguments, strict=False))
         codebook, routes = self._codebook, self.route_gradients_to_input
         codebook.distances_wanted = options.get("indices") is not None
         step = self.directional_reparam and self.training and x.requires_grad and routes
         # The step finds the nearest codeword, which of codewords shorter than 1 need not be the most similar.
         step = step and not codebook.use_cosine_sim
+        step = step and (x.dim() != 4 or self.accept_image_fmap)  # else of several sequences, see FusedCodebook
         if step and all(options.get(name) is None for name in ("topk", "codebook_transform_fn", "indices")):
             # What the codebook returns is z_q already: no gradients to route.
             codebook.noise_std, self.route_gradients_to_input = sqrt(self.directional_reparam_variance), False

@@ -41,6 +41,11 @@ def may_initialise(codebook: Tensor) -> bool:
     return before is None or codebook._version != before
 
 
+def _version_of(counter: torch.Tensor) -> int:
+    """What a write to it changes; always the same where it was made in inference mode, and has none."""
+    return -1 if counter.is_inference() else counter._version
+
+
 def _is_of_several_sizes(*sizes: int) -> bool:
     """Whether a graph is compiled for any such sizes."""
     if not torch.compiler.is_compiling():
@@ -300,12 +305,12 @@ class Quantizer(MarkedCodebook):
             self.iter_counter.add_(is_step)
             return
         captured, known = self._is_captured(), self._known_counter is self.iter_counter
-        if captured or (known and self.iter_counter._version != self._known_version):
+        if captured or (known and _version_of(self.iter_counter) != self._known_version):
             self._graphs_count = True
         self.iter_counter.add_(is_step)
         if known and not captured:
             self._known_steps += 1
-            self._known_version = self.iter_counter._version
+            self._known_version = _version_of(self.iter_counter)
 
     def _is_settled(self, counted: bool) -> bool:
         """Whether the steps that differ from all later ones are known to be over, and what they do can be left out.
@@ -324,7 +329,8 @@ class Quantizer(MarkedCodebook):
                 self._settled = int(self.iter_counter) >= needed
             elif not self._is_captured():
                 if self._known_counter is None:
-                    self._known_steps, self._known_version = max(0, int(self.iter_counter)), self.iter_counter._version
+                    self._known_steps = max(0, int(self.iter_counter))
+                    self._known_version = _version_of(self.iter_counter)
                     self._known_counter, self._settled = self.iter_counter, False
                 if self._known_counter is not self.iter_counter:
                     return False
@@ -372,6 +378,7 @@ class Quantizer(MarkedCodebook):
 
     def _dither(self, *shape: int) -> Tensor:
         """λ ~ U(0, 1), fp32, the same on all ranks."""
+        _checks.check_nothing_is_drawn_again()
         dither = torch.rand(*shape, dtype=torch.float32, device=self.codebook.device)
         return distributed.from_first_rank(dither) if self._synchronises() else dither
 
