@@ -16,6 +16,15 @@ def test_least_work() -> None:
     assert Case("search", 100, 10, 8, "bfloat16").least_bytes == 100 * 8 * 2 + 10 * 8 * 2 + 400
     assert Case("residual", 100, 10, 8, parts=3).flops == 3 * 2 * 100 * 10 * 8
     assert Case("product", 100, 10, 8, parts=4).flops == 2 * 100 * 10 * 8
+    several = Case("residual", 100, 10, 8, parts=3)  # an index of each stage
+    assert several.least_bytes == (rows + 3 * books + 3 * 400 + rows) + (3 * rows + 2 * 3 * books)
+    assert Case("product", 100, 10, 8, parts=4).least_bytes == case.least_bytes + 3 * 400
+
+
+def test_later_stages_of_a_residual_are_shorter() -> None:
+    books = make_inputs(Case("residual", 10, 512, 256, parts=3), "cpu").codebook
+    lengths = books.norm(dim=-1).mean(dim=-1)
+    assert (lengths[1:] / lengths[:-1] - 0.7).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("operation", ["search", "product"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +153,50 @@ def test_check_finds_a_gradient_of_the_wrong_size(broken_backend: types.ModuleTy
 
     broken_backend.sf_diveq_backward = halved  # type: ignore[attr-defined]
     assert failures() == {"sf_diveq", "sf_diveq, no noise"}
+
+
+@pytest.mark.parametrize("name", ["nearest", "project", "diveq", "sf_diveq", "residual", "product"])
+def test_check_finds_a_gradient_of_z_of_the_wrong_size(name: str, broken_backend: types.ModuleType) -> None:
+    def halved(*args: object) -> tuple[torch.Tensor, ...]:
+        grad_z, grad_codebook = getattr(reference, f"{name}_backward")(*args)
+        return grad_z / 2, grad_codebook
+
+    setattr(broken_backend, f"{name}_backward", halved)
+    for op in _selfcheck._OPERATIONS:
+        result = _selfcheck.check(op.name, "cpu", "cpu", torch.float32, (100, 20, 4))
+        assert result.passed == (op.op != name), result
+
+
+@pytest.mark.parametrize("shape", range(len(_selfcheck._SHAPES)))
+@pytest.mark.parametrize("field", ["wrong_indices", "error_output", "error_grad_z", "error_grad_codebook"])
+def test_the_worst_shape_decides(field: str, shape: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN is the worst, in whichever shape it is."""
+
+    def check(op: Any, *of: Any) -> _selfcheck.Result:
+        right = _selfcheck.Result(*of[:2], op.name, of[2], 0, 1e-7, 1e-7, 1e-7)
+        wrong = right._replace(**{field: 1 if field == "wrong_indices" else math.nan})
+        return wrong if of[-1] == _selfcheck._SHAPES[shape] else right
+
+    monkeypatch.setattr(_selfcheck, "_check", check)
+    assert not _selfcheck._worst(_selfcheck._OPERATIONS[0], "cpu", "cpu", torch.float32).passed
+
+
+def test_one_backend_is_checked_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_selfcheck, "_worst", lambda op, backend, device, dtype: (backend, device))
+    assert {backend for backend, _ in _selfcheck.results("reference")} == {"reference"}
+    assert {backend for backend, device in _selfcheck.results() if device == "cpu"} == set(backends.available("cpu"))
+
+
+def test_check_finds_what_is_off_by_a_ten_thousandth(broken_backend: types.ModuleType) -> None:
+    """In fp32, whose rounding does not explain it."""
+
+    def off(*args: object) -> tuple[torch.Tensor, ...]:
+        z_q, indices, counts = reference.diveq(*args)  # type: ignore[arg-type]
+        return z_q * (1 + 1e-4), indices, counts
+
+    broken_backend.diveq = off  # type: ignore[attr-defined]
+    assert not _selfcheck.check("diveq", "cpu", "cpu", torch.float32, (100, 20, 4)).passed
+    assert _selfcheck.check("diveq", "cpu", "cpu", torch.bfloat16, (100, 20, 4)).passed
 
 
 def test_check_finds_output_that_was_never_written(broken_backend: types.ModuleType) -> None:

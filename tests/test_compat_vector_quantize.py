@@ -88,6 +88,7 @@ CALLS = {
     "weighted": {"ema_update_weight": torch.linspace(0, 1, 20)},
     "weighted by use": {"ema_update_weight": lambda sums, counts: counts / counts.amax()},
     "not updated": {"ema_update": False},
+    "the nearest by its number": {"topk": 1},
 }
 
 
@@ -197,6 +198,14 @@ def test_cosine_of_codewords_that_are_not_of_length_1(longest, bridged):
     layer.eval()
     chosen = accelerate_vector_quantize(layer)(inputs[0])[1]
     assert (chosen[:, ::9] == 0).all()
+
+
+def test_cosine_takes_no_step_to_a_codeword_that_is_only_nearest():
+    """Of codewords of several lengths the most similar is another."""
+    options = {"directional_reparam": True, "directional_reparam_variance": 1e-16, "threshold_ema_dead_code": 1e-3}
+    layer = package.VectorQuantize(dim=8, codebook_size=60, use_cosine_sim=True, learnable_codebook=False, **options)
+    layer._codebook.embed.data.mul_(torch.linspace(0.2, 1, 60)[:, None])
+    compare(layer, torch.randn(2, 3, 50, 8), steps=1)
 
 
 @pytest.mark.parametrize("ema_update", [False, True])
@@ -350,6 +359,18 @@ def test_indices_that_are_not_there():
         with pytest.raises(ValueError, match=f"embed_ind must hold indices from -1 to 19, got .*{wrong}"):
             layer.update_indices(torch.randn(2, 5, 8), torch.full((2, 5), wrong))
     torch.testing.assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_a_codebook_of_a_class_of_its_own_is_left_alone(caplog):
+    class Own(package.vector_quantize_pytorch.Codebook):
+        pass
+
+    layer = package.VectorQuantize(dim=8, codebook_size=20)
+    layer._codebook.__class__ = Own
+    with caplog.at_level(logging.WARNING, "diveq_kernels"):
+        accelerate_vector_quantize(layer)
+    assert "leaves the module alone: its codebook is a Own" in caplog.text
+    assert type(layer) is package.VectorQuantize and type(layer._codebook) is Own
 
 
 def test_cuda_s_autocast_is_off_within():

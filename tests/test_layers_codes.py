@@ -63,6 +63,14 @@ def test_decoding_reaches_the_codebook_with_gradients(kind):
 
 
 @for_every_layer_and_composite
+def test_codes_and_what_inference_gives_have_no_gradients(kind):
+    layer, z = make(kind, dim=6), torch.randn(9, 6, requires_grad=True)
+    codes = layer.encode(z)
+    found = [*layer.inference(z), *(codes if isinstance(codes, tuple) else [codes])]
+    assert not any(x.requires_grad for x in found)
+
+
+@for_every_layer_and_composite
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_decoding_half_precision_rounds_once(kind, dtype):
     layer = make(kind, dim=6, dtype=dtype, **({"num_codebooks": 3} if kind in COMPOSITES else {}))
@@ -137,6 +145,20 @@ def test_decoding_what_are_no_codes(kind):
             layer.decode((indices, indices))
         with pytest.raises(TypeError, match="codes.t must be a torch.Tensor, got list"):
             layer.decode((indices, [0.0, 0.0]))
+
+
+@pytest.mark.parametrize("kind", COMPOSITES, ids=lambda kind: kind.__name__)
+def test_codes_of_too_few_codebooks(kind):
+    """A row of a product would be shorter."""
+    layer = make(kind, 12, 6, num_codebooks=3)
+    codes = layer.encode(torch.randn(4, 6))
+    wanted = "1 to 3" if "Residual" in kind.__name__ else "3"
+    for few in (0, 2) if wanted == "3" else (0,):
+        with pytest.raises(ValueError, match=rf"codes must have shape \[{wanted}, ...\], got \({few}, 4\)"):
+            layer.decode(codes[:few])
+    one = torch.tensor(0)
+    with pytest.raises(ValueError, match=rf"codes must have shape \[{wanted}, ...\], got \(\)"):
+        layer.decode((one, torch.tensor(0.0)) if kind in COMPOSITE_CURVES else one)
 
 
 @for_every_layer

@@ -79,6 +79,7 @@ def test_bad_mask(kind):
     [
         ({"num_embeddings": 0}, ValueError, "num_embeddings must be an int >= [12], got 0"),
         ({"num_embeddings": 8.0}, TypeError, "num_embeddings must be an int, got float"),
+        ({"num_embeddings": True}, TypeError, "num_embeddings must be an int, got bool"),
         ({"embedding_dim": 0}, ValueError, "embedding_dim must be an int >= 1, got 0"),
         ({"embedding_dim": 4097}, ValueError, "embedding_dim must be an int <= 4096, got 4097"),
         ({"num_embeddings": (1 << 22) + 1}, ValueError, "num_embeddings must be an int <= 4194304, got 4194305"),

@@ -67,11 +67,33 @@ def test_all_is_made_where_the_codebook_is(kind):
     assert {x.device.type for x in (*layer.parameters(), *layer.buffers())} == {"meta"}
 
 
+@for_every_layer_and_composite
+def test_layers_without_values_take_rows_without_values(kind):
+    """To learn the shapes of a model, say: nothing looks at a counter that has no value."""
+    layer = make(kind, 12, 6, **busy(kind), device="meta").train()
+    z = torch.empty(4, 6, device="meta", requires_grad=True)
+    for each in (layer, layer.inference, layer.eval()):
+        z_q, indices, _ = each(z)
+        assert z_q.is_meta and z_q.shape == z.shape and indices.shape[-1] == 4
+    assert layer.decode(layer.encode(z)).shape == z.shape
+
+
 @for_every_layer
 def test_initial_codebook(kind):
     uniform, normal = kind(500, 16, allow_warning=False), kind(500, 16, allow_warning=False, uniform_init=False)
     assert (uniform.codebook >= 0).all() and (uniform.codebook <= 1 / 500).all()
     assert abs(uniform.codebook.mean() * 500 - 0.5) < 0.05 and abs(normal.codebook.std() * 500 - 1) < 0.1
+
+
+@for_every_layer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_initial_codebooks_of_other_dtypes(kind, dtype):
+    """The one of fp32, rounded: draws in half precision would often be the same."""
+    books = []
+    for given in (torch.float32, dtype):
+        torch.manual_seed(5)
+        books.append(kind(300, 4, allow_warning=False, dtype=given).codebook)
+    assert torch.equal(books[1], books[0].to(dtype))
 
 
 def _spare_what_was_loaded(monkeypatch):
@@ -163,6 +185,8 @@ def test_the_constructor_s_arguments_are_kept(kind):
     assert all(value != taken[name].default for name, value in given.items())
     layer = kind(12, 6, dtype=torch.float64, **given)
     assert {name: getattr(layer, name) for name in given} == given and layer.codebook.dtype == torch.float64
+    shown = {"num_embeddings": 12, "embedding_dim": 6} | given
+    assert all(f"{name}={value!r}" in repr(layer) for name, value in shown.items())
 
 
 def test_repr_shows_the_arguments():

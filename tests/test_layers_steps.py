@@ -160,6 +160,24 @@ def test_train_looks_at_a_counter_that_was_written_to(name: str, counted: list[i
 
 
 @pytest.mark.parametrize("name", CURVES)
+def test_evaluation_does_not_look_at_the_counter(name: str, counted: list[int]) -> None:
+    layer = make(name, "random")
+    run(layer, torch.randn(1, 40, 6))
+    layer.eval()(torch.randn(5, 6))
+    assert len(counted) == 1
+
+
+def test_steps_that_pass_z_through_are_known_to_the_host(counted: list[int]) -> None:
+    """So that the codebook has no gradient in any of them: one of zeros would have it decay."""
+    layer = make("SFDIVEQ", "random")
+    for number, z in enumerate(torch.randn(START + 1, 40, 6), start=1):
+        layer.codebook.grad = None
+        layer(z.requires_grad_())[0].sum().backward()
+        assert (layer.codebook.grad is None) == (number < START)
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize("name", CURVES)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
 def test_a_repeated_forward_is_of_the_same_kind(name: str, reentrant: bool, counted: list[int]) -> None:
     layer = make(name, "random")
@@ -361,11 +379,15 @@ def test_loading_counts_replacements_anew() -> None:
     assert layer.num_replaced == 0
 
 
-def test_draws_and_perplexities_do_not_depend_on_torch_s_default_dtype() -> None:
-    def made() -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.mark.parametrize("kind", [layers.DIVEQ, layers.SFDIVEQ], ids=lambda kind: kind.__name__)
+def test_draws_and_perplexities_do_not_depend_on_torch_s_default_dtype(kind: type) -> None:
+    schedule = {"skip_iters": 0, "avg_iters": 0} if kind is layers.SFDIVEQ else {}
+
+    def made() -> tuple[torch.Tensor, ...]:
         torch.manual_seed(0)
-        layer = layers.DIVEQ(300, 4, dtype=torch.float32)
-        return layer.codebook.detach(), layer(torch.randn(500, 4, dtype=torch.float32))[2]
+        layer = kind(300, 4, dtype=torch.float32, allow_warning=False, noise_std=0.0, **schedule)
+        z_q, _, perplexity = layer(torch.randn(500, 4, dtype=torch.float32))
+        return layer.codebook.detach(), perplexity, z_q.detach()
 
     expected = made()
     torch.set_default_dtype(torch.bfloat16)

@@ -242,6 +242,12 @@ def test_a_layer_made_with_fake_tensors() -> None:
     train(torch.compile(layer, backend="aot_eager"), layer, copy.deepcopy(layer), 3)
 
 
+@pytest.mark.parametrize("name", ["in_forward_of", "kmeans_start"])
+def test_no_cuda_graph_holds_what_tells_a_layer(name: str) -> None:
+    """It looks at the counter, for which a capture cannot wait, and a replay would tell nothing."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.diveq, name).default.tags
+
+
 def test_layers_that_are_gone_are_not_found() -> None:
     """A graph outlives its layer where it was exported or stored."""
     layer: Quantizer = make("SFDIVEQ", "random")

@@ -208,6 +208,16 @@ def test_transforms_give_the_gradients_of_autograd(name: str, backend: str | Non
         torch.func.grad(lambda x: torch.func.grad(of)(x, books).sum())(z)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_in_another_dimension(name: str) -> None:
+    z, books, *rest = (x.detach() if isinstance(x, Tensor) else x for x in arguments(name))
+    several = torch.stack((z, 2 * z, -z), dim=1)
+    found = torch.vmap(lambda x: getattr(ops, name)(x, books, *rest), in_dims=1)(several)
+    for i, one in enumerate((z, 2 * z, -z)):
+        expected = getattr(ops, name)(one, books, *rest)
+        assert all(torch.equal(mine[i], want) for mine, want in zip(found, expected, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("name", NAMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,6 +44,12 @@ def test_a_layer_alone_and_one_that_is_shared() -> None:
     assert group["params"][0] is layer.codebook and group["lr"] == 1
     others, codebooks = parameter_groups(nn.ModuleList([layer, nn.Linear(2, 2), layer]), codebook_lr=1)
     assert len(codebooks["params"]) == 1 and len(others["params"]) == 2
+
+
+def test_a_rate_of_numpy() -> None:
+    """It becomes Python's own, which ``torch.load`` takes from an optimizer's state."""
+    (group,) = parameter_groups(DIVEQ(8, 4, **QUIET), codebook_lr=np.float32(0.5))
+    assert type(group["lr"]) is float and group["lr"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,19 @@ def test_use_with_strides_of_its_own(target: Target) -> None:
         assert torch.equal(found, wanted)
 
 
+@on_kernels
+def test_codebooks_whose_sign_is_yet_to_come(target: Target) -> None:
+    """Kernels read memory, which torch may leave to be negated by whoever reads it; layers pass the dispatcher by."""
+    gen, shape = generator(), (3, 40, 6)
+    books = books_of(target, shape, torch.float32, "contiguous", gen)
+    usage = use_of(shape, "some replaced", gen, target.device)
+    counter, key = (torch.tensor(x, device=target.device) for x in ([ITERS], 3))
+    expected = replace(target.backend, -books, usage, 3, 0.1)
+    others = (usage, counter, key, ITERS, THRESHOLD, 0.1, False, target.backend)
+    found = codebook.edit(codebook.replace_unused, torch._neg_view(books), *others)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("target", [target for target in CUDA if target.device == "cpu"], ids=str)
 def test_codebooks_that_lie_far_apart(target: Target) -> None:
     """The second begins past 2³¹ numbers. A CPU has room for memory that nobody touches."""

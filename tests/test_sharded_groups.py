@@ -106,10 +106,45 @@ def test_distribution_of_a_fresh_codebook(uniform_init: bool) -> None:
 def test_the_most_codewords_on_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """More leave too few bits for the distances in what the ranks compare."""
     monkeypatch.setattr(distributed, "ranks_of", lambda group: 64)
-    assert MOST_CODEWORDS < 64 * _checks.MAX_CODEWORDS
+    assert MOST_CODEWORDS == 1 << 26 < 64 * _checks.MAX_CODEWORDS
     assert len(ShardedNearest(MOST_CODEWORDS, 1, device="meta").codebook) == MOST_CODEWORDS // 64
     with pytest.raises(ValueError, match=f"num_embeddings must be at most {MOST_CODEWORDS} on 64 ranks"):
         ShardedNearest(MOST_CODEWORDS + 1, 1, device="meta")
+
+
+@pytest.mark.parametrize("rows", ["same", "own"])
+@pytest.mark.parametrize("step", [True, False], ids=["quantize", "nearest"])
+@pytest.mark.parametrize("learns", ["z", "codebook"])
+def test_a_gradient_of_one_alone(rows: str, step: bool, learns: str) -> None:
+    """Of rows with a frozen codebook, or of codewords with an encoder that is frozen."""
+    layer = ShardedNearest(8, 3, rows=rows, noise_std=0.01).requires_grad_(learns == "codebook")
+    z, whole = torch.randn(5, 3, requires_grad=learns == "z"), layer.codebook.detach().clone()
+    whole.requires_grad_(learns == "codebook")
+    if step:
+        found, expected = layer.quantize(z, seed=5).z_q, F.diveq(z, whole, noise_std=0.01, seed=5).z_q
+    else:
+        found, expected = layer(z).sqdist, F.nearest(z, whole).sqdist
+    grad = torch.randn_like(found)
+    leaf, known = (z, z) if learns == "z" else (layer.codebook, whole)
+    (mine,), (theirs,) = torch.autograd.grad(found, leaf, grad), torch.autograd.grad(expected, known, grad)
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_what_are_no_rows() -> None:
+    layer = ShardedNearest(8, 3, noise_std=0.0)
+    for call in (layer, layer.quantize):
+        with pytest.raises(TypeError, match="z must be a torch.Tensor, got list"):
+            call([[0.0] * 3])
+        with pytest.raises(TypeError, match="z must be float16, .*got torch.int64"):
+            call(torch.zeros(2, 3, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"z must have shape \[..., D\], got a 0-dim tensor"):
+            call(torch.zeros(()))
+
+
+def test_defaults_and_repr() -> None:
+    layer = ShardedNearest(8, 3)
+    for shown in ("num_embeddings=8, embedding_dim=3, noise_std=0.001, rows='same'", "precision='exact', backend=None"):
+        assert shown in repr(layer)
 
 
 @pytest.mark.parametrize("rows", ["same", "own"])

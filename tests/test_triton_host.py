@@ -24,7 +24,7 @@ import triton  # noqa: E402
 from triton_aot import recorded  # noqa: E402
 
 from diveq_kernels import backends, codebook, triton_kernels  # noqa: E402
-from diveq_kernels.triton_kernels import launch, replace, rows  # noqa: E402
+from diveq_kernels.triton_kernels import launch, repeat, replace, rows  # noqa: E402
 
 ROWS, CODEWORDS, DIM = 300, 70, 24
 FUNCTIONS = ("nearest", "project", "diveq", "sf_diveq", "residual", "residual sf", "product", "product sf")
@@ -194,6 +194,16 @@ def test_which_tables_architectures_have() -> None:
     assert all(table != own["default"] for name, table in own.items() if name != "default")
 
 
+def test_rocm_has_the_default_table_and_no_repeated_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPUs have capabilities too, and Triton compiles for the size of a tensor's memory there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = torch.device("cuda", 0)
+    for hip, architecture in ((None, "sm_90"), ("6.4", "default")):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert launch.architecture_of.__wrapped__(device) == architecture
+        assert repeat._runs_on(device) == (hip is None)
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "default"])
 def test_entries_hold_rows_up_to_their_most(architecture: str) -> None:
     for kind, entries in launch._table(architecture).items():
@@ -291,6 +301,8 @@ def test_few_rows_have_smaller_tiles(kind: str, monkeypatch: pytest.MonkeyPatch)
     assert of(66 * 128) == (132, (64, 8))
     assert of(100) == (2, (64, 8))
     with launch.forced(f"{kind}_bf16x3", tiles):
+        assert of(100) == (1, (256, 8))
+        launch.configuration(f"{kind}_bf16x3", 256, books.device).clear()
         assert of(100) == (1, (256, 8))
 
 

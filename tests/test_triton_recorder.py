@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,26 @@ def test_what_cannot_be_repeated_is_done_anew(function: Callable, anywhere: None
     for _ in range(4):
         x = x + 1
         assert torch.equal(of(x), function(x))
+
+
+def test_a_repeated_call_runs_on_the_device_of_its_tensors(anywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that is not the current one; in the calls before it each launch sees to that."""
+    chosen: list[str] = []
+
+    @contextlib.contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        chosen.append("chosen")
+        yield
+        chosen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(repeat, "is_elsewhere", lambda of: True)
+    of, x = repeat.repeated(lambda x: x + 1), torch.zeros(3)
+    for _ in range(3):
+        found = of(x)
+    assert torch.equal(found, x + 1) and chosen == ["chosen", "left"] and len(programs()) == 1
+    monkeypatch.setattr(repeat, "is_elsewhere", lambda of: False)
+    assert torch.equal(of(x), x + 1) and len(chosen) == 2
 
 
 def test_an_error_is_the_caller_s(anywhere: None) -> None:
