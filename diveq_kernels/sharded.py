@@ -172,6 +172,7 @@ class ShardedNearest(MarkedCodebook):
             RuntimeError: As in ``forward``.
         """
         noise_std = float(self.noise_std) if self.training else 0.0
+        _checks.check_z(z)  # noise_seed asks for its device
         drawn = noise_seed(z, noise_std, seed)
         if seed is None and drawn is not None and self._group:
             drawn = distributed.from_first_rank(drawn, self._group)

@@ -131,7 +131,7 @@ def test_a_gradient_of_one_alone(rows: str, step: bool, learns: str) -> None:
 
 
 def test_what_are_no_rows() -> None:
-    layer = ShardedNearest(8, 3, noise_std=0.0)
+    layer = ShardedNearest(8, 3)
     for call in (layer, layer.quantize):
         with pytest.raises(TypeError, match="z must be a torch.Tensor, got list"):
             call([[0.0] * 3])
