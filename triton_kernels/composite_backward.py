@@ -97,8 +97,8 @@ def composite_segment_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Σ a·d over a piece's rows (sums.py) of one stage, or the group's slice of it; with dither shared by both ends."""
-    piece, stage = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    j, start, stop, live = piece_of(bounds, firsts, owners, length, piece, stage, segments)
+    stage = tl.program_id(2).to(tl.int64)
+    j, start, stop, live = piece_of(bounds, firsts, owners, length, segments)
     first = tl.program_id(1) * BLOCK_D  # column of the codeword; a group's begin at ``of_row`` in a row
     of_row = (first + stage * GROUP).to(tl.int32)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -115,11 +115,11 @@ def composite_segment_kernel(
         total += tl.sum(a[:, None] * (target - x), axis=0)
     width = GROUP if GROUP > 0 else D
     if dither is None:
-        store_sums(partial, piece, stage, live, total, first, 0, 1, width, BLOCK_D)
+        store_sums(partial, live, total, first, 0, 1, width, BLOCK_D)
     else:
         weight = tl.load(dither + stage * dither_stride + j).to(tl.float32)
-        store_sums(partial, piece, stage, live, (1.0 - weight) * total, first, 0, 2, width, BLOCK_D)
-        store_sums(partial, piece, stage, live, weight * total, first, 1, 2, width, BLOCK_D)
+        store_sums(partial, live, (1.0 - weight) * total, first, 0, 2, width, BLOCK_D)
+        store_sums(partial, live, weight * total, first, 1, 2, width, BLOCK_D)
 
 
 def _in_order(
@@ -132,7 +132,7 @@ def _in_order(
     partial = room_for(runs, ends, dim)
     tile = configuration("composite_segments", dim, z.device)
     launch(
-        composite_segment_kernel, (len(partial), cdiv(dim, tile["BLOCK_D"]), stages), z.device,
+        composite_segment_kernel, (partial.shape[0], cdiv(dim, tile["BLOCK_D"]), stages), z.device,
         *rows_of(z), codebooks, *codebooks.stride(), dither, 0 if dither is None else dither.stride(0), indices, *runs,
         weights, partial, codewords - (ends - 1), rows,
         STAGES=stages, GROUP=group, D=z.shape[-1], **tile,

@@ -84,9 +84,8 @@ def project_segment_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What a piece's rows (sums.py) give to ∂L/∂C at both ends of their segment."""
-    piece, stage = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    j, start, stop, live = piece_of(bounds, firsts, owners, length, segments)
     first = tl.program_id(1) * BLOCK_D
-    j, start, stop, live = piece_of(bounds, firsts, owners, length, piece, stage, segments)
     k = first + tl.arange(0, BLOCK_D)
     at = codebook + j.to(tl.int64) * code_stride + k.to(tl.int64) * code_step
     s = tl.load(at, mask=k < D, other=0.0).to(tl.float32)[None, :]
@@ -103,8 +102,8 @@ def project_segment_kernel(
         w = load_rows(z, row_starts(n, inner, outer_stride, inner_stride), step, inside, first, D, BLOCK_D) - s
         to_start += tl.sum(tl.where(t == t, (1.0 - t) * g - theta * (w + (1.0 - 2.0 * t) * d), 0.0), axis=0)
         to_end += tl.sum(tl.where(t == t, t * g + theta * (w - 2.0 * t * d), 0.0), axis=0)
-    store_sums(partial, piece, stage, live, to_start, first, 0, 2, D, BLOCK_D)
-    store_sums(partial, piece, stage, live, to_end, first, 1, 2, D, BLOCK_D)
+    store_sums(partial, live, to_start, first, 0, 2, D, BLOCK_D)
+    store_sums(partial, live, to_end, first, 1, 2, D, BLOCK_D)
 
 
 def _in_order(grad: Tensor, z: Tensor, codebook: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -114,7 +113,7 @@ def _in_order(grad: Tensor, z: Tensor, codebook: Tensor, indices: Tensor, weight
     partial = room_for(runs, 2, dim)
     tile = configuration("project_segments", dim, z.device)
     launch(
-        project_segment_kernel, (len(partial), cdiv(dim, tile["BLOCK_D"])), z.device,
+        project_segment_kernel, (partial.shape[0], cdiv(dim, tile["BLOCK_D"])), z.device,
         *rows_of(grad), *rows_of(z), codebook, *codebook.stride(), *runs, weights, partial, segments, indices.numel(),
         D=dim, **tile,
     )  # fmt: skip

@@ -16,8 +16,12 @@ from diveq_kernels.triton_kernels.rows import Rows, load_rows, row_starts
 
 
 @triton.jit
-def piece_of(bounds, firsts, owners, length, piece, stage, segments):
-    """(index j of a piece, where in the sorted rows it begins and ends, whether there is such a piece); else empty."""
+def piece_of(bounds, firsts, owners, length, segments):
+    """(index j, where in the sorted rows it begins and ends, whether it is there) of the program's piece; else empty.
+
+    The program is that of piece program_id(0) of stage program_id(2).
+    """
+    piece, stage = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     j = tl.load(owners + stage * tl.num_programs(0) + piece)
     live = j < segments
     j = tl.where(live, j, 0)
@@ -28,13 +32,11 @@ def piece_of(bounds, firsts, owners, length, piece, stage, segments):
 
 
 @triton.jit
-def store_sums(
-    partial, piece, stage, live, total, first, end, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Columns first to first + BLOCK_D of a piece's sum for one end, to ``partial`` [P, stages, ENDS, D]."""
+def store_sums(partial, live, total, first, end, ENDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns first to first + BLOCK_D of the program's sum for one end, to ``partial`` [P, stages, ENDS, D]."""
     k = first + tl.arange(0, BLOCK_D)
-    at = ((piece * tl.num_programs(2) + stage) * ENDS + end) * D
-    tl.store(partial + at + k, total, mask=live & (k < D))
+    place = tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(partial + (place * ENDS + end) * D + k, total, mask=live & (k < D))
 
 
 @triton.jit
@@ -44,9 +46,8 @@ def segment_kernel(
     ENDS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Σ a_n (c_j − z_n) over a piece's rows, and with two ends Σ b_n (c_{j+1} − z_n), of a segment's other end."""
-    piece, stage = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    j, start, stop, live = piece_of(bounds, firsts, owners, length, segments)
     first = tl.program_id(1) * BLOCK_D
-    j, start, stop, live = piece_of(bounds, firsts, owners, length, piece, stage, segments)
     k = first + tl.arange(0, BLOCK_D)
     at = codebook + j.to(tl.int64) * code_stride + k.to(tl.int64) * code_step
     c = tl.load(at, mask=k < D, other=0.0).to(tl.float32)
@@ -64,9 +65,9 @@ def segment_kernel(
         if ENDS == 2:
             a = tl.load(weights + rows + n, mask=inside, other=0.0)[:, None]
             other_total += tl.sum(tl.where(a == 0.0, 0.0, a * (other[None, :] - x)), axis=0)
-    store_sums(partial, piece, stage, live, total, first, 0, ENDS, D, BLOCK_D)
+    store_sums(partial, live, total, first, 0, ENDS, D, BLOCK_D)
     if ENDS == 2:
-        store_sums(partial, piece, stage, live, other_total, first, 1, ENDS, D, BLOCK_D)
+        store_sums(partial, live, other_total, first, 1, ENDS, D, BLOCK_D)
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def summed(z: Rows, codebook: Tensor, indices: Tensor, weights: Tensor) -> Tenso
     partial = room_for(runs, ends, dim)
     tile = configuration("segments", dim, codebook.device)
     launch(
-        segment_kernel, (len(partial), cdiv(dim, tile["BLOCK_D"])), codebook.device,
+        segment_kernel, (partial.shape[0], cdiv(dim, tile["BLOCK_D"])), codebook.device,
         *z, codebook, *codebook.stride(), *runs, weights, partial, codewords - (ends - 1), indices.numel(),
         ENDS=ends, D=dim, **tile,
     )  # fmt: skip
