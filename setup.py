@@ -20,11 +20,14 @@ from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
 OLDEST_CUDA_ARCHITECTURE = 75  # the oldest that CUDA 13 compiles for
-JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+JOBS = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+if not re.fullmatch(r"0*[1-9]\d*", JOBS):
+    raise SystemExit(f"MAX_JOBS must be a number of processes, at least 1, got {JOBS!r}")
 DEFAULT_CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0+PTX"
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-ffp-contract=fast", f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
@@ -86,7 +89,7 @@ def find_torch() -> Torch:
 
 def find_compiler() -> list[str]:
     """The C++ compiler's command."""
-    command = (os.environ.get("CXX") or "g++").split()
+    command = os.environ.get("CXX", "").split() or ["g++"]
     if not shutil.which(command[0]):
         raise MissingError(f"no C++ compiler: {command[0]!r} is not on PATH")
     return command
@@ -147,6 +150,16 @@ class NativeExtension(Extension):
         self.switches = switches
 
 
+class BuildModules(build_py):
+    """Copies the modules that there are, and keeps none that an earlier build has left."""
+
+    def run(self) -> None:
+        """Empty the folder, then fill it."""
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "diveq_kernels"), ignore_errors=True)
+        super().run()
+
+
 class BuildNative(build_ext):
     """Builds what can be built, says what could not and why, and fails only where a variable demands a library."""
 
@@ -154,6 +167,7 @@ class BuildNative(build_ext):
         """Build one library, or say why not."""
         assert isinstance(ext, NativeExtension)
         demanded = any(wanted(switch) for switch in ext.switches)
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build, and of other sources
         try:
             self.compile_and_link(ext)
         except (MissingError, subprocess.CalledProcessError) as error:
@@ -201,7 +215,7 @@ class BuildNative(build_ext):
         """Run commands side by side, MAX_JOBS at a time."""
         waiting, running = list(commands), []
         while waiting or running:
-            while waiting and len(running) < JOBS:
+            while waiting and len(running) < int(JOBS):
                 command = waiting.pop(0)
                 print(" ".join(command), flush=True)
                 running.append((command, subprocess.Popen(command, cwd=ROOT)))
@@ -212,8 +226,10 @@ class BuildNative(build_ext):
                 raise subprocess.CalledProcessError(process.returncode, command)
 
     def copy_extensions_to_source(self) -> None:
-        """For editable installs: only what was built."""
+        """For editable installs: only what was built, and nothing of an earlier build."""
         extensions = self.extensions
+        for ext in extensions:
+            Path(ROOT, self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         self.extensions = [ext for ext in extensions if not ext.optional]
         super().copy_extensions_to_source()
         self.extensions = extensions
@@ -261,6 +277,6 @@ setup(
     package_dir={"diveq_kernels.triton_kernels": "triton_kernels"},
     package_data={"diveq_kernels.triton_kernels": ["configs/*.json"]},  # py.typed is included without asking
     ext_modules=EXTENSIONS,
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildModules},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS and LIMITED_API else {},
 )

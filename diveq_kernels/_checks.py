@@ -94,8 +94,14 @@ def check_mask(mask: Any, z: Tensor) -> None:
 
 def check_precision(precision: Any) -> None:
     """Raise ValueError unless precision is one of the two modes."""
-    if precision not in PRECISIONS:
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise ValueError(f"precision must be 'exact' or 'fast', got {precision!r}")
+
+
+def check_module(module: Any, name: str = "module") -> None:
+    """Raise TypeError unless it is a module."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
 
 
 def check_number(value: Any, name: str, wanted: str = "a finite number >= 0", most: float | None = None) -> None:

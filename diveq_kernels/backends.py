@@ -99,16 +99,21 @@ def check_name(name: str | None) -> str:
     return name
 
 
-@contextlib.contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
+def use_backend(name: str | None) -> AbstractContextManager[None]:
     """Run the operations inside the ``with`` block on one backend (None: automatic). Holds for the whole process.
 
     Raises:
+        TypeError: If name is no string.
         ValueError: If there is no backend of that name.
     """
+    return _using("" if name is None else check_name(name))
+
+
+@contextlib.contextmanager
+def _using(name: str) -> Iterator[None]:
     global _default
     before = _default
-    _default = "" if name is None else check_name(name)
+    _default = name
     try:
         yield
     finally:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
+from diveq_kernels import _checks
+
 
 def has_group() -> bool:
     """Whether this process is in a process group, if alone."""
@@ -94,10 +96,12 @@ def replicate(module: nn.Module) -> set[nn.Parameter]:
         they learn again.
 
     Raises:
+        TypeError: If module is none.
         RuntimeError: If a codebook is a parametrization.
     """
     from diveq_kernels.layers.base import Quantizer
 
+    _checks.check_module(module)
     layers = [layer for layer in module.modules() if isinstance(layer, Quantizer)]
     if any(is_made_of_others(layer) for layer in layers):
         raise RuntimeError("codebook must be no parametrization (torch.nn.utils.parametrize) to be averaged over ranks")
@@ -233,9 +237,13 @@ def keep_shards(module: nn.Module) -> set[nn.Parameter]:
 
     Returns:
         The parts: the ``ignored_params`` of ``torch.distributed.fsdp.fully_shard``.
+
+    Raises:
+        TypeError: If module is none.
     """
     from diveq_kernels.sharded import ShardedNearest
 
+    _checks.check_module(module)
     layers = [layer for layer in module.modules() if isinstance(layer, ShardedNearest)]
     for layer in layers:
         layer._kept = True

@@ -35,8 +35,7 @@ def parameter_groups(model: nn.Module, *, codebook_lr: float, **options: Any) ->
         TypeError: ``model`` is not a module, or ``codebook_lr`` not a number.
         ValueError: ``codebook_lr`` is not positive and finite, or ``model`` contains no layer with a codebook.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _checks.check_module(model, "model")
     _checks.check_number(codebook_lr, "codebook_lr", "positive and finite")
     if codebook_lr == 0:
         raise ValueError(f"codebook_lr must be positive and finite, got {codebook_lr}")

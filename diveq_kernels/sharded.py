@@ -12,7 +12,7 @@ from diveq_kernels import _checks, backends, distributed
 from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels.distributed import gather_ranks, sum_of_ranks
 from diveq_kernels.functional import Nearest, Quantized, noise_seed
-from diveq_kernels.layers._arguments import check_count
+from diveq_kernels.layers._arguments import check_count, check_flags
 from diveq_kernels.layers.base import may_initialise, select
 from diveq_kernels.sharded_search import MOST_CODEWORDS, check_indices, sharded
 
@@ -92,6 +92,7 @@ class ShardedNearest(MarkedCodebook):
         self.embedding_dim = embedding_dim
         self.noise_std = float(noise_std)
         self.rows = rows
+        check_flags(uniform_init=uniform_init)
         self.uniform_init = uniform_init
         self.precision = precision
         self.backend = backend

@@ -95,7 +95,7 @@ def test_the_context_ends_with_an_exception() -> None:
 
 
 def test_unknown_names() -> None:
-    for call in (lambda: F.diveq(Z, CODEBOOK, backend="tritn"), lambda: use_backend("tritn").__enter__()):
+    for call in (lambda: F.diveq(Z, CODEBOOK, backend="tritn"), lambda: use_backend("tritn")):
         with pytest.raises(ValueError, match="triton.*cuda.*cpu.*reference.*got 'tritn'"):
             call()
     with pytest.raises(ValueError, match="triton.*got 'tritn'"):

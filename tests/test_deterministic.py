@@ -54,9 +54,12 @@ def test_sorted_sums_equal_unordered_ones(target: Target, quantizer: Quantizer) 
 
 @on_every_target
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
-def test_runs_of_several_pieces(target: Target, quantizer: Quantizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows about some of the codewords, as many as pieces have, fewer and more, in any order."""
-    monkeypatch.setattr(_runs, "PIECE", 40)
+@pytest.mark.parametrize("piece", [40, 1])
+def test_runs_of_several_pieces(
+    target: Target, quantizer: Quantizer, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many rows as pieces have, fewer and more, in any order; or of more pieces than a kernel adds at a time."""
+    monkeypatch.setattr(_runs, "PIECE", piece)
     gen, lengths = generator(), torch.tensor([80, 0, 41, 1, 40, 39, 2])
     books = 10.0 * torch.randn(quantizer.books_shape(7, 6), generator=gen)
     whole = torch.cat(books.unbind(), -1) if books.shape[-1] < 6 else books.reshape(-1, 7, 6)[0]
@@ -66,6 +69,15 @@ def test_runs_of_several_pieces(target: Target, quantizer: Quantizer, monkeypatc
     found = gradient(quantizer, target, True, z, books, **dither)
     expected = gradient(quantizer, Target("reference", "cpu"), False, z.double(), books.double(), **dither)
     torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@on_every_target
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_gradients_have_the_codebook_s_dtype(target: Target, quantizer: Quantizer) -> None:
+    gen = generator()
+    z, books = torch.randn(9, 6, generator=gen), torch.randn(quantizer.books_shape(7, 6), generator=gen)
+    found = gradient(quantizer, target, True, z, books.to(torch.bfloat16), **quantizer.dither(books, gen))
+    assert found.dtype == torch.bfloat16
 
 
 def search_gradient(of: str, target: Target, deterministic: bool, seed: int) -> Tensor:

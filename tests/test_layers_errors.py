@@ -84,6 +84,7 @@ def test_bad_mask(kind):
         ({"embedding_dim": 4097}, ValueError, "embedding_dim must be an int <= 4096, got 4097"),
         ({"num_embeddings": (1 << 22) + 1}, ValueError, "num_embeddings must be an int <= 4194304, got 4194305"),
         ({"precision": "half"}, ValueError, "precision must be 'exact' or 'fast', got 'half'"),
+        ({"precision": np.zeros(2)}, ValueError, "precision must be .exact. or .fast., got array"),
         ({"backend": "abacus"}, ValueError, "backend must be one of .*, got 'abacus'"),
         ({"dtype": torch.int32}, TypeError, r"codebook \(argument dtype\) must be float16, .*got torch.int32"),
         ({"dtype": torch.complex64}, TypeError, r"codebook \(argument dtype\) must be float16, .*got torch.complex64"),

@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def set_up(**variables: str) -> subprocess.CompletedProcess[str]:
@@ -113,3 +115,37 @@ def test_a_torch_with_cuda_gets_the_library(cuda: str, tmp_path: Path) -> None:
     (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.11.0+cu130'\n{cuda}\nhip: Optional[str] = 'x'\n")
     done = set_up(PYTHONPATH=str(tmp_path))
     assert done.returncode == 0 and ("_cuda is left out: torch 2.11.0" in done.stderr) == cuda.endswith("None")
+
+
+def test_nothing_of_an_earlier_build_is_left(tmp_path: Path) -> None:
+    """No module that has gone, and no library where there is none of these sources, though the build goes on."""
+    for folder in ("diveq_kernels", "triton_kernels", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path)
+    folder, inplace = tmp_path / "build" / "lib" / "diveq_kernels", tmp_path / "diveq_kernels"
+    folder.mkdir(parents=True)
+    library = f"_cpu{'.abi3' if LIMITED_API else ''}.so"
+    for stale in (folder / "gone.py", folder / library, inplace / library):
+        stale.touch()
+    source = tmp_path / "csrc" / "cpu" / "isa.cpp"
+    source.write_text("#error broken\n", encoding="utf-8")
+    environment = {**os.environ, "DIVEQ_BUILD_CUDA": "0", "MAX_JOBS": "2"}
+    for command in (["build", "--build-lib=build/lib"], ["build_ext", "--inplace"]):
+        done = subprocess.run(
+            [sys.executable, "setup.py", *command], cwd=tmp_path, env=environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0 and "diveq_kernels._cpu was not built" in done.stderr, done.stderr
+    assert (folder / "__init__.py").is_file()
+    assert not [path for path in (folder / "gone.py", folder / library, inplace / library) if path.exists()]
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "many"])
+def test_a_number_of_jobs_that_is_none(jobs: str) -> None:
+    done = set_up(MAX_JOBS=jobs)
+    assert done.returncode != 0 and f"MAX_JOBS must be a number of processes, at least 1, got {jobs!r}" in done.stderr
+
+
+def test_a_blank_compiler_is_none_named() -> None:
+    assert set_up(CXX="  ", DIVEQ_BUILD_CUDA="0").returncode == 0

@@ -152,7 +152,8 @@ def test_sdist_builds_the_same_wheel(checkout: Path, wheel: Path, tmp_path: Path
     archive = tmp_path / run("-c", build, cwd=checkout).splitlines()[-1]
     shutil.unpack_archive(archive, tmp_path / "unpacked")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    for needed in ("Makefile", "README.md", "requirements/dev.txt", "tests/test_packaging.py", "CITATION.cff"):
+    documents = ("README.md", "CITATION.cff")
+    for needed in ("Makefile", *documents, "requirements/dev.txt", "tests/test_packaging.py", "benchmarks/run.py"):
         assert (unpacked / needed).is_file(), needed
     (tmp_path / "wheel").mkdir()
     again = build_wheel(unpacked, tmp_path / "wheel")

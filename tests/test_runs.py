@@ -19,6 +19,8 @@ def test_every_row_is_in_one_piece_of_its_index(
     monkeypatch.setattr(_runs, "PIECE", piece)
     indices = torch.randint(-1, count, (3, rows), generator=generator(), dtype=torch.int32)
     runs = sorted_runs(indices, count)
+    assert runs.length == piece and runs.owners.shape == (3, min(count, rows) + rows // piece)
+    assert runs.owners.dtype == torch.int32 and {x.dtype for x in runs[:3]} == {torch.int64}
     for stage, chosen in enumerate(indices.tolist()):
         order, bounds, firsts, owners = (x[stage].tolist() for x in runs[:-1])
         pieces = []

@@ -141,6 +141,14 @@ def test_what_are_no_rows() -> None:
             call(torch.zeros(()))
 
 
+def test_arguments_that_are_none() -> None:
+    with pytest.raises(TypeError, match="uniform_init must be a bool, got str 'no'"):
+        ShardedNearest(8, 3, uniform_init="no")  # type: ignore[arg-type]
+    for function in (distributed.keep_shards, distributed.replicate):
+        with pytest.raises(TypeError, match="module must be a torch.nn.Module, got NoneType"):
+            function(None)  # type: ignore[arg-type]
+
+
 def test_defaults_and_repr() -> None:
     layer = ShardedNearest(8, 3)
     for shown in ("num_embeddings=8, embedding_dim=3, noise_std=0.001, rows='same'", "precision='exact', backend=None"):

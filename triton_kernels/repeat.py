@@ -88,8 +88,10 @@ class Recorder(TorchDispatchMode):
         results = found if isinstance(found, (tuple, list)) else (found,)
         text += "[0]" if results is found and len(found) == 1 else ""
         self._complete &= torch.Tag.dynamic_output_shape not in func.tags
-        # torch hands on a float as another object, so it may be an input, of which only kernels are told anew.
-        self._complete &= not {x for x in (*args, *kwargs.values()) if type(x) is float} & {x for x, _ in self._floats}
+        # torch hands on a float as another object, so it may be an input, of which only kernels are told anew. Of 0 a
+        # kind says that it is.
+        floats = {x for x in (*args, *kwargs.values()) if type(x) is float}
+        self._complete &= not floats & {x for x, _ in self._floats if x != 0}
         acts = func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
         self._steps.append(_Step([self._name(x) for x in results], text, needs, acts))
         return found

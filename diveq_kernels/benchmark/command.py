@@ -95,7 +95,8 @@ def _measure(cases: list[Case], device: str, options: argparse.Namespace) -> int
     how = f"{options.threads} thread(s), processor time" if device == "cpu" else "CUDA events, cold L2 cache"
     print(f"{machine.device_name(device)}, torch {torch.__version__}; {how}; in turns; each result checked first.")
     matmul, copy = ceilings["matmul"][cases[0].dtype], ceilings["copy"]
-    print(f"Measured ceilings: {matmul / 1e12:.3g} TFLOP/s ({cases[0].dtype} product), {copy / 1e9:.3g} GB/s (copy).")
+    product = f"{matmul / 1e12:.3g} TFLOP/s ({cases[0].dtype} product)"
+    print(f"Measured ceilings: {product}, {copy / 1e9:.3g} GB/s (copy).", flush=True)
     wrong = []
     for case in cases:
         record = running.run_case(case, everyone, device, ceilings, options.seconds, _note())

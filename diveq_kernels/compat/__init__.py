@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diveq_kernels import _checks
 from diveq_kernels.compat._patch import Patch, patch_diveq
 
 __all__ = ["Patch", "accelerate_vector_quantize", "patch_diveq"]
@@ -28,8 +29,7 @@ def accelerate_vector_quantize(module: torch.nn.Module) -> torch.nn.Module:
         TypeError: If module is no module.
         ModuleNotFoundError: If `vector-quantize-pytorch` is not installed.
     """
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    _checks.check_module(module)
     from diveq_kernels.compat._vector_quantize import accelerate
 
     accelerate(module)
