@@ -78,7 +78,7 @@ tune:
 
 sanitize: $(STAMP)
 	$(PY) tests/sanitized.py cpu tests/test_native_cpu.py tests/test_native_cpu_few.py tests/test_native_cpu_screen.py \
-		tests/test_compat_rotation.py tests/test_compat_commitment.py -q -k "not working_memory"
+		tests/test_compat_rotation.py tests/test_compat_commitment.py -q -k "not working_memory and not is_not_there"
 
 sanitize-cuda: $(STAMP)
 	$(PY) tests/sanitized.py cuda tests/test_native_cuda.py tests/test_left_out_cuda.py tests/test_nearest.py \
