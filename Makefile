@@ -10,8 +10,8 @@ unexport PYTHONPATH PYTHONHOME
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.diveq-kernels-installed
 
-# A machine with a GPU may have no network, torch in the system's Python, and the peers in a folder of PYTHONPATH: what
-# runs there installs nothing, and the package is the one in this folder.
+# On a GPU nothing is installed: what runs there takes the virtual environment if there is one, else PYTHON and its
+# PYTHONPATH, and the package is the one in this folder.
 GPU_PY = $(if $(wildcard $(STAMP)),$(PY),$(PYTHON))
 gpu tune bench-gpu sanitize-gpu: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 

@@ -1,9 +1,9 @@
 """What happens to a codebook outside of gradients: replacing unused codewords, and SF-DiVeQ's initialisation.
 
-Both are dispatcher operations that return a fresh codebook, which the quantizer then uses and autograd saves, and whose
+They are dispatcher operations that return a fresh codebook, which the quantizer then uses and autograd saves, and whose
 gradient passes to the codebook unchanged. The parameter itself is overwritten afterwards, so an edit never touches what
-a pending backward saved. Neither waits for an accelerator: there, steps in which nothing is due do the same work and
-select the old codebook. On the CPU they look at the step counter and return early.
+a pending backward saved. None waits for an accelerator: there torch's operations do the same work in every step and
+select the old codebook, and kernels of replacement ask the counter themselves. On the CPU they return early.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def replace_unused(
         codebook: [K, D] or [Q, K, D]; each of the Q is treated by itself.
         usage: int32 [K] or [Q, K], the number of steps since the last replacement in which a codeword was used.
         iter_counter: int32 [1], steps so far.
-        seed: int64 [] or [1]; the same seed gives the same choice on every device and rank.
+        seed: int32 or int64 of one element; the same seed gives the same choice on every device and rank.
         replacement_iters: R; due when the counter is a positive multiple of it.
         threshold: p; a codeword is replaced when it was used in less than this fraction of the R steps.
         perturb_eps: ε; ε·N(0, I) is added to the copies.

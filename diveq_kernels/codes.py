@@ -41,7 +41,7 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
         The packed codes, which ``unpack_codes`` reads.
 
     Raises:
-        TypeError: If codes are neither an integer tensor nor a pair, or num_codes or t_bits is no int.
+        TypeError: If codes are no integer tensor and no pair, t is no float tensor, or num_codes or t_bits no int.
         ValueError: If an index is not from −1 to K−1, t not in [0, 1], the shapes differ, or t_bits is out of range.
     """
     num_codes, t_bits = check_count(num_codes, "num_codes", 1, 2**62), check_count(t_bits, "t_bits", 1)

@@ -30,7 +30,7 @@ from diveq_kernels import _checks
 
 
 def has_group() -> bool:
-    """Whether this process is in a process group, if alone."""
+    """Whether this process is in a process group, even as its only one."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -96,7 +96,7 @@ def replicate(module: nn.Module) -> set[nn.Parameter]:
         they learn again.
 
     Raises:
-        TypeError: If module is none.
+        TypeError: If module is no ``torch.nn.Module``.
         RuntimeError: If a codebook is a parametrization.
     """
     from diveq_kernels.layers.base import Quantizer
@@ -239,7 +239,7 @@ def keep_shards(module: nn.Module) -> set[nn.Parameter]:
         The parts: the ``ignored_params`` of ``torch.distributed.fsdp.fully_shard``.
 
     Raises:
-        TypeError: If module is none.
+        TypeError: If module is no ``torch.nn.Module``.
     """
     from diveq_kernels.sharded import ShardedNearest
 

@@ -5,7 +5,7 @@ dtypes: z and the codebook are each fp16, bf16, fp32 or fp64. z_q and ∂L/∂z 
 arithmetic is fp32 at least, under autocast too.
 
 Keywords that every function takes:
-    precision: "exact" (the float64 argmin, up to ties within the input's rounding) or "fast" (tensor-core rates).
+    precision: "exact" (the float64 argmin, up to ties within fp32's rounding; fp64's if an input is) or "fast".
     mask: bool [...]; rows where it is False are left out: z_q = z, index −1, no gradient to the codebook.
     backend: Name of a backend, None for ``use_backend``'s, ``DIVEQ_BACKEND``'s or an automatic choice.
 

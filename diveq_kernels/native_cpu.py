@@ -1,4 +1,4 @@
-"""The ``cpu`` backend: fused C++ kernels for AVX-512, AVX2 with FMA, or any processor (``csrc/``).
+"""The ``cpu`` backend: fused C++ kernels for AMX, AVX-512, AVX2 with FMA, or any processor (``csrc/``).
 
 Functions have the arguments and results of ``diveq_kernels.reference``; none is called with fp64 inputs; ``unit``,
 ``rotate``, ``commit``, ``commit_backward`` and ``accumulate`` are here alone, for ``diveq_kernels.compat``. The

@@ -1,4 +1,4 @@
-"""Triton kernels, one file per kernel, behind the operations of ``diveq_kernels.ops``.
+"""Triton kernels, a file for each formula, behind the operations of ``diveq_kernels.ops``.
 
 Each function takes the arguments of the dispatcher op of its name without ``backend``; ``replace``, ``perplexity`` and
 ``count_use`` are parts of ``diveq_kernels.codebook`` and ``diveq_kernels.usage``. None is called with fp64 inputs. On

@@ -91,8 +91,7 @@ struct Multiplier {
 //
 // The matrix unit and the vector units work side by side only if their instructions are near one another: while a panel is
 // multiplied, the minima of the one before are taken, some rows after every step. Rows of one step or two stay in tiles, for
-// longer ones four of the eight are in use: on a shared machine there were times when loads and products waited for one
-// another, the more the more tiles were loaded in turn (perhaps for want of registers to load ahead into).
+// longer ones four of the eight are in use: with more of them loaded in turn, loads and products waited for one another.
 template <int kOfLane, bool folded, class F>
 inline __attribute__((always_inline)) void sweep(const uint32_t* rows, const Packed& packed, int64_t first, int64_t last,
                                                  int64_t dim, F f) {

@@ -94,7 +94,7 @@ def describe(device_type: str) -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": " ".join((platform.system(), platform.release().partition("-")[0])),
         "commit": commit(),
         "backends": backends.available(device_type),
         "versions": {

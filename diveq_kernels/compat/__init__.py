@@ -14,8 +14,9 @@ def accelerate_vector_quantize(module: torch.nn.Module) -> torch.nn.Module:
     """Make the quantizers of `vector-quantize-pytorch` in a model use the fused search and DiVeQ step.
 
     Every `VectorQuantize` in it, those within a `ResidualVQ` too, searches without the matrix of distances, counts
-    without a one-hot, and with ``directional_reparam=True`` takes the fused DiVeQ step. Those whose options need all
-    distances are left alone, and why is logged, as is a model in which there are none. Options of a single call that
+    without a one-hot, and with ``directional_reparam=True`` and Euclidean distances takes the fused DiVeQ step. Those
+    whose options need all distances, and subclasses of it or of its codebook, are left alone, and why is logged, as is
+    a model in which there are none. Options of a single call that
     need them (``topk``, ``indices``) take the package's own way. Parameters, buffers and the ``state_dict`` stay as
     they are.
 

@@ -30,7 +30,8 @@ class ReplacingQuantizer(Quantizer):
     Attributes:
         codebook_usage: int32, the codebook's shape without D: steps since the last replacement that used each codeword.
         iter_counter: int32 [1], steps of training; −1 in a layer that is yet to start by k-means.
-        num_replaced: int64 [], codewords replaced since construction (or loading); not in the state_dict.
+        num_replaced: int64 [], codewords replaced since construction, loading or ``reset_parameters``; not in the
+            state_dict.
     """
 
     codebook_usage: Tensor

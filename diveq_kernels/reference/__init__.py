@@ -2,8 +2,8 @@
 
 Each function takes the arguments of the dispatcher op of its name (``diveq_kernels.ops``) without ``backend``. z is
 [..., D] with any strides, and "row n" counts its flattened leading dimensions. Work goes in blocks of rows and chunks
-of codewords, so that no N x K and no extra N x D tensor is built. Exact searches run in float64, everything else in
-fp32 (fp64 if an input is).
+of codewords, so that no N x K and no extra N x D tensor is built. Exact searches, places on curves and their gradients
+run in float64, ``fast`` products in the input's dtype, everything else in fp32 (fp64 if an input is).
 """
 
 from diveq_kernels.reference.composite import product, product_backward, residual, residual_backward

@@ -5,7 +5,8 @@
 // another: the environment variable DIVEQ_EMULATED_SCHEDULE has them run in order (0), in reverse (1) or shuffled (a seed
 // from 2 on); without it launches take turns. What would hang or be undefined on a GPU is an error that names the place: a
 // barrier or a warp operation that not every thread reaches, or that they reach in different lines. Shared memory starts
-// as NaN. Launches are added to the file DIVEQ_EMULATED_LAUNCHES: the kernel, and the barriers that its blocks came to.
+// as NaN. Launches are added to the file that the
+// environment variable DIVEQ_EMULATED_LAUNCHES names: the kernel, and the barriers that its blocks came to.
 //
 // The names below that have no namespace are those of CUDA.
 #pragma once
@@ -110,8 +111,6 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
                                                                           : ::diveq::emulator::lane() - (int)(delta))
 #define __ballot_sync(mask, value) ::diveq::emulator::ballot(DIVEQ_HERE, mask, value)
 #define __any_sync(mask, value) (__ballot_sync(mask, value) != 0)
-#define __all_sync(mask, value) (__ballot_sync(mask, value) == 0xFFFFFFFFu)
-#define __threadfence() ((void)0)
 
 template <class T>
 T atomicAdd(T* at, std::type_identity_t<T> value) {
@@ -120,20 +119,10 @@ T atomicAdd(T* at, std::type_identity_t<T> value) {
   return before;
 }
 template <class T>
-T atomicMin(T* at, std::type_identity_t<T> value) {
-  const T before = *at;
-  if (value < before) *at = value;
-  return before;
-}
-template <class T>
 T atomicMax(T* at, std::type_identity_t<T> value) {
   const T before = *at;
   if (value > before) *at = value;
   return before;
-}
-template <class T>
-T __ldg(const T* at) {
-  return *at;
 }
 
 inline uint32_t __float_as_uint(float x) {
@@ -146,13 +135,7 @@ inline float __uint_as_float(uint32_t bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
-inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
-inline float __int_as_float(int bits) { return __uint_as_float((uint32_t)bits); }
-inline uint32_t __umulhi(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline int __clz(int bits) { return bits ? __builtin_clz((unsigned)bits) : 32; }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 template <class T>
 constexpr T min(T a, T b) {
@@ -175,11 +158,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
