@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels._runs import sorted_runs
+from diveq_kernels.triton_kernels.gradients import CodebookGradient
 from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.noise import moved
 from diveq_kernels.triton_kernels.parts import load_composite
@@ -154,10 +154,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
     rows, dim = math.prod(z.shape[:-1]), z.shape[-1]
-    in_order = need_codebook and torch.are_deterministic_algorithms_enabled() and rows > 0
-    weights = torch.empty((rows,), dtype=torch.float32, device=z.device) if in_order else None
-    shape = codebooks.shape if need_codebook and not in_order else (0,)
-    total = torch.zeros(shape, dtype=torch.float32, device=z.device)
+    into = CodebookGradient(codebooks, need_codebook, rows)
     dither = None if dither is None else dither.contiguous()
     indices = indices.contiguous()
     if rows:
@@ -166,13 +163,11 @@ def _backward(
             composite_backward_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(grad), *rows_of(z), rows, codebooks, *codebooks.stride(), dither,
             0 if dither is None else dither.stride(0), indices, seed, noise_std,
-            *(written or (None, 1, 0, 0, 1)), total if need_codebook and not in_order else None, codebooks.shape[1],
-            weights, STAGES=codebooks.shape[0], GROUP=group, D=dim, **tile,
+            *(written or (None, 1, 0, 0, 1)), into.atomic, codebooks.shape[1], into.weights,
+            STAGES=codebooks.shape[0], GROUP=group, D=dim, **tile,
         )  # fmt: skip
-    grad_z = deliver(grad_z, written) if written else grad_z
-    if weights is not None:
-        return grad_z, _in_order(z, codebooks, dither, indices, weights, group)
-    return grad_z, total.to(codebooks.dtype)
+    grad_codebooks = into.finish(lambda weights: _in_order(z, codebooks, dither, indices, weights, group))
+    return (deliver(grad_z, written) if written else grad_z), grad_codebooks
 
 
 @repeated

@@ -18,6 +18,7 @@ from diveq_kernels.triton_kernels.rows import (
     rows_of,
     store_rows,
 )
+from diveq_kernels.triton_kernels.sums import summed
 
 
 @triton.jit
@@ -59,14 +60,14 @@ def nearest_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ‖z − c_i‖² for grad [...], nothing from rows left out."""
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
-    into = CodebookGradient(codebook, need_codebook, ends=1)
     rows, dim = indices.numel(), z.shape[-1]
-    weights = into.weights(rows)
+    into = CodebookGradient(codebook, need_codebook, 1, rows)
     if rows:
         tile = configuration("step", dim, z.device)
         launch(
             nearest_backward_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             grad.contiguous(), *rows_of(z), rows, codebook, *codebook.stride(), indices,
-            *(written or (None, 1, 0, 0, 1)), into.atomic, weights, D=dim, **tile,
+            *(written or (None, 1, 0, 0, 1)), into.atomic, into.weights, D=dim, **tile,
         )  # fmt: skip
-    return (deliver(grad_z, written) if written else grad_z), into.finish(rows_of(z), indices, weights)
+    grad_codebook = into.finish(lambda weights: summed(rows_of(z), codebook, indices, weights))
+    return (deliver(grad_z, written) if written else grad_z), grad_codebook

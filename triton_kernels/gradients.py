@@ -6,14 +6,15 @@ index (a stable sort), and their sums made in pieces of that order (sums.py). Bo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels.triton_kernels.noise import moved
-from diveq_kernels.triton_kernels.rows import Rows, load_rows, load_targets
-from diveq_kernels.triton_kernels.sums import summed
+from diveq_kernels.triton_kernels.rows import load_rows, load_targets
 
 
 @triton.jit
@@ -47,31 +48,28 @@ def add_pull(grad_codebook, index, adds, pull, first, D: tl.constexpr, BLOCK_D: 
 
 
 class CodebookGradient:
-    """Where ∂L/∂C is accumulated, by atomics or by sorted segments as torch's settings ask.
+    """Where ∂L/∂C is accumulated, by atomics or by sums in order as torch's settings ask.
 
     Attributes:
-        atomic: Zeroed fp32 [K, D] for ``add_pull``; None where a kernel need not add.
+        atomic: Zeroed fp32, of the codebooks' shape, for ``add_pull``; None where a kernel need not add.
+        weights: Room for fp32 numbers of each row, of the shape given, which only sums in order read; else None.
     """
 
-    def __init__(self, codebook: Tensor, needed: bool, ends: int) -> None:
-        self._codebook, self._needed, self._ends = codebook, needed, ends
-        self._sorted = needed and torch.are_deterministic_algorithms_enabled()
-        self.atomic = None
-        if needed and not self._sorted:
+    def __init__(self, codebook: Tensor, needed: bool, *of_rows: int) -> None:
+        self._codebook, self._needed = codebook, needed
+        self.atomic = self.weights = None
+        if needed and torch.are_deterministic_algorithms_enabled():
+            self.weights = torch.empty(of_rows, dtype=torch.float32, device=codebook.device)
+        elif needed:
             self.atomic = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device)
 
-    def weights(self, rows: int) -> Tensor | None:
-        """Room for a [ends, N], which only the sorted sum reads."""
-        size = (self._ends, rows)
-        return torch.empty(size, dtype=torch.float32, device=self._codebook.device) if self._sorted else None
-
-    def finish(self, z: Rows, indices: Tensor, weights: Tensor | None) -> Tensor:
-        """∂L/∂C in the codebook's dtype; of size 0 where it is not needed."""
+    def finish(self, in_order: Callable[[Tensor], Tensor]) -> Tensor:
+        """∂L/∂C in the codebook's dtype, in order from ``weights``; of size 0 where it is not needed."""
         codebook = self._codebook
         if not self._needed:
             return codebook.new_empty(0)
         if self.atomic is not None:
             return self.atomic.to(codebook.dtype)
-        if weights is None or not indices.numel():
+        if self.weights is None or not self.weights.numel():
             return torch.zeros(codebook.shape, dtype=codebook.dtype, device=codebook.device)
-        return summed(z, codebook, indices, weights)
+        return in_order(self.weights)

@@ -8,13 +8,12 @@ segments without length):
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diveq_kernels._runs import sorted_runs
-from diveq_kernels.triton_kernels.gradients import add_pull
+from diveq_kernels.triton_kernels.gradients import CodebookGradient, add_pull
 from diveq_kernels.triton_kernels.launch import cdiv, configuration, launch
 from diveq_kernels.triton_kernels.project import position_on
 from diveq_kernels.triton_kernels.repeat import repeated
@@ -133,19 +132,13 @@ def project_backward(
     """Gradients of points and t, to the row and both ends of its segment; sums in order as ``gradients`` has it."""
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
     rows, dim = indices.numel(), z.shape[-1]
-    in_order = need_codebook and torch.are_deterministic_algorithms_enabled() and rows > 0
-    weights = torch.empty((2, rows), dtype=torch.float32, device=z.device) if in_order else None
-    shape = codebook.shape if need_codebook and not in_order else (0,)
-    total = torch.zeros(shape, dtype=torch.float32, device=codebook.device)
+    into = CodebookGradient(codebook, need_codebook, 2, rows)
     if rows:
         tile = configuration("project_backward", dim, z.device)
         launch(
             project_backward_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(grad_points), grad_t.contiguous(), *rows_of(z), rows, codebook, *codebook.stride(), indices,
-            *(written or (None, 1, 0, 0, 1)), total if need_codebook and not in_order else None, weights,
-            D=dim, **tile,
+            *(written or (None, 1, 0, 0, 1)), into.atomic, into.weights, D=dim, **tile,
         )  # fmt: skip
-    grad_z = deliver(grad_z, written) if written else grad_z
-    if weights is not None:
-        return grad_z, _in_order(grad_points, z, codebook, indices, weights)
-    return grad_z, total.to(codebook.dtype)
+    grad_codebook = into.finish(lambda weights: _in_order(grad_points, z, codebook, indices, weights))
+    return (deliver(grad_z, written) if written else grad_z), grad_codebook

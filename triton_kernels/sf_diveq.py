@@ -27,6 +27,7 @@ from diveq_kernels.triton_kernels.rows import (
     store_rows,
 )
 from diveq_kernels.triton_kernels.search import find
+from diveq_kernels.triton_kernels.sums import summed
 
 
 @triton.jit
@@ -158,14 +159,14 @@ def sf_diveq_backward(
 ) -> tuple[Tensor, Tensor]:
     """DiVeQ's gradients towards both ends, weighted (1−λ_i) and λ_i."""
     grad_z, written = output_like(z) if need_z else (z.new_empty(0), None)
-    into = CodebookGradient(codebook, need_codebook, ends=2)
     rows, dim = indices.numel(), z.shape[-1]
-    weights = into.weights(rows)
+    into = CodebookGradient(codebook, need_codebook, 2, rows)
     if rows:
         tile = configuration("step", dim, z.device)
         launch(
             sf_diveq_backward_kernel, (cdiv(rows, tile["BLOCK_N"]),), z.device,
             *rows_of(grad), *rows_of(z), rows, codebook, *codebook.stride(), dither.contiguous(), indices, seed,
-            noise_std, _second_offset(z), *(written or (None, 1, 0, 0, 1)), into.atomic, weights, D=dim, **tile,
+            noise_std, _second_offset(z), *(written or (None, 1, 0, 0, 1)), into.atomic, into.weights, D=dim, **tile,
         )  # fmt: skip
-    return (deliver(grad_z, written) if written else grad_z), into.finish(rows_of(z), indices, weights)
+    grad_codebook = into.finish(lambda weights: summed(rows_of(z), codebook, indices, weights))
+    return (deliver(grad_z, written) if written else grad_z), grad_codebook

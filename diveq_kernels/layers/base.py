@@ -30,20 +30,20 @@ def select(table: Tensor, indices: Tensor, all_there: bool = False) -> Tensor:
     return torch.where((indices >= 0)[..., None], table[indices.clamp_min(0)], 0)
 
 
+def _version_of(tensor: torch.Tensor) -> int:
+    """What a write changes; always the same where the tensor was made in inference mode, and has none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def may_initialise(codebook: Tensor) -> bool:
     """Whether a codebook may be drawn; it is 0 then. Loaders keep ``torch.nn.init`` from what they have loaded.
 
     So does transformers while it initialises what a checkpoint lacks, for which it also resets layers that have a
     buffer outside of the state_dict: ``reset_parameters`` must then leave a loaded codebook as it is.
     """
-    before = None if codebook.is_inference() else codebook._version  # a tensor of inference mode has none
+    before = _version_of(codebook)
     nn.init.zeros_(codebook)
-    return before is None or codebook._version != before
-
-
-def _version_of(counter: torch.Tensor) -> int:
-    """What a write to it changes; always the same where it was made in inference mode, and has none."""
-    return -1 if counter.is_inference() else counter._version
+    return codebook.is_inference() or _version_of(codebook) != before
 
 
 def _is_of_several_sizes(*sizes: int) -> bool:

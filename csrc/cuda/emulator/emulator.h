@@ -5,8 +5,8 @@
 // another: the environment variable DIVEQ_EMULATED_SCHEDULE has them run in order (0), in reverse (1) or shuffled (a seed
 // from 2 on); without it launches take turns. What would hang or be undefined on a GPU is an error that names the place: a
 // barrier or a warp operation that not every thread reaches, or that they reach in different lines. Shared memory starts
-// as NaN. Launches are added to the file that the
-// environment variable DIVEQ_EMULATED_LAUNCHES names: the kernel, and the barriers that its blocks came to.
+// as NaN. Launches are added to the file that the environment variable DIVEQ_EMULATED_LAUNCHES names: the kernel, and the
+// barriers that its blocks came to.
 //
 // The names below that have no namespace are those of CUDA.
 #pragma once
