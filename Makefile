@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
+TOOLS  ?= memcheck racecheck synccheck
 
 # Nothing from the caller's environment may stand in for what is installed in the virtual environment.
 unexport PYTHONPATH PYTHONHOME
@@ -31,7 +32,7 @@ help:
 	@echo "make lint          ruff and mypy"
 	@echo "make sanitize      tests of the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make sanitize-cuda the same of the CUDA kernels, emulated on the CPU"
-	@echo "make sanitize-gpu  tests of the GPU kernels under compute-sanitizer, on a GPU"
+	@echo "make sanitize-gpu  tests of the GPU kernels under compute-sanitizer, on a GPU; TOOLS=memcheck for one tool"
 	@echo "make setup         only create the virtual environment, which the commands above do when needed, but for those"
 	@echo "                   on a GPU (gpu, bench-gpu, tune, sanitize-gpu): these install nothing, use it where it is there"
 	@echo "                   and PYTHON where it is not, and see the caller's PYTHONPATH"
@@ -95,7 +96,7 @@ sanitize-gpu:
 	@command -v compute-sanitizer > /dev/null || \
 		{ echo "sanitize-gpu: compute-sanitizer is not on PATH (it comes with the CUDA toolkit)" >&2; exit 1; }
 	@$(GPU_PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "sanitize-gpu: torch finds no GPU")'
-	for tool in memcheck racecheck synccheck; do \
+	for tool in $(TOOLS); do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
 			$(GPU_PY) -m pytest -q -p no:xdist tests/test_quantize.py tests/test_project.py tests/test_nearest.py \
 			tests/test_gradients.py tests/test_project_gradients.py tests/test_deterministic.py \

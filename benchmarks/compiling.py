@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import tiles
 from benchmarks.tiles import Part, Tiles
-from diveq_kernels.triton_kernels import launch
+from diveq_kernels.triton_kernels import launch, repeat
 
 
 class Used(NamedTuple):
@@ -64,6 +64,7 @@ def forget_tables() -> None:
     """Have this process read the tables again: another one may have changed them."""
     for cached in (launch._table, launch._entry):
         cached.cache_clear()
+    repeat.forget()
 
 
 def first_line(error: Exception) -> str:

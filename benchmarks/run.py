@@ -25,6 +25,7 @@ from diveq_kernels import _selfcheck
 from diveq_kernels.benchmark import command, contestants, machine, peers, running
 
 RESULTS = Path(__file__).parent / "results"
+_IDENTITY = ("device", "processor", "commit", "tiles", "versions", "driver", "threads")
 CHECK = "check"  # the part that only checks: every backend, operation and dtype against float64
 METHOD = {
     "cpu": "one thread, processor time",
@@ -36,7 +37,7 @@ ORDER = "contestants take turns; median and quartiles; a result is checked befor
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--part", nargs="+", choices=[CHECK, *PARTS], default=[CHECK, *PARTS])
+    parser.add_argument("--part", nargs="+", choices=[*PARTS, CHECK], default=[*PARTS, CHECK])
     parser.add_argument("-k", default="", help="only cases with this text in their name, such as 'train' or '×1024×'")
     parser.add_argument("--out", type=Path, help="folder instead of benchmarks/results/DEVICE")
     parser.add_argument("--seconds", type=float, help="timing of each contestant (default 0.3 on a CPU, 0.1 on CUDA)")
@@ -63,7 +64,7 @@ def check_commit(parser: argparse.ArgumentParser, commit: str) -> None:
 
 def identity(described: dict[str, Any]) -> dict[str, Any]:
     """What must agree for old results to be kept."""
-    return {key: described.get(key) for key in ("device", "processor", "commit", "versions", "driver", "threads")}
+    return {key: described.get(key) for key in _IDENTITY}
 
 
 def load(path: Path, described: dict[str, Any]) -> dict[str, Any] | None:
@@ -84,6 +85,10 @@ def save_text(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _checked(results: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
+    return {(result["op"], result["backend"], result["dtype"]) for result in results}
 
 
 class Campaign:
@@ -112,18 +117,20 @@ class Campaign:
     def check(self) -> bool:
         """Every backend against float64 -> whether it was finished."""
         path, record = self.start(CHECK, "every backend, operation and dtype against float64")
-        if not record["finished"]:
-            record["results"] = []
-            for result in _selfcheck.results():
-                if result.device == self.options.device:
-                    described = result._asdict() | {"dtype": str(result.dtype)[6:], "passed": result.passed}
-                    record["results"].append(described)
-                    save(path, record)
-            record["finished"] = True
+        done = record.setdefault("results", [])
+        for name, backend, device, dtype in _selfcheck.planned():
+            if device != self.options.device or (name, backend, str(dtype)[6:]) in _checked(done):
+                continue
+            if self.time_is_up():
+                return False
+            result = _selfcheck.worst(name, backend, device, dtype)
+            done.append(result._asdict() | {"dtype": str(dtype)[6:], "passed": result.passed})
             save(path, record)
-        failed = [r for r in record["results"] if not r["passed"]]
+        record["finished"] = True
+        save(path, record)
+        failed = [r for r in done if not r["passed"]]
         self.wrong += [f"{r['backend']}: {r['op']} in {r['dtype']} fails its check" for r in failed]
-        print(f"check: {len(record['results']) - len(failed)} of {len(record['results'])} pass", flush=True)
+        print(f"check: {len(done) - len(failed)} of {len(done)} pass", flush=True)
         return True
 
     def measure(self, name: str) -> bool:

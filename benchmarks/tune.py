@@ -244,6 +244,7 @@ class Tuning:
         self.campaign = Campaign(options)
         # The tables change as it goes on: that does not make the code another one.
         self.campaign.machine["commit"] = machine.commit("triton_kernels/configs")
+        self.campaign.machine.pop("tiles", None)
         self.path, self.record = self.campaign.start("tuning", ABOUT)
         self.record.setdefault("parts", [])
         self.record.setdefault("lost", [])  # candidates that broke the process, not to be tried again

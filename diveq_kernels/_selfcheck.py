@@ -186,7 +186,9 @@ def _relative(x: Tensor, exact: Tensor) -> float:
     return float((x.double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
-def _check(op: _Operation, backend: str, device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> Result:
+def check(name: str, backend: str, device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> Result:
+    """One line of the table, at one shape (N, K, D); ``name`` as the table has it."""
+    (op,) = (op for op in _OPERATIONS if op.name == name)
     inputs = _inputs(op, shape, dtype, device)
     exact = inputs._replace(z=inputs.z.double(), codebook=inputs.codebook.double())
     seed = int(torch.randint(2**62, ()))
@@ -210,24 +212,18 @@ def _check(op: _Operation, backend: str, device: str, dtype: torch.dtype, shape:
         )  # fmt: skip
 
 
-def check(name: str, backend: str, device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> Result:
-    """One line of the table, at one shape (N, K, D); ``name`` as the table has it."""
-    (op,) = (op for op in _OPERATIONS if op.name == name)
-    return _check(op, backend, device, dtype, shape)
-
-
-def _worst(op: _Operation, backend: str, device: str, dtype: torch.dtype) -> Result:
+def worst(name: str, backend: str, device: str, dtype: torch.dtype) -> Result:
     """The worst of all shapes."""
     try:
-        each = [_check(op, backend, device, dtype, shape) for shape in _SHAPES]
+        each = [check(name, backend, device, dtype, shape) for shape in _SHAPES]
     except Exception:  # of whatever kind: a compiler's, a driver's
-        return Result(backend, device, op.name, dtype, 0, math.nan, math.nan, math.nan, traceback.format_exc())
-    worst = [max(values, key=lambda v: (v != v, v)) for values in zip(*(r[4:8] for r in each), strict=True)]
-    return Result(backend, device, op.name, dtype, *worst)
+        return Result(backend, device, name, dtype, 0, math.nan, math.nan, math.nan, traceback.format_exc())
+    errors = [max(values, key=lambda v: (v != v, v)) for values in zip(*(r[4:8] for r in each), strict=True)]
+    return Result(backend, device, name, dtype, *errors)
 
 
-def results(only: str | None = None) -> Iterator[Result]:
-    """Check every operation, dtype and available backend on every device of this machine; the worst of some shapes.
+def planned(only: str | None = None) -> Iterator[tuple[str, str, str, torch.dtype]]:
+    """(operation, backend, device, dtype) of every check that this machine can make.
 
     Args:
         only: Name of the one backend to check; None for all.
@@ -245,7 +241,13 @@ def results(only: str | None = None) -> Iterator[Result]:
                 if backends.why_unavailable(backend, device, op.op) is not None:
                     continue
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                    yield _worst(op, backend, device, dtype)
+                    yield op.name, backend, device, dtype
+
+
+def results(only: str | None = None) -> Iterator[Result]:
+    """Make each check that is ``planned``; of some shapes the worst."""
+    for each in planned(only):
+        yield worst(*each)
 
 
 def report(only: str | None = None) -> bool:

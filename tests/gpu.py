@@ -73,7 +73,7 @@ def plan() -> Plan:
     memory = torch.cuda.mem_get_info()[1] >> 30
     cores = (os.cpu_count() or 1) if importlib.util.find_spec("xdist") else 1
     most = max(1, min(cores, 14, memory - 23))
-    processes = {"triton": most, "cuda": max(1, most // 4)}
+    processes = {"triton": most, "cuda": max(1, most // 3)}
     if memory >= 2 * (22 + 1) + sum(processes.values()):
         return Plan(processes, at_once=True)
     return Plan(dict.fromkeys(processes, most), at_once=False)

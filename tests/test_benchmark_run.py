@@ -76,17 +76,19 @@ def test_nothing_is_resumed_where_the_commit_is_unknown(
 # ---- results are written as they are made ----------------------------------------------------------------------------
 
 
-def a_check(backend: str) -> _selfcheck.Result:
-    return _selfcheck.Result(backend, "cpu", "nearest", torch.float32, 0, 0.0, 0.0, 0.0)
-
-
 def test_checks_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def results() -> Iterator[_selfcheck.Result]:
-        yield a_check("reference")
-        yield a_check("cpu")
-        raise KilledError
+    """And made once: they go on where they were killed, or where time was up."""
+    made: list[str] = []
 
-    monkeypatch.setattr(_selfcheck, "results", results)
+    def worst(name: str, backend: str, device: str, dtype: torch.dtype) -> _selfcheck.Result:
+        if len(made) == 2:
+            raise KilledError
+        made.append(backend)
+        return _selfcheck.Result(backend, device, name, dtype, 0, 0.0, 0.0, 0.0)
+
+    plan = [("nearest", backend, "cpu", torch.float32) for backend in ("reference", "cpu", "third")]
+    monkeypatch.setattr(_selfcheck, "planned", lambda: [("nearest", "triton", "cuda", torch.float32), *plan])
+    monkeypatch.setattr(_selfcheck, "worst", worst)
     arguments = ["--device", "cpu", "--part", "check", "--out", str(tmp_path), "--commit", "abc", "--resume"]
     with pytest.raises(KilledError):
         run.main(arguments)
@@ -95,11 +97,21 @@ def test_checks_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert tables.checks(record).endswith("reference 1 of 1, cpu 1 of 1; commit `abc`. Unfinished: cases of this part"
                                           " are missing.")  # fmt: skip
 
-    monkeypatch.setattr(_selfcheck, "results", lambda: iter([a_check("cpu")]))
-    assert run.main(arguments) == 0
+    made.clear()
+    campaign = run.Campaign(run.parse(arguments))
+    monkeypatch.setattr(campaign, "time_is_up", lambda: True)
+    assert not campaign.check() and made == []
+    assert run.main(arguments) == 0 and made == ["third"]
     record = read(tmp_path / "check.json")
-    assert [result["backend"] for result in record["results"]] == ["cpu"] and record["finished"]
-    assert tables.checks(record).endswith("cpu 1 of 1; commit `abc`.")
+    assert [result["backend"] for result in record["results"]] == ["reference", "cpu", "third"] and record["finished"]
+    assert tables.checks(record).endswith("cpu 1 of 1, third 1 of 1; commit `abc`.")
+
+
+def test_nothing_is_resumed_that_other_tiles_gave(tmp_path: Path) -> None:
+    described = {"device": "a GPU", "commit": "abc", "tiles": "0123"}
+    run.save(tmp_path / "x.json", {"machine": described})
+    assert run.load(tmp_path / "x.json", dict(described)) is not None
+    assert run.load(tmp_path / "x.json", described | {"tiles": "4567"}) is None
 
 
 def test_a_part_without_cases_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -172,17 +172,17 @@ def test_check_finds_a_gradient_of_z_of_the_wrong_size(name: str, broken_backend
 def test_the_worst_shape_decides(field: str, shape: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN is the worst, in whichever shape it is."""
 
-    def check(op: Any, *of: Any) -> _selfcheck.Result:
-        right = _selfcheck.Result(*of[:2], op.name, of[2], 0, 1e-7, 1e-7, 1e-7)
+    def check(name: str, *of: Any) -> _selfcheck.Result:
+        right = _selfcheck.Result(*of[:2], name, of[2], 0, 1e-7, 1e-7, 1e-7)
         wrong = right._replace(**{field: 1 if field == "wrong_indices" else math.nan})
         return wrong if of[-1] == _selfcheck._SHAPES[shape] else right
 
-    monkeypatch.setattr(_selfcheck, "_check", check)
-    assert not _selfcheck._worst(_selfcheck._OPERATIONS[0], "cpu", "cpu", torch.float32).passed
+    monkeypatch.setattr(_selfcheck, "check", check)
+    assert not _selfcheck.worst("nearest", "cpu", "cpu", torch.float32).passed
 
 
 def test_one_backend_is_checked_where_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_selfcheck, "_worst", lambda op, backend, device, dtype: (backend, device))
+    monkeypatch.setattr(_selfcheck, "worst", lambda op, backend, device, dtype: (backend, device))
     assert {backend for backend, _ in _selfcheck.results("reference")} == {"reference"}
     assert {backend for backend, device in _selfcheck.results() if device == "cpu"} == set(backends.available("cpu"))
 

@@ -120,7 +120,7 @@ def test_how_many_processes(fake_gpu: None, monkeypatch: pytest.MonkeyPatch) -> 
         return processes["triton"], processes["cuda"], at_once
 
     pytest.importorskip("xdist")
-    assert plan(16, 79) == (14, 3, True)
+    assert plan(16, 79) == (14, 4, True)
     assert plan(4, 79) == (4, 1, True)
     assert plan(16, 47) == (14, 14, False)  # not two of the large tests at once
     assert plan(16, 23) == (1, 1, False)

@@ -21,9 +21,7 @@ from diveq_kernels.triton_kernels import launch, repeat  # noqa: E402
 from diveq_kernels.triton_kernels.launch import INTERPRETED  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-runs = pytest.mark.skipif(
-    not INTERPRETED and DEVICE == "cpu", reason="needs a GPU or the interpreter (TRITON_INTERPRET=1)"
-)
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 N, K, D = 30, 11, 12
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "rows": lambda x: x,
@@ -129,7 +127,6 @@ class Peak(TorchDispatchMode):
             kernel[grid](*arguments, **options)
 
 
-@runs
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_numbers(name: str, layout: str) -> None:
@@ -149,7 +146,6 @@ def test_the_same_numbers(name: str, layout: str) -> None:
     assert len(ran) == 2
 
 
-@runs
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_is_free_again_as_early(name: str) -> None:
     """While it is recorded, too."""
@@ -170,7 +166,6 @@ def test_memory_is_free_again_as_early(name: str) -> None:
     assert 0 < repeated.most <= made_anew.most == recorded.most
 
 
-@runs
 @pytest.mark.parametrize("before", [1, 4])
 def test_the_first_calls_of_a_kind_are_only_counted(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeat, "_CALLS_BEFORE", before)
@@ -182,7 +177,6 @@ def test_the_first_calls_of_a_kind_are_only_counted(before: int, monkeypatch: py
     assert len(programs()) == 1
 
 
-@runs
 def test_what_makes_a_kind() -> None:
     z, books = random(N, D), random(K, D)
 
@@ -204,13 +198,12 @@ def test_what_makes_a_kind() -> None:
     assert kinds(plain, (z, books[:-1], None, "exact"), (z[:-1], books, None, "exact")) == 3
     with Peak():
         assert kinds(plain) == 0
-    with launch.forced("search_ieee", launch.configuration("search_ieee", D, z.device)):
+    with launch.forced("search_bf16x3", launch.configuration("search_bf16x3", D, z.device)):
         assert kinds(plain) == 0
     # One tensor twice is none but itself: of two a kernel would be given the same one.
     assert kinds((z, z, None, "exact"), (z, z.flip(0), None, "exact"), (z, z, None, "exact")) == 2
 
 
-@runs
 @pytest.mark.parametrize("name", [name for name in NAMES if "nearest" not in name and "project" not in name])
 def test_a_float_is_an_argument_like_tensors(name: str) -> None:
     """So noise that becomes less in every step is repeated, too; none is a kind of its own."""
@@ -224,7 +217,6 @@ def test_a_float_is_an_argument_like_tensors(name: str) -> None:
     assert len(repeat._programs) == 2 and len(ran) == 4
 
 
-@runs
 @pytest.mark.parametrize("name", ["diveq_backward", "residual_backward", "project_backward"])
 @pytest.mark.parametrize("noise_std", [0.0, 0.1])
 def test_deterministic_algorithms_are_a_kind_of_their_own(name: str, noise_std: float) -> None:
@@ -240,7 +232,6 @@ def test_deterministic_algorithms_are_a_kind_of_their_own(name: str, noise_std: 
     assert len(programs()) == 2
 
 
-@runs
 def test_not_more_kinds_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeat, "_MOST_KINDS", 3)
     for rows in range(1, 9):

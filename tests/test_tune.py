@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,9 @@ class Fakes:
         for name in ("sm_90.json", "default.json"):
             (self.configs / name).write_text((CONFIGS / name).read_text(encoding="utf-8"), encoding="utf-8")
         self.folder = folder
-        monkeypatch.setattr(machine, "describe", lambda device: {"device": "a GPU", "commit": "?"})
+        tables = map(str, itertools.count())  # other ones after each start
+        described = {"device": "a GPU", "commit": "?"}
+        monkeypatch.setattr(machine, "describe", lambda device: described | {"tiles": next(tables)})
         monkeypatch.setattr(machine, "commit", lambda *aside: "abc")
         monkeypatch.setattr(tune, "Bench", lambda part, architecture: self)
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
@@ -391,11 +395,15 @@ def test_what_is_timed_has_the_tiles_tried(path: Path) -> None:
 
 
 def test_tiles_are_forced_for_their_family_alone() -> None:
+    """In every thread: on a GPU autograd runs backwards in one of its own."""
     device = torch.device("cpu")
     before = launch.configuration("step", 64, device)
-    with launch.forced("search_bf16", {"BLOCK_N": 7}):
-        assert launch.configuration("search_bf16", 64, device) == {"BLOCK_N": 7}
-        assert launch.configuration("step", 64, device) == before
+    with launch.forced("search_bf16", {"BLOCK_N": 7}), ThreadPoolExecutor(1) as other:
+        for run in (lambda f, *given: f(*given), lambda f, *given: other.submit(f, *given).result()):
+            assert run(launch.configuration, "search_bf16", 64, device) == {"BLOCK_N": 7}
+            assert run(launch.configuration, "step", 64, device) == before
+            assert run(launch.is_directed)
+    assert not launch.is_directed()
     assert launch.configuration("search_bf16", 64, device) != {"BLOCK_N": 7}
 
 

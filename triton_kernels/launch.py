@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -19,14 +20,23 @@ _CONFIGS = Path(__file__).parent / "configs"
 # sm_86, sm_89 and sm_120 among them, have the default table, whose tiles fit into 99 KiB of shared memory.
 _LIKE = {"sm_87": "sm_80", "sm_103": "sm_100"}
 _in_graph = ContextVar("in_graph", default=False)
-_forced: ContextVar[tuple[str, dict[str, int]] | None] = ContextVar("forced", default=None)
+_forced: tuple[str, dict[str, int]] | None = None  # of all threads: autograd runs backwards in threads of its own
 _recorder: ContextVar[Any] = ContextVar("recorder", default=None)
+
+
+def _text_of(architecture: str) -> str:
+    paths = [_CONFIGS / f"{name}.json" for name in (architecture, _LIKE.get(architecture, "default"), "default")]
+    return next(path for path in paths if path.is_file()).read_text(encoding="utf-8")
 
 
 @functools.cache
 def _table(architecture: str) -> dict[str, list[dict[str, int]]]:
-    paths = [_CONFIGS / f"{name}.json" for name in (architecture, _LIKE.get(architecture, "default"), "default")]
-    return json.loads(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
+    return json.loads(_text_of(architecture))
+
+
+def table_hash(device: torch.device) -> str:
+    """Of the configurations for a device, as they are now: tuning changes them."""
+    return hashlib.sha256(_text_of(architecture_of(device)).encode()).hexdigest()[:12]
 
 
 @functools.cache
@@ -62,9 +72,8 @@ def configuration(kind: str, dim: int, device: torch.device, rows: int | None = 
     With ``rows``, tiles of more than 64 rows are halved while there are too few for half of the multiprocessors. A
     graph of any N does without, and is one for this ``dim``, should it be a symbol.
     """
-    instead = _forced.get()
-    if instead is not None and instead[0] == kind:
-        return dict(instead[1])
+    if _forced is not None and _forced[0] == kind:
+        return dict(_forced[1])
     tiles = dict(_entry(architecture_of(device), kind, int(dim)))
     if rows is not None and not isinstance(rows, torch.SymInt):
         while tiles["BLOCK_N"] > 64 and 2 * -(-rows // tiles["BLOCK_N"]) <= multiprocessors(device):
@@ -75,11 +84,12 @@ def configuration(kind: str, dim: int, device: torch.device, rows: int | None = 
 @contextlib.contextmanager
 def forced(kind: str, tiles: dict[str, int]) -> Iterator[None]:
     """Within it, kernels of ``kind`` are launched with these tiles instead of the table's: for measuring them."""
-    token = _forced.set((kind, tiles))
+    global _forced
+    before, _forced = _forced, (kind, tiles)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 @contextlib.contextmanager
@@ -104,7 +114,7 @@ def recorded_by(recorder: Any) -> Iterator[None]:
 
 def is_directed() -> bool:
     """Whether launches are made into nodes of a graph, with other tiles, or recorded."""
-    return _in_graph.get() or _forced.get() is not None or _recorder.get() is not None
+    return _in_graph.get() or _forced is not None or _recorder.get() is not None
 
 
 def is_elsewhere(device: torch.device) -> bool:

@@ -111,6 +111,10 @@ def describe(device_type: str) -> dict[str, Any]:
             "driver": _driver(),
             "cuda": torch.version.cuda,
         }
+        if "triton" in backends.available("cuda"):
+            from diveq_kernels.triton_kernels import launch
+
+            found["tiles"] = launch.table_hash(torch.device("cuda", torch.cuda.current_device()))
     else:
         found |= {"threads": torch.get_num_threads(), "matmul_instructions": torch.backends.cpu.get_cpu_capability()}
         if "cpu" in backends.available("cpu"):

@@ -1,7 +1,8 @@
 """The peers: plain torch, and the packages that do the same. Each is imported when it is prepared, absent or not.
 
 Every peer quantizes the same rows with the same codebook, with noise of the same size where its interface allows that,
-and with replacement of codewords put off, as for our own layers.
+and with replacement of codewords put off, as for our own layers; only vector-quantize-pytorch, whose
+``directional_reparam`` refuses to do without it, looks for dead codewords in every step.
 """
 
 from __future__ import annotations
@@ -187,9 +188,13 @@ def _faiss(case: Case, inputs: Inputs) -> Prepared:
 def _flash_kmeans(case: Case, inputs: Inputs) -> Prepared:
     package = _import("flash_kmeans.assign_euclid_triton", "flash-kmeans")
     z, codebook = inputs.z[None], inputs.codebook[None]
-    return Prepared(
-        lambda: Output(package.euclid_assign_triton(z, codebook, z.float().square().sum(-1))[0]),
-    )
+
+    def search() -> Output:
+        # Not as a sum of squares, which would be a whole N x D in fp32 of memory that is not the peer's.
+        norms = torch.linalg.vector_norm(z, dim=-1, dtype=torch.float32).square_()
+        return Output(package.euclid_assign_triton(z, codebook, norms)[0])
+
+    return Prepared(search)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
