@@ -153,6 +153,7 @@ int main(int, char** argv) {
       for (int i = 0; i < 128; ++i) right &= out[i] != out[i];
     }
     if (name == "copy") DIVEQ_LAUNCH(copy_kernel<true>, 1, 128, 512, nullptr, x, out), mirrored(128, 128);
+    if (name == "copy from in between") DIVEQ_LAUNCH(copy_kernel<true>, 1, 128, 512, nullptr, x + 2, out);
     if (name == "copy without waiting") DIVEQ_LAUNCH(copy_kernel<false>, 1, 128, 512, nullptr, x, out), mirrored(128, 128);
     if (name == "copy ahead") DIVEQ_LAUNCH(copy_ahead_kernel<true>, 1, 128, 1024, nullptr, x, out, 4), mirrored(128, 512);
     if (name == "copy too far ahead") DIVEQ_LAUNCH(copy_ahead_kernel<false>, 1, 128, 1024, nullptr, x, out, 4), mirrored(128, 512);

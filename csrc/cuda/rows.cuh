@@ -154,7 +154,7 @@ __device__ inline Quad load_codeword(const Codes& codes, int64_t j, int column, 
 
 // Adds to fp32 sums.
 __device__ inline void add_quad(float* to, int count, const Quad& quad) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && (__CUDACC_VER_MAJOR__ > 12 || __CUDACC_VER_MINOR__ > 0)
   if (count == 4 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
     atomicAdd(reinterpret_cast<float4*>(to), make_float4(quad.x[0], quad.x[1], quad.x[2], quad.x[3]));
     return;

@@ -118,6 +118,7 @@ struct Block {
   void* arguments = nullptr;
   std::unique_ptr<char[]> shared;
   size_t shared_bytes = 0, array_bytes = 0;  // of the launch, and in arrays of fixed size
+  bool misaligned = false;  // whether a copy was
   int64_t number = 0;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack = nullptr;
@@ -240,6 +241,7 @@ bool run_warp(int first, const std::vector<int>& lanes) {
 
 void run_block() {
   Block& b = block();
+  b.misaligned = false;
   std::vector<int> warps = in_order(b.count / 32), lanes = in_order(32);
   for (int i = 0; i < b.count; ++i) start(b.threads[i]);
   for (;;) {
@@ -279,6 +281,7 @@ void run_block() {
   if (b.shared_bytes + b.array_bytes > kMaxShared)
     fail("no GPU has " + std::to_string(b.shared_bytes + b.array_bytes) + " bytes of shared memory for a block, " +
          std::to_string(b.array_bytes) + " of them in arrays of fixed size");
+  if (b.misaligned) fail("an asynchronous copy is not aligned to its size");
   for (int i = 0; i < b.count; ++i)
     if (!b.threads[i].copies.empty()) fail("thread " + std::to_string(i) + " ends without waiting for its copies");
 }
@@ -321,6 +324,7 @@ void poison(void* memory, size_t bytes, int64_t& number) {
 }
 
 void copy_async(void* to, const void* from, int bytes) {
+  block().misaligned |= (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0;
   const bool at_once = schedule == 1 || (schedule > 1 && random_bits() % 2);
   if (at_once) memcpy(to, from, bytes);
   block().running->copies.push_back({to, from, at_once ? 0 : bytes});  // to be waited for all the same
