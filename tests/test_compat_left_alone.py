@@ -62,3 +62,21 @@ def test_a_codebook_of_a_class_of_its_own_is_left_alone(caplog):
         accelerate_vector_quantize(layer)
     assert "leaves the module alone: its codebook is a Own" in caplog.text
     assert type(layer) is package.VectorQuantize and type(layer._codebook) is Own
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_what_the_search_does_not_take_is_left_alone(cosine, caplog):
+    """A cosine search may need a column more: here for a codeword of no length, as those that are never used become."""
+    most = 4096 - cosine
+    sizes = ((most, 3), (most + 1, 3), (1, (1 << 22) + 1))
+    fits, too_wide, too_long = (package.VectorQuantize(*size, use_cosine_sim=cosine) for size in sizes)
+    with caplog.at_level(logging.WARNING, "diveq_kernels"):
+        for layer in (too_wide, too_long):
+            assert type(accelerate_vector_quantize(layer)) is package.VectorQuantize
+            assert "its codebook is larger than 4194304 codewords of" in caplog.text
+            caplog.clear()
+        accelerate_vector_quantize(fits)
+    assert not caplog.text and type(fits) is not package.VectorQuantize
+    fits._codebook.embed[:, 1] = 0
+    z_q, codes, _ = fits.eval()(torch.randn(1, 5, most))
+    assert z_q.isfinite().all() and not (codes == 1).all()

@@ -16,6 +16,7 @@ from vector_quantize_pytorch.vector_quantize_pytorch import Codebook, accum_grad
 from vector_quantize_pytorch.vector_quantize_pytorch import l2norm as package_l2norm
 
 import diveq_kernels.functional as F
+from diveq_kernels._checks import MAX_CODEWORDS, MAX_DIM
 from diveq_kernels.compat._one_pass import forget_loss, is_transformed, l2norm, mse_loss, rotate_to, sums_of_codewords
 
 _logger = logging.getLogger("diveq_kernels")
@@ -236,6 +237,10 @@ def _obstacle(module: VectorQuantize) -> str | None:
         return "its diversity loss is an entropy over all distances"
     if module.in_place_codebook_optimizer is not None:
         return "its codebook is optimised within the forward (in_place_codebook_optimizer)"
+    codewords, dim = codebook.embed.shape[-2:]
+    most = MAX_DIM - bool(codebook.use_cosine_sim)  # it may take a column
+    if dim > most or codewords > MAX_CODEWORDS:
+        return f"its codebook is larger than {MAX_CODEWORDS} codewords of {most} dimensions: {codewords} of {dim}"
     return None
 
 
