@@ -13,6 +13,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MAX_DIM = 4096
 MAX_CODEWORDS = 1 << 22
+MAX_CODEBOOKS = 65535  # of a residual quantizer: the most that a GPU's grid has in its second dimension
 PRECISIONS = ("exact", "fast")
 
 
@@ -64,8 +65,8 @@ def check_codebook(codebook: Any, z: Tensor, *, groups: str = "", curve: bool = 
     check_float_tensor(codebook, name)
     if codebook.dim() != (3 if groups else 2):
         raise ValueError(f"{name} must have shape {shape}, got {tuple(codebook.shape)}")
-    if groups and codebook.shape[0] < 1:
-        raise ValueError(f"{name} must have {groups} >= 1, got shape {tuple(codebook.shape)}")
+    if groups and not 1 <= codebook.shape[0] <= MAX_CODEBOOKS:
+        raise ValueError(f"{name} must have {groups} from 1 to {MAX_CODEBOOKS}, got shape {tuple(codebook.shape)}")
     fewest = 2 if curve else 1
     if not fewest <= codebook.shape[-2] <= MAX_CODEWORDS:
         raise ValueError(

@@ -88,8 +88,9 @@ def test_number_of_codewords(function: Callable, shape: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize("quantizer", [q for q in QUANTIZERS if q.kind != "single"], ids=str)
 def test_number_of_codebooks(quantizer: Quantizer) -> None:
-    none = torch.zeros(0, 5, 4)
-    refused(ValueError, ["codebooks", str(tuple(none.shape))], quantizer, Z, none)
+    for wrong in (0, 65536):
+        shape = (wrong, 5, 4)
+        refused(ValueError, ["codebooks", "from 1 to 65535", str(shape)], quantizer, Z, torch.zeros(1).expand(shape))
     if quantizer.kind == "product":
         three = torch.zeros(3, 5, 1)  # 3 groups do not divide 4
         refused(ValueError, ["codebooks", "4", str(tuple(three.shape))], quantizer, Z, three)

@@ -240,6 +240,11 @@ def test_what_is_no_number_is_named(kind):
                 make(kind, **{name: bad})
 
 
+def test_more_stages_than_a_grid_has_places():
+    with pytest.raises(ValueError, match="num_codebooks must be an int <= 65535, got 65536"):
+        ResidualSFDIVEQ(2, 1, 65536, allow_warning=False)
+
+
 @for_every_layer
 def test_a_tracer_that_goes_into_the_layer(kind):
     model = torch.nn.Sequential(torch.nn.Linear(5, 5), make(kind).eval())
