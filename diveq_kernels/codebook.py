@@ -123,15 +123,28 @@ class _Chunks(NamedTuple):
     number: Tensor  # int64 [K, 1], how many rows each codeword has, on all ranks
     middle: Tensor  # int64 [K], the row that a codeword takes whose share holds none
     has_middle: Tensor  # bool [K, 1], whether that row is on this rank
-    built: Tensor  # bool [K, 1], whether this step has a share in the codeword
-    weight: Tensor  # fp32 [K, 1], of this step in the running mean
+    share: Tensor  # int64 [K, 1], the part of the codeword's span that is this step's, in units of 1/(K·A)
+    so_far: Tensor  # int64 [K, 1], those of all steps so far
+    built: Tensor  # bool [K, 1], whether the step has a share in the codeword, and rows
+
+
+def building_steps(skip_iters: int, avg_iters: int) -> int:
+    """How many steps build the codebook: A, but at most those before S."""
+    return min(avg_iters, skip_iters - 1)  # the counter is 1 at the first step
 
 
 def _place(iter_counter: Tensor, skip_iters: int, avg_iters: int) -> tuple[int, Tensor, Tensor]:
     """(how many steps build the codebook, which of them this is: int64 [], whether it is one: bool [])."""
-    steps = min(avg_iters, skip_iters - 1)  # the counter is 1 at the first step
+    steps = building_steps(skip_iters, avg_iters)
     step = (iter_counter - (skip_iters - steps)).squeeze().long()
     return steps, step, (step >= 0) & (step < steps)
+
+
+def shares_by(iter_counter: Tensor, K: int, skip_iters: int, avg_iters: int) -> Tensor:
+    """How much of each codeword's span the steps so far have had: int64 [K], in units of 1/(K·A)."""
+    steps, step, _ = _place(iter_counter, skip_iters, avg_iters)
+    j = torch.arange(K, device=iter_counter.device)
+    return ((step + 1) * K - j * steps).clamp(0, max(steps, 0))
 
 
 def collecting(iter_counter: Tensor, skip_iters: int, avg_iters: int) -> Tensor:
@@ -157,7 +170,6 @@ def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor, syn
     j = torch.arange(K + 1, device=kept.device)
     begin = (j * steps).clamp(step * K, (step + 1) * K)  # [K+1]
     share = begin.diff()  # [K], the part of this step's interval that belongs to the codeword
-    share_so_far = begin[1:] - j[:-1] * steps
     # Row p of n lies at (p + 1/2)/n of the step's interval: the first row at or after `begin` is ceil(x·n/K − 1/2).
     first = -((K - 2 * (begin - step * K) * n) // (2 * K))
     first = torch.where(active, first.clamp_min(0).minimum(n), 0)
@@ -168,8 +180,9 @@ def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor, syn
         first.diff()[:, None],
         (middle - before).clamp(0, max(len(kept) - 1, 0)),
         ((middle >= before) & (middle < before + n_here))[:, None],
+        share[:, None],
+        (begin[1:] - j[:-1] * steps)[:, None],
         (active & (share > 0))[:, None],
-        (share / share_so_far.clamp_min(1))[:, None],
     )
 
 
@@ -191,40 +204,56 @@ def _chunk_sums(table: Tensor, chosen: Tensor, chunks: _Chunks) -> Tensor:
     return torch.where(chunks.number > 0, sums, middle)
 
 
-def _merge(codebook: Tensor, sums: Tensor, chunks: _Chunks, sync: bool) -> Tensor:
-    """Running means [K, D], with this step's rows."""
+def _merge(codebook: Tensor, missed: Tensor, sums: Tensor, chunks: _Chunks, sync: bool) -> tuple[Tensor, Tensor]:
+    """(running means [K, D], missed [K]), with this step's rows."""
     if sync:
         sums = distributed.sum_over_ranks(sums)
     mean = sums / chunks.number.clamp_min(1)
-    weight = chunks.weight.double()
+    weight = chunks.share.double() / (chunks.so_far - missed[:, None]).clamp_min(1)
     merged = torch.where(weight == 1, mean, (1 - weight) * codebook.double() + weight * mean)
-    return torch.where(chunks.built, merged.to(codebook.dtype), codebook).contiguous()
+    missed = missed + torch.where(chunks.built, 0, chunks.share).squeeze(1).to(missed.dtype)
+    return torch.where(chunks.built, merged.to(codebook.dtype), codebook).contiguous(), missed
+
+
+def _fill(codebook: Tensor, is_built: Tensor) -> Tensor:
+    """The codebook [K, D] with codewords that no step built between those that are: evenly, or at the first or last."""
+    K = len(codebook)
+    j = torch.arange(K, device=codebook.device)
+    before = torch.where(is_built, j, -1).cummax(0).values
+    after = torch.where(is_built, j, K).flip(0).cummin(0).values.flip(0)
+    before, after = torch.where(before < 0, after, before), torch.where(after == K, before, after)
+    start, end = (codebook[x.clamp(0, K - 1)].double() for x in (before, after))
+    between = torch.lerp(start, end, ((j - before).double() / (after - before).clamp_min(1))[:, None])
+    return torch.where((is_built | ~is_built.any())[:, None], codebook, between.to(codebook.dtype))
 
 
 @torch.library.custom_op(
     "diveq::sf_initialise",
     mutates_args=(),
-    schema="(Tensor codebook, Tensor z, Tensor? mask, Tensor iter_counter, int skip_iters, int avg_iters,"
-    " bool sync=False) -> Tensor",
+    schema="(Tensor codebook, Tensor missed, Tensor z, Tensor? mask, Tensor iter_counter, int skip_iters,"
+    " int avg_iters, bool sync=False) -> (Tensor, Tensor)",
 )
 def sf_initialise(
     codebook: Tensor,
+    missed: Tensor,
     z: Tensor,
     mask: Tensor | None,
     iter_counter: Tensor,
     skip_iters: int,
     avg_iters: int,
     sync: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Add one step's latents to the codewords that it builds (docs/math.md, "SF initialisation").
 
     The A steps before quantization starts fill the unit interval in order of arrival, 1/A each, whatever their number
     of rows; codeword j becomes the mean over [j/K, (j+1)/K). The codebook itself holds the running means, as it is not
-    used yet: nothing else is stored. Rows left out by the mask, and rows with NaN or Inf, do not count. A codeword
-    whose share of the step holds no row takes the row nearest to it; a step without rows changes nothing.
+    used yet. Rows left out by the mask, and rows with NaN or Inf, do not count. A codeword whose share of the step
+    holds no row takes the row nearest to it. A step without rows has no part in the means; codewords of which no step
+    had rows come to lie between their neighbours in the last of the steps.
 
     Args:
         codebook: [K, D].
+        missed: int32 [K], how much of a codeword's span belonged to steps without rows, in units of 1/(K·A).
         z: [..., D].
         mask: bool [...]; False leaves a row out.
         iter_counter: int32 [1], steps so far including this one.
@@ -233,30 +262,34 @@ def sf_initialise(
         sync: Whether z is this rank's part of the rows, those of all ranks following one another.
 
     Returns:
-        codebook_now: a new tensor like codebook.
+        (codebook_now, missed_now): new tensors like codebook and missed.
     """
     rows = z.reshape(-1, z.shape[-1])
     steps, step, is_one = _place(iter_counter, skip_iters, avg_iters)
-    if (rows.shape[0] == 0 and not sync) or steps <= 0 or (is_one.device.type == "cpu" and not is_one):
-        return codebook.clone(memory_format=torch.contiguous_format)
+    if steps <= 0 or (is_one.device.type == "cpu" and not is_one):
+        return codebook.clone(memory_format=torch.contiguous_format), missed.clone()
     chunks = _cut(finite_rows(rows, mask), codebook.shape[0], steps, step, is_one, sync)
     sums = _chunk_sums(rows.to(compute_dtype(codebook)), chunks.order, chunks)
-    return _merge(codebook, sums, chunks, sync)
+    now, missed = _merge(codebook, missed, sums, chunks, sync)
+    is_left = (step == steps - 1) & (missed == steps)
+    return _fill(now, ~is_left), missed
 
 
 @sf_initialise.register_fake
-def _(codebook: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(codebook, memory_format=torch.contiguous_format)
+def _(codebook: Tensor, missed: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(codebook, memory_format=torch.contiguous_format), torch.empty_like(missed)
 
 
 @torch.library.custom_op(
     "diveq::composite_sf_initialise",
     mutates_args=(),
-    schema="(Tensor curve, Tensor codebook, Tensor z, Tensor indices, Tensor? mask, Tensor iter_counter,"
-    " int skip_iters, int avg_iters, bool sync=False, bool all_stages=False) -> Tensor",
+    schema="(Tensor curve, Tensor missed, Tensor codebook, Tensor z, Tensor indices, Tensor? mask,"
+    " Tensor iter_counter, int skip_iters, int avg_iters, bool sync=False, bool all_stages=False)"
+    " -> (Tensor, Tensor)",
 )
 def composite_sf_initialise(
     curve: Tensor,
+    missed: Tensor,
     codebook: Tensor,
     z: Tensor,
     indices: Tensor,
@@ -266,11 +299,14 @@ def composite_sf_initialise(
     avg_iters: int,
     sync: bool = False,
     all_stages: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """``sf_initialise`` of several curves, from what a DiVeQ step with ``codebook`` quantized in each stage or group.
+
+    Codewords of which no step had rows stay as they are.
 
     Args:
         curve: [Q, K, D'], the running means.
+        missed: int32 [Q, K], as there.
         codebook: [Q, K, D'] of the step. With D' = D the stages of a residual quantizer: stage q is built from the
             rows that use it, minus the codewords that they chose before. Otherwise groups of D' = D/Q columns.
         z: [..., D].
@@ -283,22 +319,23 @@ def composite_sf_initialise(
         all_stages: Whether every row that counts uses all stages, which spares most of the work.
 
     Returns:
-        curve_now: a new tensor like curve.
+        (curve_now, missed_now): new tensors like curve and missed.
     """
     rows = z.reshape(-1, z.shape[-1])
     steps, step, is_one = _place(iter_counter, skip_iters, avg_iters)
-    if (rows.shape[0] == 0 and not sync) or steps <= 0 or (is_one.device.type == "cpu" and not is_one):
-        return curve.clone(memory_format=torch.contiguous_format)
+    if steps <= 0 or (is_one.device.type == "cpu" and not is_one):
+        return curve.clone(memory_format=torch.contiguous_format), missed.clone()
     Q, K, part = curve.shape
-    chosen = indices.reshape(Q, -1).long()
+    chosen = indices.reshape(Q, rows.shape[0]).long()
     finite = finite_rows(rows, mask)
     rows = rows.to(compute_dtype(curve))
     if part < rows.shape[-1]:
         chunks = _cut(finite, K, steps, step, is_one, sync)
         sums = _chunk_sums(rows, chunks.order, chunks)
-        groups = zip(curve, sums.chunk(Q, dim=-1), strict=True)
-        return torch.stack([_merge(old, group, chunks, sync) for old, group in groups])
-    built = []
+        groups = zip(curve, missed, sums.chunk(Q, dim=-1), strict=True)
+        merged = [_merge(*of_one, chunks, sync) for of_one in groups]
+        return torch.stack([now for now, _ in merged]), torch.stack([now for _, now in merged])
+    merged = []
     for stage in range(Q):
         done = stage - 1  # whose codewords `sums` is without
         if stage == 0 or not all_stages:
@@ -309,13 +346,13 @@ def composite_sf_initialise(
             sums = sums - _chunk_sums(
                 codebook[before].to(rows.dtype), chosen[before].clamp_min(0)[chunks.order], chunks
             )
-        built.append(_merge(curve[stage], sums, chunks, sync))
-    return torch.stack(built)
+        merged.append(_merge(curve[stage], missed[stage], sums, chunks, sync))
+    return torch.stack([now for now, _ in merged]), torch.stack([now for _, now in merged])
 
 
 @composite_sf_initialise.register_fake
-def _(curve: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(curve, memory_format=torch.contiguous_format)
+def _(curve: Tensor, missed: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(curve, memory_format=torch.contiguous_format), torch.empty_like(missed)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

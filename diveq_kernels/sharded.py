@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diveq_kernels import _checks, backends, distributed
+from diveq_kernels._dtypes import without_autocast
 from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels.distributed import gather_ranks, sum_of_ranks
 from diveq_kernels.functional import Nearest, Quantized, noise_seed
@@ -215,7 +216,8 @@ class ShardedNearest(MarkedCodebook):
         padded = self.codebook.new_zeros(max(self._sizes), self.embedding_dim)
         padded[: len(self.codebook)] = self.codebook
         parts = zip(gather_ranks(padded, self._group), self._sizes, strict=True)
-        return torch.cat([part[:size] for part, size in parts])
+        with without_autocast(padded.device.type):
+            return torch.cat([part[:size] for part, size in parts])
 
     @torch.no_grad()
     def load_codebook(self, codebook: Tensor) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import Quantizer, Target, eps, for_every_quantizer, generator, on_every_target, same_sums
+from layer_cases import CURVES, busy, for_every_layer_and_composite, make
 from oracle import excess, sqdist
 
 import diveq_kernels.functional as F
+from diveq_kernels import ShardedNearest
 
 
 @pytest.fixture(params=["high", "medium"])
@@ -70,3 +73,41 @@ def test_coarse_matmul_setting(target: Target) -> None:
     codes = F.residual_diveq(z.to(target.device), codebooks.to(target.device), backend=target.backend).indices
     over, scale = excess("residual", z, codebooks, codes)
     assert (over <= 4 * eps(torch.float32) * scale).all()
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@for_every_layer_and_composite
+@pytest.mark.parametrize("under", HALVES, ids=str)
+@pytest.mark.parametrize("init", ["random", "kmeans"])
+def test_layers_take_the_half_precision_that_autocast_does_not_know(kind: type, under: torch.dtype, init: str) -> None:
+    """In training, from the start by k-means and the first curve on, and afterwards."""
+    if init == "kmeans" and kind in CURVES:
+        pytest.skip("it has a start of its own")
+    other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}[under]
+    how = busy(kind) | ({} if kind in CURVES else {"init": init})
+    steps = torch.randn(5, 40, 4).to(other)
+    for dtype in (torch.float32, *HALVES):
+        layer, results = make(kind, 6, 4, dtype=dtype, **how), []
+        for enabled in (False, True):
+            one = copy.deepcopy(layer)
+            torch.manual_seed(1)
+            with torch.autocast("cpu", under, enabled=enabled):
+                trained = [one(z) for z in steps]
+                codes = one.eval().encode(steps[0])
+                results.append([*trained, one(steps[0]), codes, one.decode(codes), one.codebook])
+        torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("under", HALVES, ids=str)
+def test_a_sharded_codebook_under_autocast(under: torch.dtype, dtype: torch.dtype) -> None:
+    quantizer, z = ShardedNearest(20, 4, dtype=dtype), torch.randn(30, 4)
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", under, enabled=enabled):
+            found = quantizer.quantize(z)
+            results.append([quantizer.gather_codebook(), *quantizer(z), *found, quantizer.decode(found.indices)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from diveq_kernels import _checks, backends, distributed
+from diveq_kernels._dtypes import without_autocast
 from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels._operation import is_plain
 from diveq_kernels.layers._arguments import check_count, check_flags
@@ -117,6 +118,7 @@ class Quantizer(MarkedCodebook):
         codebook = torch.empty(codebook_shape, device=device, dtype=dtype)
         _checks.check_float_tensor(codebook, "codebook (argument dtype)")
         self.codebook = nn.Parameter(codebook)
+        self._unmade = codebook.is_meta  # whether what is not in the state_dict has no values yet
         # Steps of training; shape and dtype are those of the `diveq` package's checkpoints.
         self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32, device=device))
         self._draw()
@@ -143,6 +145,7 @@ class Quantizer(MarkedCodebook):
         for buffer in self.buffers():
             nn.init.zeros_(buffer)
         nn.init.constant_(self.iter_counter, self._steps_at_start(drawn))
+        self._begin()
         self._forget_all()
 
     @torch.no_grad()
@@ -150,6 +153,15 @@ class Quantizer(MarkedCodebook):
         draw = torch.rand if self.uniform_init else torch.randn
         drawn = draw(self.codebook.shape, dtype=torch.float32, device=self.codebook.device)
         self.codebook.copy_(drawn * (1 / self.num_embeddings))
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """Give what is not in the state_dict its first values, if the layer has any: some loaders leave it unset."""
+        self._unmade = self.codebook.is_meta
+
+    def _begin_if_unmade(self) -> None:
+        if self._unmade:
+            self._begin()
 
     def _steps_at_start(self, drawn: bool) -> int:
         """What to count from; with a codebook that was not drawn, from after the steps that would overwrite it."""
@@ -172,13 +184,12 @@ class Quantizer(MarkedCodebook):
                 precision of the layer was replaced by one that it cannot use.
             RuntimeError: If what the layer writes to its codebook would be lost, see ``diveq_kernels.distributed``.
         """
-        rows = self._rows(z, mask)
-        return self._results(*(self._train(rows, mask) if self.training else self._quantize(rows, mask)))
+        return self._run(self.training, self._rows(z, mask), mask)
 
     @torch.no_grad()
     def inference(self, z: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize as in evaluation whatever the mode, without gradients; otherwise like ``forward``."""
-        return self._results(*self._quantize(self._rows(z, mask), mask))
+        return self._run(False, self._rows(z, mask), mask)
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Any:
@@ -186,7 +197,9 @@ class Quantizer(MarkedCodebook):
 
         Exactly so for codewords in z's dtype; for points of curves, and sums of stages, up to rounding.
         """
-        return self._encode(self._rows(z, mask), mask)
+        rows = self._rows(z, mask)
+        with without_autocast(rows.device.type):
+            return self._encode(rows, mask)
 
     @property
     def noise_var(self) -> float:
@@ -229,6 +242,11 @@ class Quantizer(MarkedCodebook):
         _checks.check_same_device(self.codebook, "the layer", z)
         _checks.check_mask(mask, rows)
         return rows
+
+    def _run(self, training: bool, rows: Tensor, *of: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``_train`` or ``_quantize``, and what ``forward`` and ``inference`` return of it."""
+        with without_autocast(rows.device.type):
+            return self._results(*(self._train if training else self._quantize)(rows, *of))
 
     def _results(self, z_q: Tensor, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What ``forward`` and ``inference`` return."""
@@ -421,18 +439,6 @@ class Quantizer(MarkedCodebook):
 
 
 def _after_loading(layer: Any, *_: Any) -> None:
+    """With ``assign`` this may be what takes a layer from "meta"."""
+    layer._begin()
     layer._mark()
-
-
-def brings_codebook(layer: Any, state: dict[str, Any], prefix: str) -> bool:
-    """Whether a layer is about to load a codebook that fits."""
-    found = state.get(prefix + "codebook")
-    return found is not None and found.shape == layer.codebook.shape
-
-
-@torch.no_grad()
-def load_as_finished(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A hook of layers that build their first curve: a codebook that comes without a counter is not one to build."""
-    without = prefix + "iter_counter" not in state
-    if without and brings_codebook(layer, state, prefix) and not layer.iter_counter.is_meta:
-        layer.iter_counter.clamp_(min=layer.skip_iters)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diveq_kernels import _checks, functional
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.codebook import collecting, composite_sf_initialise
+from diveq_kernels.codebook import building_steps, collecting, composite_sf_initialise, shares_by
 from diveq_kernels.layers._arguments import (
     check_count,
     check_interval,
@@ -18,7 +18,8 @@ from diveq_kernels.layers._arguments import (
     warn_unusual_noise,
     warn_unusual_sf_schedule,
 )
-from diveq_kernels.layers.base import histogram, load_as_finished, select
+from diveq_kernels.layers._loading import load_as_finished, with_values
+from diveq_kernels.layers.base import histogram, select
 from diveq_kernels.layers.replacement import ReplacingQuantizer
 from diveq_kernels.layers.sf_diveq import SFCodes
 from diveq_kernels.usage import in_step
@@ -114,7 +115,7 @@ class CompositeDIVEQ(CompositeQuantizer):
         dtype: torch.dtype | None = None,
     ) -> None:
         noise_std = choose_noise_std(noise_std, noise_var)
-        num_codebooks = check_count(num_codebooks, "num_codebooks", 1)
+        num_codebooks = check_count(num_codebooks, "num_codebooks", 1, _checks.MAX_CODEBOOKS)
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -170,11 +171,16 @@ class CompositeSFDIVEQ(CompositeQuantizer):
     """The forms that map to curves: DiVeQ with replacement before step S, then SF-DiVeQ.
 
     Attributes:
-        curve: the codebook being built from the latents of the last A steps before S; not in the state_dict, whose
-            keys are those of the `diveq` package. A run that resumes within these A steps builds what is left of them.
+        curve: the codebook being built from the latents of the last A steps before S.
+        missed: int32 [Q, K], how much of a codeword's span of these steps had no rows, in units of 1/(K·A). A codeword
+            that has missed all of it keeps its place in step S.
+
+    Neither is in the state_dict, whose keys are those of the `diveq` package. A run that resumes within these A steps
+    builds what is left of them.
     """
 
     curve: Tensor
+    missed: Tensor
 
     def __init__(
         self,
@@ -201,7 +207,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         dtype: torch.dtype | None = None,
     ) -> None:
         noise_std = choose_noise_std(noise_std, noise_var)
-        num_codebooks = check_count(num_codebooks, "num_codebooks", 1)
+        num_codebooks = check_count(num_codebooks, "num_codebooks", 1, _checks.MAX_CODEBOOKS)
         skip_iters, avg_iters = check_sf_schedule(skip_iters, avg_iters)
         if check_interval(replacement_iters) > skip_iters > 1:  # before, nothing is replaced
             raise ValueError(f"replacement_iters must be at most skip_iters = {skip_iters}, got {replacement_iters}")
@@ -229,9 +235,10 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         self._init_replacement(
             replacement_iters, discard_threshold, perturb_eps, verbose, codebook_reset=True, init=init, usual_most=100
         )
-        curve = torch.empty(self.codebook.shape, dtype=self.codebook.dtype, device=self.iter_counter.device)
-        self.register_buffer("curve", curve, persistent=False)
-        self._begin()
+        on = self.iter_counter.device
+        self.register_buffer("curve", torch.zeros_like(self.codebook, requires_grad=False, device=on), persistent=False)
+        missed = torch.zeros(self.codebook.shape[:-1], dtype=torch.int32, device=on)
+        self.register_buffer("missed", missed, persistent=False)
         self.register_load_state_dict_pre_hook(load_as_finished)  # type: ignore[no-untyped-call]
 
     @property
@@ -247,7 +254,8 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         return super()._steps_at_start(drawn) if drawn else self.skip_iters
 
     def _first_settled_step(self) -> int:
-        return self.skip_iters + 1  # step S begins with the curve
+        # Step S begins with the curve; a repetition of the step that begins with k-means finds its counter at 1.
+        return max(self.skip_iters + 1, 2 if self.init == "kmeans" else 1)
 
     def _train(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         self._begin_if_unmade()
@@ -259,7 +267,9 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         if self._builds_curve and writes:
             self._may_write()
             if not self._counts_are_free() or step == self.skip_iters:
-                self._write(torch.where(step == self.skip_iters, self.curve, self.codebook.detach()))
+                is_built = self.missed < building_steps(self.skip_iters, self.avg_iters)
+                begins = ((step == self.skip_iters) & is_built)[..., None]
+                self._write(torch.where(begins, self.curve, self.codebook.detach()))
         codebook = self._begin_step(z, mask)
         started = (step >= self.skip_iters).squeeze()
         dither = self._dither(self.num_codebooks, self.num_embeddings - 1)
@@ -272,20 +282,21 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         idle = self._counts_are_free() and not collecting(step, self.skip_iters, self.avg_iters)
         if self._builds_curve and writes and not idle:
             with torch.no_grad():
-                self.curve.copy_(
-                    composite_sf_initialise(
-                        self.curve,
-                        codebook,
-                        z,
-                        indices,
-                        mask,
-                        in_step(step, is_step),
-                        self.skip_iters,
-                        self.avg_iters,
-                        self._synchronises(),
-                        active is None and not self._synchronises(),  # ranks may differ in it
-                    )
+                curve, missed = composite_sf_initialise(
+                    self.curve,
+                    self.missed,
+                    codebook,
+                    z,
+                    indices,
+                    mask,
+                    in_step(step, is_step),
+                    self.skip_iters,
+                    self.avg_iters,
+                    self._synchronises(),
+                    active is None and not self._synchronises(),  # ranks may differ in it
                 )
+                self.curve.copy_(curve)
+                self.missed.copy_(missed)
         last = self.num_embeddings - 1
         indices = torch.where(started, indices.clamp_max(last - 1), indices)
         merged = torch.cat((counts[:, :-2], counts[:, -2:].sum(1, keepdim=True), counts.new_zeros(len(counts), 1)), 1)
@@ -343,13 +354,9 @@ class CompositeSFDIVEQ(CompositeQuantizer):
     @torch.no_grad()
     def _begin(self) -> None:
         super()._begin()
-        if not hasattr(self, "curve"):
-            return
-        # Codewords of which no step is left to build them keep their place.
-        if self.curve.is_meta:
-            self.curve = torch.empty_like(self.codebook, requires_grad=False)
-        if not self.codebook.is_meta:
-            self.curve.copy_(self.codebook)
+        self.curve, self.missed = (with_values(x, self.codebook) for x in (self.curve, self.missed))
+        if not self.missed.is_meta and not self.iter_counter.is_meta:  # what was built before is not here
+            self.missed.copy_(shares_by(self.iter_counter, self.num_embeddings, self.skip_iters, self.avg_iters))
 
     def _repr_fields(self) -> list[str]:
         fields = [name for name in super()._repr_fields() if name != "codebook_reset"]

@@ -11,7 +11,8 @@ from diveq_kernels import distributed
 from diveq_kernels.codebook import edit, replace_unused
 from diveq_kernels.kmeans import kmeans_start
 from diveq_kernels.layers._arguments import check_flags, check_init, check_replacement, warn_unusual_replacement
-from diveq_kernels.layers.base import Quantizer, brings_codebook
+from diveq_kernels.layers._loading import load_as_started, with_values
+from diveq_kernels.layers.base import Quantizer
 from diveq_kernels.steps import is_exporting
 from diveq_kernels.usage import count_use, in_step, replacement_due
 
@@ -37,7 +38,6 @@ class ReplacingQuantizer(Quantizer):
     codebook_usage: Tensor
     iter_counter: Tensor
     num_replaced: Tensor
-    _unmade: bool = False  # whether what is not in the state_dict has no values yet
 
     def _init_replacement(
         self,
@@ -67,29 +67,21 @@ class ReplacingQuantizer(Quantizer):
         shape, device = self.codebook.shape[:-1], self.iter_counter.device
         self.register_buffer("codebook_usage", torch.zeros(shape, dtype=torch.int32, device=device))
         self.register_buffer("num_replaced", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
-        self._begin()
         self.iter_counter.fill_(self._steps_at_start(drawn=True))
         self._may_start = init == "kmeans"
-        self.register_load_state_dict_pre_hook(_before_loading)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(load_as_started)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     def reset_parameters(self) -> None:
         """``Quantizer.reset_parameters``; with ``init="kmeans"`` the next step looks for a codebook again."""
         super().reset_parameters()
-        self._begin()
         self._may_start = self.init == "kmeans"
 
     @torch.no_grad()
     def _begin(self) -> None:
-        """Give what is not in the state_dict its first values, if the layer has any: some loaders leave it unset."""
-        if self.num_replaced.is_meta:
-            self.num_replaced = torch.zeros_like(self.num_replaced, device=self.codebook.device)
+        super()._begin()
+        self.num_replaced = with_values(self.num_replaced, self.codebook)
         self.num_replaced.zero_()
-        self._unmade = self.codebook.is_meta
-
-    def _begin_if_unmade(self) -> None:
-        if self._unmade:
-            self._begin()
 
     def _steps_at_start(self, drawn: bool) -> int:
         # The counter decides, on its device; the flag spares all later steps the work and the collectives.
@@ -172,14 +164,6 @@ class ReplacingQuantizer(Quantizer):
         return super()._repr_fields() + names
 
 
-@torch.no_grad()
-def _before_loading(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A codebook that comes without a counter is not one to replace by k-means."""
-    if brings_codebook(layer, state, prefix) and not layer.iter_counter.is_meta:
-        layer.iter_counter.clamp_(min=0)
-
-
 def _after_loading(layer: Any, *_: Any) -> None:
-    """A checkpoint may be one from before the first step; with ``assign`` it may be what takes a layer from "meta"."""
+    """A checkpoint may be one from before the first step."""
     layer._may_start = layer.init == "kmeans"
-    layer._begin()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diveq_kernels import functional, ops
-from diveq_kernels._dtypes import compute_dtype
+from diveq_kernels._dtypes import compute_dtype, without_autocast
 from diveq_kernels.layers.composite import CompositeDIVEQ, CompositeQuantizer, CompositeSFDIVEQ
 
 
@@ -40,8 +40,7 @@ class _Residual(CompositeQuantizer):
             RuntimeError: If what the layer writes to its codebook would be lost, see ``diveq_kernels.distributed``.
         """
         rows = self._rows(z, mask)
-        quantize = self._train if self.training else self._quantize
-        return self._results(*quantize(rows, mask, self._active(num_active, rows)))
+        return self._run(self.training, rows, mask, self._active(num_active, rows))
 
     @torch.no_grad()
     def inference(
@@ -49,13 +48,15 @@ class _Residual(CompositeQuantizer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantize as in evaluation whatever the mode, without gradients; otherwise like ``forward``."""
         rows = self._rows(z, mask)
-        return self._results(*self._quantize(rows, mask, self._active(num_active, rows)))
+        return self._run(False, rows, mask, self._active(num_active, rows))
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None, num_active: int | Tensor | None = None) -> Any:
         """The codes of z, which ``decode`` turns into the z_q of ``inference``: ``forward``'s arguments and errors."""
         rows = self._rows(z, mask)
-        return self._encode(rows, mask, self._active(num_active, rows))
+        active = self._active(num_active, rows)
+        with without_autocast(rows.device.type):
+            return self._encode(rows, mask, active)
 
     def _active(self, num_active: int | Tensor | None, rows: Tensor) -> Tensor | None:
         """The number of active stages of each row."""

@@ -17,7 +17,8 @@ from diveq_kernels.layers._arguments import (
     warn_unusual_noise,
     warn_unusual_sf_schedule,
 )
-from diveq_kernels.layers.base import Quantizer, histogram, load_as_finished, select
+from diveq_kernels.layers._loading import load_as_finished, with_values
+from diveq_kernels.layers.base import Quantizer, histogram, select
 from diveq_kernels.usage import in_step
 
 
@@ -67,6 +68,10 @@ class SFDIVEQ(Quantizer):
         device: Of the codebook.
         dtype: Of the codebook.
 
+    Attributes:
+        missed: int32 [K], how much of a codeword's span had no rows while the codebook was built, in units of 1/(K·A);
+            not in the state_dict. After loading nothing is taken to have been missed before.
+
     A frozen codebook counts no steps: to train the rest of a model with one from the start, set skip_iters and
     avg_iters to 0.
 
@@ -76,6 +81,7 @@ class SFDIVEQ(Quantizer):
     """
 
     iter_counter: Tensor
+    missed: Tensor
 
     def __init__(
         self,
@@ -114,10 +120,18 @@ class SFDIVEQ(Quantizer):
         self.skip_iters = skip_iters
         self.avg_iters = avg_iters
         self.latents_on_cpu = latents_on_cpu
+        missed = torch.zeros(num_embeddings, dtype=torch.int32, device=self.iter_counter.device)
+        self.register_buffer("missed", missed, persistent=False)
         self.register_load_state_dict_pre_hook(load_as_finished)  # type: ignore[no-untyped-call]
         if allow_warning:
             warn_unusual_noise(noise_std)
             warn_unusual_sf_schedule(skip_iters, avg_iters)
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        super()._begin()
+        self.missed = with_values(self.missed, self.codebook)
+        self.missed.zero_()
 
     def _steps_at_start(self, drawn: bool) -> int:
         return 0 if drawn else self.skip_iters
@@ -129,11 +143,14 @@ class SFDIVEQ(Quantizer):
         """The codebook with this step's latents in it, if it is one of those that build it."""
         if self.skip_iters <= 1 or self.avg_iters == 0:
             return self.codebook
+        self._begin_if_unmade()
         self._may_write()
         schedule = in_step(self.iter_counter, is_step), self.skip_iters, self.avg_iters
-        codebook: Tensor = edit(sf_initialise, self.codebook, z, mask, *schedule, self._synchronises())
+        codebook: Tensor
+        codebook, missed = edit(sf_initialise, self.codebook, self.missed, z, mask, *schedule, self._synchronises())
         if not self._counts_are_free() or collecting(self.iter_counter, self.skip_iters, self.avg_iters):
             self._write(codebook)
+            self.missed.copy_(missed)
         return codebook
 
     def _train(self, z: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
