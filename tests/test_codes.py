@@ -69,6 +69,18 @@ def test_positions_of_rows_left_out_do_not_matter(t):
     assert packed == pack_codes(SFCodes(indices, torch.tensor([0.25, 0.0, 1.0])), 5)
 
 
+def test_zeros_at_the_end_are_codes():
+    """Only what is left out is cut off there."""
+    for indices in (torch.tensor([3] * 20 + [0] * 60), torch.tensor([-1] * 20 + [0] * 60), torch.zeros(60).long()):
+        assert torch.equal(unpack_codes(pack_codes(indices, 4)), indices)
+
+
+def test_a_list_is_a_pair_too():
+    """As JSON and the like give it back."""
+    indices, t = torch.randint(0, 9, (7,)), torch.rand(7)
+    assert pack_codes([indices, t], 9) == pack_codes(SFCodes(indices, t), 9)
+
+
 def test_the_largest_indices_and_several_blocks(monkeypatch):
     monkeypatch.setattr(codes, "_BLOCK", 16)
     indices = torch.arange(1000) % 37
@@ -140,6 +152,9 @@ def test_bad_arguments():
         pack_codes(torch.zeros(3), 5)
     with pytest.raises(TypeError, match="codes must hold .* got str"):
         pack_codes("abc", 5)
+    for no_pair in ((), (torch.zeros(2).long(),), (torch.zeros(2).long(), torch.zeros(2), torch.zeros(2))):
+        with pytest.raises(TypeError, match="codes must hold .* got tuple"):
+            pack_codes(no_pair, 5)
     with pytest.raises(ValueError, match="num_codes must be an int >= 1, got 0"):
         pack_codes(torch.zeros(0, dtype=torch.int64), 0)
     with pytest.raises(ValueError, match=f"num_codes must be an int <= {2**62}, got {2**64}"):
@@ -193,3 +208,5 @@ def test_few_codes_are_packed_as_they_are():
         assert len(packed) == 20 + 8 * indices.dim() + math.ceil(indices.numel() * 3 / 8)
         assert torch.equal(unpack_codes(packed), indices)
     assert len(pack_codes(torch.tensor([3] * 20 + [-1] * 22), 4)) == 28 + 8 + math.ceil(20 * 2 / 8)
+    curve = SFCodes(torch.tensor([3] * 20 + [-1] * 6), torch.rand(26))  # of 3 and 8 bits each
+    assert len(pack_codes(curve, 4)) == 28 + 8 + math.ceil(20 * 2 / 8) + 20

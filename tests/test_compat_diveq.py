@@ -5,12 +5,13 @@ from __future__ import annotations
 import pickle
 import runpy
 import sys
+import types
 
 import pytest
 import torch
 
 import diveq_kernels.compat.diveq as ours
-from diveq_kernels.compat import patch_diveq
+from diveq_kernels.compat import Patch, patch_diveq
 
 diveq = pytest.importorskip("diveq")
 
@@ -103,9 +104,22 @@ def test_undoing():
     patch.undo()
     assert {name: getattr(diveq, name) for name in ours.__all__} == originals
     assert submodule.DIVEQ is originals["DIVEQ"]
+    first, second = patch_diveq(), patch_diveq()
+    first.undo()
+    second.undo()  # in any order
+    assert {name: getattr(diveq, name) for name in ours.__all__} == originals
     with pytest.raises(RuntimeError, match="inside"), patch_diveq():
         raise RuntimeError("inside")
     assert diveq.DIVEQ is originals["DIVEQ"]
+
+
+def test_what_was_replaced_twice_is_undone_to_what_it_was():
+    owner = types.SimpleNamespace(name=1)
+    with Patch() as patch:
+        patch.replace(owner, "name", 2)
+        patch.replace(owner, "name", 3)
+        assert owner.name == 3
+    assert owner.name == 1
 
 
 def test_without_the_package(monkeypatch):

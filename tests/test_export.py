@@ -182,6 +182,19 @@ def test_functions_that_draw_noise_are_refused(name):
         portable(torch.export.export(Noisy(), arguments))
 
 
+@pytest.mark.parametrize("name", ["residual", "product"])
+def test_functions_that_draw_dither_are_refused(name):
+    """Without noise too."""
+
+    class Dithered(torch.nn.Module):
+        def forward(self, z, codebooks):
+            return getattr(F, f"{name}_sf_diveq")(z, codebooks, noise_std=0.0)
+
+    arguments = torch.randn(9, DIM), torch.randn(2, 12, DIM if name == "residual" else DIM // 2)
+    with pytest.raises(ValueError, match=rf"layers in eval\(\), got diveq\.{name} with a dither: call"):
+        portable(torch.export.export(Dithered(), arguments))
+
+
 def test_what_is_refused_is_found_in_branches_too():
     class Dithered(torch.nn.Module):
         def forward(self, z, codebook):
@@ -242,6 +255,19 @@ def test_precision_is_that_of_the_program():
         exact, fast = (_IN_ATEN[name](z, books, *middle, how, "reference")[1] for how in ("exact", "fast"))
         assert torch.equal(exact, getattr(ops, name)(z, books, *middle, "exact", "reference")[1]), name
         assert not torch.equal(exact, fast), name
+
+
+@pytest.mark.parametrize("name", ["residual", "product"])
+def test_half_precision_is_that_of_inputs_and_results_alone(name):
+    """What stages leave is not rounded, and a row may be farther from its codewords than fp16 can say."""
+    from diveq_kernels.export import _IN_ATEN
+
+    z, books = torch.randn(2000, DIM), torch.randn(3, 40, DIM if name == "residual" else DIM // 3)
+    z[7] = 40000.0
+    between = {"residual": (None, None, None, None, 0.0), "product": (None, None, None, 0.0)}[name]
+    arguments = z.half(), books.half(), *between, "exact", "reference"
+    for got, want in zip(_IN_ATEN[name](*arguments), getattr(ops, name)(*arguments), strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
 
 
 _ELSEWHERE = """

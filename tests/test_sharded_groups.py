@@ -103,6 +103,19 @@ def test_distribution_of_a_fresh_codebook(uniform_init: bool) -> None:
     assert (codebook.min() >= 0) == uniform_init
 
 
+def test_what_a_loader_keeps_from_being_drawn_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes ``torch.nn.init`` away, and resets what it has loaded all the same."""
+    layer = ShardedNearest(8, 3)
+    layer.load_codebook(torch.randn(8, 3))
+    loaded = layer.codebook.detach().clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.init, "zeros_", lambda tensor: tensor)
+        layer.reset_parameters()
+    assert torch.equal(layer.codebook, loaded)
+    layer.reset_parameters()
+    assert not torch.equal(layer.codebook, loaded)
+
+
 def test_the_most_codewords_on_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """More leave too few bits for the distances in what the ranks compare."""
     monkeypatch.setattr(distributed, "ranks_of", lambda group: 64)
