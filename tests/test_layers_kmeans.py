@@ -341,6 +341,14 @@ def test_stages_are_found_in_what_rounded_codewords_leave(dtype):
     torch.testing.assert_close(found[1], expected, rtol=torch.finfo(dtype).eps, atol=2e-3)
 
 
+@every
+def test_the_search_is_that_of_the_layer_s_backend_and_exact(kind, asked):
+    """Whatever precision the layer has: it is of a few rounds, once."""
+    make(kind, backend="reference", precision="fast")(latents(50))
+    searches = [call for call in asked if call[0] == "nearest"]
+    assert len(searches) >= ITERATIONS and set(searches) == {("nearest", "reference", "exact")}
+
+
 def run(rank, world, folder):
     start(rank, world, folder)
     found = {}

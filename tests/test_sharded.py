@@ -39,6 +39,7 @@ CASES = {
     "equal codewords": ((30,), 37, torch.float32, torch.float32, None),
     "near ties": ((30,), 37, torch.float32, torch.float32, None),
     "near ties, fp64": ((30,), 37, torch.float64, torch.float64, None),
+    "near ties, fp64 codebook": ((30,), 37, torch.float32, torch.float64, None),
     "strided": ((6, 5), 37, torch.float32, torch.float32, None),
 }
 
@@ -55,7 +56,7 @@ def data(name, ranks):
         mask = torch.rand(ranks, *shape, generator=generator) < (0.7 if name == "masked" else 0)
     if name == "not finite":
         z[:, 3, 2], z[:, 5, 1], z[:, 6] = torch.nan, torch.inf, -torch.inf
-        codebook[2, 3], codebook[30:] = torch.inf, torch.nan  # the last rank of four has no finite codeword
+        codebook[2, 3], codebook[28:] = torch.inf, -torch.nan  # the last rank of four has no finite codeword
     if name == "ties":
         z, codebook = z.round(), codebook.round()
     if name == "equal codewords":
@@ -74,7 +75,7 @@ def data(name, ranks):
     return (
         z,
         g.to(z_dtype),
-        h.to(torch.float64 if z_dtype == torch.float64 else torch.float32),
+        h.to(torch.float64 if torch.float64 in (z_dtype, c_dtype) else torch.float32),
         mask,
         codebook.to(c_dtype),
         backend,
@@ -371,11 +372,13 @@ def test_the_part_is_a_parameter_like_others():
 
 @pytest.mark.parametrize("rows", ["same", "own"])
 @pytest.mark.parametrize("step", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(rows, step, dtype):
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float64", "float64"), ("bfloat16", "float32")], ids=str)
+def test_opcheck(rows, step, dtypes):
     from diveq_kernels.sharded_search import sharded
 
-    z, codebook = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((5, 6), (8, 6)))
+    of_z, of_codebook = (getattr(torch, name) for name in dtypes)
+    z, codebook = torch.randn(5, 6, dtype=of_z), torch.randn(8, 6, dtype=of_codebook)
+    z.requires_grad_(), codebook.requires_grad_()
     seed, mask = torch.full((), 3), torch.rand(5) < 0.7
     torch.library.opcheck(sharded, (z, codebook, mask, seed, 0.1, step, 0, 8, rows == "own", "", "exact", ""))
 
