@@ -111,6 +111,21 @@ def test_averages_of_rows_in_half_precision_are_in_full():
     same_state(theirs, ours)
 
 
+@pytest.mark.parametrize("side", ["rows", "codewords"])
+def test_affine_codebooks_beside_a_coordinate_that_does_not_vary(side):
+    """Its variance is taken for 1e-5, as in the package."""
+    theirs, ours = both(affine_param=True)
+    x = torch.randn(3, 10, 8)
+    if side == "rows":
+        x[..., 3] = 0.5
+    for model in (theirs, ours):
+        if side == "codewords":
+            model._codebook.embed.data[..., 3] = 0.5
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    same_state(theirs, ours)
+
+
 def test_evaluation_leaves_the_state():
     for model in both(threshold_ema_dead_code=1):
         before = copy.deepcopy(model.eval().state_dict())
