@@ -167,6 +167,17 @@ def test_replacement_at_the_start_of_the_step_after_the_interval(kind):
 
 
 @for_replacing_layers
+@pytest.mark.parametrize("again", ["reset", "loaded"])
+def test_what_was_replaced_is_counted_from_a_beginning(kind, again):
+    layer = make(kind, replacement_iters=1, discard_threshold=1.0)
+    for _ in range(2):
+        layer(torch.randn(1, 5))
+    assert layer.num_replaced == 11
+    layer.reset_parameters() if again == "reset" else layer.load_state_dict(layer.state_dict())
+    assert layer.num_replaced == 0
+
+
+@for_replacing_layers
 def test_without_replacement_nothing_is_counted(kind):
     layer = make(kind, replacement_iters=1, codebook_reset=False)
     before = copy.deepcopy(layer.state_dict())
