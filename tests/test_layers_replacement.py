@@ -178,6 +178,19 @@ def test_what_was_replaced_is_counted_from_a_beginning(kind, again):
 
 
 @for_replacing_layers
+def test_what_a_loader_leaves_unset_is_counted_from_0(kind):
+    """It takes a layer from "meta" and fills what a state_dict has, by itself."""
+    with torch.device("meta"):
+        layer = make(kind)
+    layer.to_empty(device="cpu")
+    for name, value in make(kind).state_dict().items():
+        layer.state_dict()[name].copy_(value)
+    layer.num_replaced.fill_(77)
+    layer(torch.randn(4, 5))
+    assert layer.num_replaced == 0
+
+
+@for_replacing_layers
 def test_without_replacement_nothing_is_counted(kind):
     layer = make(kind, replacement_iters=1, codebook_reset=False)
     before = copy.deepcopy(layer.state_dict())
