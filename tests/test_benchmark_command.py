@@ -30,10 +30,12 @@ OURS = [
 
 
 def test_savings_are_those_of_the_fastest_exact_contestant() -> None:
-    peers = [result("slow", 0.4, 5000), result("quick", 0.05, 1000), result("wrong", 1.0, 1, status=running.WRONG)]
+    quick, equal = result("quick", 0.05, 1000), result("equal", 0.09999, 3000)
+    peers = [result("slow", 0.4, 5000), quick, equal, result("wrong", 1.0, 1, status=running.WRONG)]
     assert command.savings({"results": [*OURS, *peers]}) == [
         "  diveq-kernels cpu against slow: 4 times as fast, 2 kB less at the peak",
         "  diveq-kernels cpu against quick: slower: 2 times its time, 2 kB more at the peak",
+        "  diveq-kernels cpu against equal: 1 times as fast, 0 B less at the peak",
     ]
     assert command.savings({"results": OURS}) == ["  No peer was measured: see above for why."]
     assert command.savings({"results": [OURS[0], OURS[3], *peers]}) == [

@@ -142,7 +142,7 @@ def savings(record: dict[str, Any]) -> list[str]:
     found = []
     for peer in (result for result in measured if not result["ours"]):
         factor = peer["seconds"] / best["seconds"]
-        speed = f"{factor:.3g} times as fast" if factor >= 1 else f"slower: {1 / factor:.3g} times its time"
+        speed = f"{factor:.3g} times as fast" if factor > 0.9995 else f"slower: {1 / factor:.3g} times its time"
         memory = peer["peak_bytes"] - best["peak_bytes"]
         less = f"{running.size(abs(memory))} {'less' if memory >= 0 else 'more'} at the peak"
         found.append(f"  {best['contestant']} against {peer['contestant']}: {speed}, {less}")
