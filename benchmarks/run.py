@@ -122,16 +122,17 @@ class Campaign:
             if device != self.options.device or (name, backend, str(dtype)[6:]) in _checked(done):
                 continue
             if self.time_is_up():
-                return False
+                break
             result = _selfcheck.worst(name, backend, device, dtype)
             done.append(result._asdict() | {"dtype": str(dtype)[6:], "passed": result.passed})
             save(path, record)
-        record["finished"] = True
-        save(path, record)
+        else:
+            record["finished"] = True
+            save(path, record)
         failed = [r for r in done if not r["passed"]]
         self.wrong += [f"{r['backend']}: {r['op']} in {r['dtype']} fails its check" for r in failed]
         print(f"check: {len(done) - len(failed)} of {len(done)} pass", flush=True)
-        return True
+        return bool(record["finished"])
 
     def measure(self, name: str) -> bool:
         """One part -> whether it was finished."""

@@ -123,28 +123,16 @@ class _Chunks(NamedTuple):
     number: Tensor  # int64 [K, 1], how many rows each codeword has, on all ranks
     middle: Tensor  # int64 [K], the row that a codeword takes whose share holds none
     has_middle: Tensor  # bool [K, 1], whether that row is on this rank
-    share: Tensor  # int64 [K, 1], the part of the codeword's span that is this step's, in units of 1/(K·A)
-    so_far: Tensor  # int64 [K, 1], those of all steps so far
-    built: Tensor  # bool [K, 1], whether the step has a share in the codeword, and rows
-
-
-def building_steps(skip_iters: int, avg_iters: int) -> int:
-    """How many steps build the codebook: A, but at most those before S."""
-    return min(avg_iters, skip_iters - 1)  # the counter is 1 at the first step
+    share: Tensor  # int64 [K], the part of the codeword's span that is this step's, in units of 1/(K·A)
+    before: Tensor  # int64 [K], those of all steps before
+    has_rows: Tensor  # bool [], whether there are any
 
 
 def _place(iter_counter: Tensor, skip_iters: int, avg_iters: int) -> tuple[int, Tensor, Tensor]:
     """(how many steps build the codebook, which of them this is: int64 [], whether it is one: bool [])."""
-    steps = building_steps(skip_iters, avg_iters)
+    steps = min(avg_iters, skip_iters - 1)  # the counter is 1 at the first step
     step = (iter_counter - (skip_iters - steps)).squeeze().long()
     return steps, step, (step >= 0) & (step < steps)
-
-
-def shares_by(iter_counter: Tensor, K: int, skip_iters: int, avg_iters: int) -> Tensor:
-    """How much of each codeword's span the steps so far have had: int64 [K], in units of 1/(K·A)."""
-    steps, step, _ = _place(iter_counter, skip_iters, avg_iters)
-    j = torch.arange(K, device=iter_counter.device)
-    return ((step + 1) * K - j * steps).clamp(0, max(steps, 0))
 
 
 def collecting(iter_counter: Tensor, skip_iters: int, avg_iters: int) -> Tensor:
@@ -164,7 +152,7 @@ def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor, syn
     n_here = kept.sum()  # int64 []
     before, n = distributed.place_among_ranks(n_here) if sync else (torch.zeros_like(n_here), n_here)
     order = torch.argsort(kept.logical_not(), stable=True)
-    active = collecting & (n > 0)
+    has_rows = n > 0
 
     # In units of 1/(K·A): codeword j has [j·A, (j+1)·A), this step [step·K, (step+1)·K). Integers: no rounding.
     j = torch.arange(K + 1, device=kept.device)
@@ -172,7 +160,7 @@ def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor, syn
     share = begin.diff()  # [K], the part of this step's interval that belongs to the codeword
     # Row p of n lies at (p + 1/2)/n of the step's interval: the first row at or after `begin` is ceil(x·n/K − 1/2).
     first = -((K - 2 * (begin - step * K) * n) // (2 * K))
-    first = torch.where(active, first.clamp_min(0).minimum(n), 0)
+    first = torch.where(collecting & has_rows, first.clamp_min(0).minimum(n), 0)
     middle = ((begin[:-1] + begin[1:] - 2 * step * K) * n // (2 * K)).clamp_max(n - 1).clamp_min(0)
     return _Chunks(
         order,
@@ -180,9 +168,9 @@ def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor, syn
         first.diff()[:, None],
         (middle - before).clamp(0, max(len(kept) - 1, 0)),
         ((middle >= before) & (middle < before + n_here))[:, None],
-        share[:, None],
-        (begin[1:] - j[:-1] * steps)[:, None],
-        (active & (share > 0))[:, None],
+        share,
+        begin[:-1] - j[:-1] * steps,
+        has_rows,
     )
 
 
@@ -204,15 +192,14 @@ def _chunk_sums(table: Tensor, chosen: Tensor, chunks: _Chunks) -> Tensor:
     return torch.where(chunks.number > 0, sums, middle)
 
 
-def _merge(codebook: Tensor, missed: Tensor, sums: Tensor, chunks: _Chunks, sync: bool) -> tuple[Tensor, Tensor]:
-    """(running means [K, D], missed [K]), with this step's rows."""
+def _merge(codebook: Tensor, built: Tensor, sums: Tensor, chunks: _Chunks, sync: bool) -> Tensor:
+    """Running means [K, D] with this step's rows, of which before it ``built`` [K] units of a span had some."""
     if sync:
         sums = distributed.sum_over_ranks(sums)
     mean = sums / chunks.number.clamp_min(1)
-    weight = chunks.share.double() / (chunks.so_far - missed[:, None]).clamp_min(1)
+    weight = (chunks.share.double() / (built + chunks.share).clamp_min(1))[:, None]
     merged = torch.where(weight == 1, mean, (1 - weight) * codebook.double() + weight * mean)
-    missed = missed + torch.where(chunks.built, 0, chunks.share).squeeze(1).to(missed.dtype)
-    return torch.where(chunks.built, merged.to(codebook.dtype), codebook).contiguous(), missed
+    return torch.where(chunks.has_rows & (weight > 0), merged.to(codebook.dtype), codebook).contiguous()
 
 
 def _fill(codebook: Tensor, is_built: Tensor) -> Tensor:
@@ -270,7 +257,8 @@ def sf_initialise(
         return codebook.clone(memory_format=torch.contiguous_format), missed.clone()
     chunks = _cut(finite_rows(rows, mask), codebook.shape[0], steps, step, is_one, sync)
     sums = _chunk_sums(rows.to(compute_dtype(codebook)), chunks.order, chunks)
-    now, missed = _merge(codebook, missed, sums, chunks, sync)
+    now = _merge(codebook, chunks.before - missed, sums, chunks, sync)
+    missed = missed + torch.where(chunks.has_rows, 0, chunks.share).to(missed.dtype)
     is_left = (step == steps - 1) & (missed == steps)
     return _fill(now, ~is_left), missed
 
@@ -283,13 +271,13 @@ def _(codebook: Tensor, missed: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "diveq::composite_sf_initialise",
     mutates_args=(),
-    schema="(Tensor curve, Tensor missed, Tensor codebook, Tensor z, Tensor indices, Tensor? mask,"
+    schema="(Tensor curve, Tensor built, Tensor codebook, Tensor z, Tensor indices, Tensor? mask,"
     " Tensor iter_counter, int skip_iters, int avg_iters, bool sync=False, bool all_stages=False)"
     " -> (Tensor, Tensor)",
 )
 def composite_sf_initialise(
     curve: Tensor,
-    missed: Tensor,
+    built: Tensor,
     codebook: Tensor,
     z: Tensor,
     indices: Tensor,
@@ -302,11 +290,9 @@ def composite_sf_initialise(
 ) -> tuple[Tensor, Tensor]:
     """``sf_initialise`` of several curves, from what a DiVeQ step with ``codebook`` quantized in each stage or group.
 
-    Codewords of which no step had rows stay as they are.
-
     Args:
         curve: [Q, K, D'], the running means.
-        missed: int32 [Q, K], as there.
+        built: int32 [Q, K], how much of a codeword's span belonged to steps with rows, in units of 1/(K·A).
         codebook: [Q, K, D'] of the step. With D' = D the stages of a residual quantizer: stage q is built from the
             rows that use it, minus the codewords that they chose before. Otherwise groups of D' = D/Q columns.
         z: [..., D].
@@ -319,24 +305,25 @@ def composite_sf_initialise(
         all_stages: Whether every row that counts uses all stages, which spares most of the work.
 
     Returns:
-        (curve_now, missed_now): new tensors like curve and missed.
+        (curve_now, built_now): new tensors like curve and built.
     """
     rows = z.reshape(-1, z.shape[-1])
     steps, step, is_one = _place(iter_counter, skip_iters, avg_iters)
     if steps <= 0 or (is_one.device.type == "cpu" and not is_one):
-        return curve.clone(memory_format=torch.contiguous_format), missed.clone()
+        return curve.clone(memory_format=torch.contiguous_format), built.clone()
     Q, K, part = curve.shape
     chosen = indices.reshape(Q, rows.shape[0]).long()
     finite = finite_rows(rows, mask)
     rows = rows.to(compute_dtype(curve))
+    merged = []
     if part < rows.shape[-1]:
         chunks = _cut(finite, K, steps, step, is_one, sync)
         sums = _chunk_sums(rows, chunks.order, chunks)
-        groups = zip(curve, missed, sums.chunk(Q, dim=-1), strict=True)
-        merged = [_merge(*of_one, chunks, sync) for of_one in groups]
-        return torch.stack([now for now, _ in merged]), torch.stack([now for _, now in merged])
-    merged = []
-    for stage in range(Q):
+        merged = [
+            (_merge(curve[group], built[group], of_group, chunks, sync), chunks)
+            for group, of_group in enumerate(sums.chunk(Q, dim=-1))
+        ]
+    for stage in range(Q) if part == rows.shape[-1] else ():
         done = stage - 1  # whose codewords `sums` is without
         if stage == 0 or not all_stages:
             chunks = _cut(finite & (chosen[stage] >= 0), K, steps, step, is_one, sync)
@@ -346,13 +333,14 @@ def composite_sf_initialise(
             sums = sums - _chunk_sums(
                 codebook[before].to(rows.dtype), chosen[before].clamp_min(0)[chunks.order], chunks
             )
-        merged.append(_merge(curve[stage], missed[stage], sums, chunks, sync))
-    return torch.stack([now for now, _ in merged]), torch.stack([now for _, now in merged])
+        merged.append((_merge(curve[stage], built[stage], sums, chunks, sync), chunks))
+    more = torch.stack([torch.where(of.has_rows, of.share, 0) for _, of in merged])
+    return torch.stack([now for now, _ in merged]), built + more.to(built.dtype)
 
 
 @composite_sf_initialise.register_fake
-def _(curve: Tensor, missed: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(curve, memory_format=torch.contiguous_format), torch.empty_like(missed)
+def _(curve: Tensor, built: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(curve, memory_format=torch.contiguous_format), torch.empty_like(built)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

@@ -83,10 +83,12 @@ def test_checks_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path
     def worst(name: str, backend: str, device: str, dtype: torch.dtype) -> _selfcheck.Result:
         if len(made) == 2:
             raise KilledError
-        made.append(backend)
-        return _selfcheck.Result(backend, device, name, dtype, 0, 0.0, 0.0, 0.0)
+        made.append(f"{name} {backend} {dtype}")
+        return _selfcheck.Result(backend, device, name, dtype, int(name == "diveq"), 0.0, 0.0, 0.0)
 
-    plan = [("nearest", backend, "cpu", torch.float32) for backend in ("reference", "cpu", "third")]
+    of = [("nearest", "reference", torch.float32), ("diveq", "cpu", torch.float32)]
+    of += [("nearest", "cpu", torch.float32), ("nearest", "cpu", torch.float16)]
+    plan = [(name, backend, "cpu", dtype) for name, backend, dtype in of]
     monkeypatch.setattr(_selfcheck, "planned", lambda: [("nearest", "triton", "cuda", torch.float32), *plan])
     monkeypatch.setattr(_selfcheck, "worst", worst)
     arguments = ["--device", "cpu", "--part", "check", "--out", str(tmp_path), "--commit", "abc", "--resume"]
@@ -94,17 +96,16 @@ def test_checks_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path
         run.main(arguments)
     record = read(tmp_path / "check.json")
     assert [result["backend"] for result in record["results"]] == ["reference", "cpu"] and not record["finished"]
-    assert tables.checks(record).endswith("reference 1 of 1, cpu 1 of 1; commit `abc`. Unfinished: cases of this part"
-                                          " are missing.")  # fmt: skip
+    assert tables.checks(record).endswith("; commit `abc`. Unfinished: cases of this part are missing.")
 
     made.clear()
     campaign = run.Campaign(run.parse(arguments))
     monkeypatch.setattr(campaign, "time_is_up", lambda: True)
-    assert not campaign.check() and made == []
-    assert run.main(arguments) == 0 and made == ["third"]
+    assert not campaign.check() and made == [] and campaign.wrong == ["cpu: diveq in float32 fails its check"]
+    assert run.main(arguments) == 1 and made == ["nearest cpu torch.float32", "nearest cpu torch.float16"]
     record = read(tmp_path / "check.json")
-    assert [result["backend"] for result in record["results"]] == ["reference", "cpu", "third"] and record["finished"]
-    assert tables.checks(record).endswith("cpu 1 of 1, third 1 of 1; commit `abc`.")
+    assert [result["op"] for result in record["results"]] == [name for name, *_ in of] and record["finished"]
+    assert tables.checks(record).endswith("reference 1 of 1, cpu 2 of 3; commit `abc`.")
 
 
 def test_nothing_is_resumed_that_other_tiles_gave(tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ def train(layer: torch.nn.Module, steps: list[Tensor | None], without_rows: Call
         layer(*without_rows(torch.randn(6, DIM)) if step is None else (step, None))
 
 
+def noted(layer: torch.nn.Module) -> Tensor:
+    """What the layer notes of its steps."""
+    return layer.built if isinstance(layer, ResidualSFDIVEQ | ProductSFDIVEQ) else layer.missed
+
+
 @for_every_way
 @pytest.mark.parametrize("count", [2, 3, 5, 20, 40])
 def test_a_step_without_rows_has_no_part_in_the_means(count: int, without_rows: Callable) -> None:
@@ -112,7 +117,7 @@ def test_a_curve_without_any_rows_is_the_codebook() -> None:
 
 @for_every_curve
 @pytest.mark.parametrize("how", ["loaded", "reset", "from meta", "from fake tensors"])
-def test_a_layer_that_begins_again_has_missed_nothing(kind: type, how: str) -> None:
+def test_a_layer_that_begins_again_remembers_nothing(kind: type, how: str) -> None:
     schedule = {"skip_iters": 6, "avg_iters": 5}
     layer, fresh = make(kind, K, DIM, **schedule), make(kind, K, DIM, **schedule)
     if how.startswith("from"):
@@ -120,25 +125,89 @@ def test_a_layer_that_begins_again_has_missed_nothing(kind: type, how: str) -> N
             layer = make(kind, K, DIM, **schedule)
         layer.load_state_dict(fresh.state_dict(), assign=True)
     else:
-        train(layer, [None] * 5, masked)
-        assert layer.missed.any()
+        train(layer, some_steps(5), masked)
+        assert noted(layer).any()
         if how == "reset":
             layer.reset_parameters()
         else:
             layer.load_state_dict(fresh.state_dict())
-    assert layer.missed.dtype == torch.int32 and not layer.missed.any()
+    assert noted(layer).dtype == torch.int32 and not noted(layer).any()
     train(layer, [torch.randn(6, DIM)] * 6, masked)
+
+
+@for_every_curve
+def test_what_is_loaded_beside_a_layer_lets_it_go_on(kind: type) -> None:
+    """torch calls the hooks of every module, also where a state_dict has nothing for it."""
+    steps, codebooks = some_steps(5), []
+    for loads in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(make(kind, K, DIM, skip_iters=6, avg_iters=5), torch.nn.Linear(DIM, 1))
+        train(model[0], steps[:4], overflown)
+        if loads:
+            model.load_state_dict({"1.bias": torch.ones(1)}, strict=False)
+            assert noted(model[0]).any()
+        train(model[0], [*steps[4:], torch.ones(6, DIM)], overflown)
+        codebooks.append(model[0].codebook.detach())
+    assert torch.equal(*codebooks)
+
+
+@pytest.mark.parametrize("kind", [ResidualSFDIVEQ, ProductSFDIVEQ], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("how", ["copied", "set", "counted"])
+def test_a_state_that_comes_without_loading_keeps_trained_codewords(kind: type, how: str) -> None:
+    """Distributed checkpoints copy to tensors, and accelerate sets those of a layer whose parameters are on meta."""
+    schedule = {"skip_iters": 10, "avg_iters": 8, "replacement_iters": 10}
+    saved, layer = (make(kind, 8, DIM, **schedule) for _ in range(2))
+    train(saved, [torch.randn(6, DIM) for _ in range(6)], masked)
+    if how == "copied":
+        for name, value in layer.state_dict().items():
+            value.copy_(saved.state_dict()[name])
+    elif how == "set":
+        with torch.device("meta"):
+            layer.codebook = torch.nn.Parameter(torch.empty_like(layer.codebook))
+        layer.codebook = torch.nn.Parameter(saved.codebook.detach().clone())
+        layer.iter_counter, layer.codebook_usage = saved.iter_counter, saved.codebook_usage
+    else:
+        layer.load_state_dict(saved.state_dict())
+        layer.iter_counter.fill_(9)
+    trained = layer.codebook.detach().clone()
+    train(layer, [torch.randn(6, DIM) for _ in range(1 if how == "counted" else 4)], masked)
+    kept = 8 if how == "counted" else 5
+    assert torch.equal(layer.codebook[:, :kept], trained[:, :kept])
+
+
+def test_memory_that_nothing_was_written_to_is_no_note() -> None:
+    """Of a layer that left "meta" and whose state was copied tensor by tensor."""
+    steps = some_steps(5)
+    with torch.device("meta"):
+        layer = make(SFDIVEQ, K, DIM, skip_iters=6, avg_iters=5)
+    other = make(SFDIVEQ, K, DIM, skip_iters=6, avg_iters=5)
+    layer.to_empty(device="cpu").missed.fill_(123456789)
+    for name, value in layer.state_dict().items():
+        value.copy_(other.state_dict()[name])
+    for one in (layer, other):
+        train(one, steps, masked)
+    assert torch.equal(layer.codebook, other.codebook)
+
+
+def test_a_layer_made_in_inference_mode_takes_a_state() -> None:
+    for kind in (SFDIVEQ, ResidualSFDIVEQ, ProductSFDIVEQ):
+        with torch.inference_mode():
+            layer = make(kind, K, DIM, skip_iters=6, avg_iters=5)
+        layer.load_state_dict(make(kind, K, DIM).state_dict(), assign=True)
+        train(layer, some_steps(6), masked)
 
 
 @for_every_curve
 def test_graphs_do_the_same(kind: type) -> None:
     steps = some_steps(5)
     codebooks = []
+    torch._dynamo.reset()
     for run in (lambda layer: layer, lambda layer: torch.compile(layer, backend="aot_eager", fullgraph=True)):
         torch.manual_seed(0)
         layer = make(kind, K, DIM, skip_iters=6, avg_iters=5)
         train(run(layer), [*steps, torch.ones(6, DIM)], overflown)
         codebooks.append(layer.codebook.detach())
+    torch._dynamo.reset()
     torch.testing.assert_close(*codebooks, rtol=1e-6, atol=1e-6)
 
 

@@ -196,7 +196,7 @@ def test_exported_programs_tell_nothing(name: str, init: str) -> None:
     """They are stored, and have states of their own."""
     program = torch.export.export(make(name, init), (torch.randn(40, 6),))
     assert "diveq.in_forward.default" in str(program.graph) and "in_forward_of" not in str(program.graph)
-    assert set(program.constants) <= {"num_replaced", "curve", "missed"}
+    assert set(program.constants) <= {"num_replaced", "curve", "built", "missed"}
 
 
 def test_captures_do_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -403,6 +403,9 @@ def test_tiles_are_forced_for_their_family_alone() -> None:
             assert run(launch.configuration, "search_bf16", 64, device) == {"BLOCK_N": 7}
             assert run(launch.configuration, "step", 64, device) == before
             assert run(launch.is_directed)
+        with launch.forced("step", {"BLOCK_N": 9}):
+            assert launch.configuration("step", 64, device) == {"BLOCK_N": 9}
+        assert launch.configuration("search_bf16", 64, device) == {"BLOCK_N": 7}
     assert not launch.is_directed()
     assert launch.configuration("search_bf16", 64, device) != {"BLOCK_N": 7}
 

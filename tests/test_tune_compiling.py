@@ -153,6 +153,18 @@ def test_a_process_sees_tables_that_have_changed(monkeypatch: pytest.MonkeyPatch
     assert found == [1, 8] and not repeat._programs
 
 
+def test_a_change_of_a_table_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the one that a device has."""
+    monkeypatch.setattr(launch, "_CONFIGS", tmp_path)
+    monkeypatch.setattr(launch, "architecture_of", lambda device: f"sm_{device.index}")
+    for name in ("default", "sm_90"):
+        (tmp_path / f"{name}.json").write_text(name, encoding="utf-8")
+    before = [launch.table_hash(torch.device("cuda", index)) for index in (89, 90)]
+    (tmp_path / "sm_90.json").write_text("tuned", encoding="utf-8")
+    after = [launch.table_hash(torch.device("cuda", index)) for index in (89, 90)]
+    assert after[0] == before[0] != before[1] != after[1]
+
+
 def test_processes_are_started_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     started: list[int] = []
 

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 
+def note_what_comes(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Of all layers, for the hooks that are called afterwards, of which torch calls those of every module."""
+    layer._is_loaded = any(prefix + name in state for name in ("codebook", "iter_counter"))
+
+
 @torch.no_grad()
 def _count_at_least(steps: int, layer: Any, state: dict[str, Any], prefix: str) -> None:
-    """If a codebook is about to be loaded that fits."""
+    """Raise the counter to ``steps`` if a codebook that fits is about to be loaded."""
     found = state.get(prefix + "codebook")
-    if found is not None and found.shape == layer.codebook.shape and not layer.iter_counter.is_meta:
+    if found is not None and found.shape == layer.codebook.shape and _is_usable(layer.iter_counter):
         layer.iter_counter.clamp_(min=steps)
 
 
@@ -28,11 +33,13 @@ def load_as_finished(layer: Any, state: dict[str, Any], prefix: str, *_: Any) ->
 
 
 def with_values(buffer: Tensor, codebook: Tensor) -> Tensor:
-    """The buffer; zeros for one on "meta", or fake, of a layer whose codebook is not: ``assign`` leaves it so."""
-    if _has_values(buffer) or not _has_values(codebook):
+    """The buffer; zeros if it cannot be written to, of a layer whose codebook can: ``assign`` leaves some so."""
+    if _is_usable(buffer) or not _is_usable(codebook):
         return buffer
     return torch.zeros(buffer.shape, dtype=buffer.dtype, device=codebook.device)
 
 
-def _has_values(tensor: Tensor) -> bool:
-    return not tensor.is_meta and not isinstance(tensor, torch._subclasses.FakeTensor)
+def _is_usable(tensor: Tensor) -> bool:
+    """Whether it has values, which this mode lets one change."""
+    fake = tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor)
+    return not fake and (torch.is_inference_mode_enabled() or not tensor.is_inference())

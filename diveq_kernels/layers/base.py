@@ -13,6 +13,7 @@ from diveq_kernels._dtypes import without_autocast
 from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels._operation import is_plain
 from diveq_kernels.layers._arguments import check_count, check_flags
+from diveq_kernels.layers._loading import note_what_comes
 from diveq_kernels.steps import in_forward, in_forward_of, is_exporting, number_of
 from diveq_kernels.usage import perplexity
 
@@ -82,6 +83,7 @@ class Quantizer(MarkedCodebook):
     # What graphs have told (``learn_of_forward``): steps until they look, and whether forwards are repeated.
     _steps_to_look: int
     _repeats: bool
+    _is_loaded: bool  # whether what is being loaded has something for it
     _replicated: bool = False  # by ``diveq_kernels.distributed.replicate``
 
     def __init__(
@@ -118,10 +120,11 @@ class Quantizer(MarkedCodebook):
         codebook = torch.empty(codebook_shape, device=device, dtype=dtype)
         _checks.check_float_tensor(codebook, "codebook (argument dtype)")
         self.codebook = nn.Parameter(codebook)
-        self._unmade = codebook.is_meta  # whether what is not in the state_dict has no values yet
+        self._unmade = self.codebook.is_meta  # whether what is not in the state_dict has no values yet
         # Steps of training; shape and dtype are those of the `diveq` package's checkpoints.
         self.register_buffer("iter_counter", torch.zeros(1, dtype=torch.int32, device=device))
         self._draw()
+        self.register_load_state_dict_pre_hook(note_what_comes)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -440,5 +443,6 @@ class Quantizer(MarkedCodebook):
 
 def _after_loading(layer: Any, *_: Any) -> None:
     """With ``assign`` this may be what takes a layer from "meta"."""
-    layer._begin()
+    if layer._is_loaded:
+        layer._begin()
     layer._mark()

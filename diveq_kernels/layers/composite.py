@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diveq_kernels import _checks, functional
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.codebook import building_steps, collecting, composite_sf_initialise, shares_by
+from diveq_kernels.codebook import collecting, composite_sf_initialise
 from diveq_kernels.layers._arguments import (
     check_count,
     check_interval,
@@ -172,15 +172,15 @@ class CompositeSFDIVEQ(CompositeQuantizer):
 
     Attributes:
         curve: the codebook being built from the latents of the last A steps before S.
-        missed: int32 [Q, K], how much of a codeword's span of these steps had no rows, in units of 1/(K·A). A codeword
-            that has missed all of it keeps its place in step S.
+        built: int32 [Q, K], how much of a codeword's span belonged to steps with rows, in units of 1/(K·A). Codewords
+            of which nothing was built keep their place in step S.
 
     Neither is in the state_dict, whose keys are those of the `diveq` package. A run that resumes within these A steps
     builds what is left of them.
     """
 
     curve: Tensor
-    missed: Tensor
+    built: Tensor
 
     def __init__(
         self,
@@ -237,8 +237,8 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         )
         on = self.iter_counter.device
         self.register_buffer("curve", torch.zeros_like(self.codebook, requires_grad=False, device=on), persistent=False)
-        missed = torch.zeros(self.codebook.shape[:-1], dtype=torch.int32, device=on)
-        self.register_buffer("missed", missed, persistent=False)
+        built = torch.zeros(self.codebook.shape[:-1], dtype=torch.int32, device=on)
+        self.register_buffer("built", built, persistent=False)
         self.register_load_state_dict_pre_hook(load_as_finished)  # type: ignore[no-untyped-call]
 
     @property
@@ -267,8 +267,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         if self._builds_curve and writes:
             self._may_write()
             if not self._counts_are_free() or step == self.skip_iters:
-                is_built = self.missed < building_steps(self.skip_iters, self.avg_iters)
-                begins = ((step == self.skip_iters) & is_built)[..., None]
+                begins = ((step == self.skip_iters) & (self.built > 0))[..., None]
                 self._write(torch.where(begins, self.curve, self.codebook.detach()))
         codebook = self._begin_step(z, mask)
         started = (step >= self.skip_iters).squeeze()
@@ -282,9 +281,9 @@ class CompositeSFDIVEQ(CompositeQuantizer):
         idle = self._counts_are_free() and not collecting(step, self.skip_iters, self.avg_iters)
         if self._builds_curve and writes and not idle:
             with torch.no_grad():
-                curve, missed = composite_sf_initialise(
+                curve, built = composite_sf_initialise(
                     self.curve,
-                    self.missed,
+                    self.built,
                     codebook,
                     z,
                     indices,
@@ -296,7 +295,7 @@ class CompositeSFDIVEQ(CompositeQuantizer):
                     active is None and not self._synchronises(),  # ranks may differ in it
                 )
                 self.curve.copy_(curve)
-                self.missed.copy_(missed)
+                self.built.copy_(built)
         last = self.num_embeddings - 1
         indices = torch.where(started, indices.clamp_max(last - 1), indices)
         merged = torch.cat((counts[:, :-2], counts[:, -2:].sum(1, keepdim=True), counts.new_zeros(len(counts), 1)), 1)
@@ -354,9 +353,8 @@ class CompositeSFDIVEQ(CompositeQuantizer):
     @torch.no_grad()
     def _begin(self) -> None:
         super()._begin()
-        self.curve, self.missed = (with_values(x, self.codebook) for x in (self.curve, self.missed))
-        if not self.missed.is_meta and not self.iter_counter.is_meta:  # what was built before is not here
-            self.missed.copy_(shares_by(self.iter_counter, self.num_embeddings, self.skip_iters, self.avg_iters))
+        self.curve, self.built = (with_values(x, self.codebook) for x in (self.curve, self.built))
+        self.built.zero_()
 
     def _repr_fields(self) -> list[str]:
         fields = [name for name in super()._repr_fields() if name != "codebook_reset"]
