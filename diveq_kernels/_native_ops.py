@@ -1,6 +1,6 @@
 """The functions of a backend whose library has the operations of ``csrc/ops.h``: outputs, temporaries, dtypes.
 
-Functions have the arguments and results of ``diveq_kernels.reference``; none is called with fp64 inputs.
+Functions have the arguments and results of ``diveq_kernels.reference``; z and codebooks are never fp64.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from diveq_kernels._runs import sorted_runs
 Gradients = tuple[Tensor | None, Tensor | None]
 
 
-def _plain(flags: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What there is one of per row, so that it can be read in order."""
-    return None if flags is None else flags.to(dtype).contiguous()
+def _plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Of this dtype and contiguous, so that it can be read in order."""
+    return None if x is None else x.to(dtype).contiguous()
 
 
 def _narrow(grad: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The ``cpu`` backend: fused C++ kernels for AMX, AVX-512, AVX2 with FMA, or any processor (``csrc/``).
 
-Functions have the arguments and results of ``diveq_kernels.reference``; none is called with fp64 inputs; ``unit``,
+Functions have the arguments and results of ``diveq_kernels.reference``; z and codebooks are never fp64; ``unit``,
 ``rotate``, ``commit``, ``commit_backward`` and ``accumulate`` are here alone, for ``diveq_kernels.compat``. The
 instruction set is the best that the processor has; the environment variable ``DIVEQ_CPU_ISA`` (amx, avx512vnni, avx512,
 avx2, portable) forces one. ``amx`` and ``avx512vnni`` are avx512 with a first pass of the search in bf16 or in 8-bit

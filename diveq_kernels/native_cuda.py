@@ -1,7 +1,7 @@
 """The ``cuda`` backend: CUDA kernels built by nvcc (``csrc/cuda``), where Triton is missing or refused.
 
 Functions have the arguments and results of ``diveq_kernels.reference``, and those that layers call around them of
-``diveq_kernels.triton_kernels``; none is called with fp64 inputs. Kernels run on the current stream; nothing waits for
+``diveq_kernels.triton_kernels``; z and codebooks are never fp64. Kernels run on the current stream; nothing waits for
 them. Without ``torch.use_deterministic_algorithms(True)`` a codeword's gradient is added up by atomics, in any order.
 """
 

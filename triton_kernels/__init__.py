@@ -1,7 +1,19 @@
 """Triton kernels, a file for each formula, behind the operations of ``diveq_kernels.ops``.
 
+| docs/math.md                | forward                                 | backward                  |
+|-----------------------------|-----------------------------------------|---------------------------|
+| nearest codeword (1), (2)   | search.py                               | nearest_backward.py       |
+| DiVeQ (3)–(5)               | diveq.py                                | diveq.py, gradients.py    |
+| SF-DiVeQ (6)–(9)            | sf_diveq.py                             | sf_diveq.py, gradients.py |
+| curve projection (10)–(12)  | project.py, curve.py                    | project_backward.py       |
+| residual, product (13)–(17) | composite.py, parts.py                  | composite_backward.py     |
+| replacement, perplexity     | replace.py, count_use.py, perplexity.py |                           |
+
+The search: search.py first, which names its parts in order. Sums in a fixed order: sums.py. Rows and their addresses:
+rows.py. Noise: noise.py. Tiles and launches: launch.py; calls that are repeated: repeat.py.
+
 Each function takes the arguments of the dispatcher op of its name without ``backend``; ``replace``, ``perplexity`` and
-``count_use`` are parts of ``diveq_kernels.codebook`` and ``diveq_kernels.usage``. None is called with fp64 inputs. On
+``count_use`` are parts of ``diveq_kernels.codebook`` and ``diveq_kernels.usage``. z and codebooks are never fp64. On
 CPU the kernels run only in Triton's interpreter, for tests.
 """
 
@@ -16,9 +28,9 @@ import triton
 from diveq_kernels.triton_kernels.composite import product, residual
 from diveq_kernels.triton_kernels.composite_backward import product_backward, residual_backward
 from diveq_kernels.triton_kernels.count_use import count_use
-from diveq_kernels.triton_kernels.distance import nearest_backward
 from diveq_kernels.triton_kernels.diveq import diveq, diveq_backward
 from diveq_kernels.triton_kernels.launch import INTERPRETED, in_graph
+from diveq_kernels.triton_kernels.nearest_backward import nearest_backward
 from diveq_kernels.triton_kernels.perplexity import perplexity
 from diveq_kernels.triton_kernels.project import project
 from diveq_kernels.triton_kernels.project_backward import project_backward

@@ -1,4 +1,4 @@
-"""The curve as the projection reads it: per segment its near end, its unit direction, and a few numbers.
+"""The curve as the projection (project.py, to be read first) takes it: of a segment its near end, direction, and more.
 
 Costs K·D once per call. The near end a is the end closer to the centre: squares measured from a far end, or from a
 diverged codeword, would lose the digits of rows near the other. For one product everything is measured from what it

@@ -1,9 +1,11 @@
 """The products −2 z·c_j of the search on tensor cores, and a proven bound on their error.
 
+PRODUCT is one of these ways to multiply; product quantization is in composite.py.
+
 | product  | multiplies                                    | used for                     | κ less accumulation |
 |----------|-----------------------------------------------|------------------------------|---------------------|
 | `bf16`   | bf16 z · c                                    | bf16 z; `exact` if c is bf16 | 0                   |
-| `tf32`   | TF32 z · c                                    | `fast`, other z              | none promised       |
+| `tf32`   | TF32 z · c                                    | `fast` in one pass, other z  | none promised       |
 | `fp16`   | z and c at a scale of their own, in fp16      | first of two passes          | 1.01·2⁻¹⁰ + √D·2⁻²⁴ |
 | `bf16x3` | z = h + l, c = H + L in bf16: l·H + h·L + h·H | `exact`, and the second pass | 8.1·2⁻¹⁸            |
 | `bf16x2` | z·L + z·H, as a bf16 z has no low part        | `exact`, bf16 z              | 2.1·2⁻¹⁸            |
@@ -150,9 +152,9 @@ def held_rows(
 @triton.jit
 def multiply(high, low, points, part, row, first, along, PRODUCT: tl.constexpr, PADDED_D: tl.constexpr,
              BLOCK_D: tl.constexpr):  # fmt: skip
-    """along − 2 z·c_j [BN, BK] over one chunk of D, for codewords j from ``row`` on.
+    """along [BN, BK] + the products of rows with the vectors ``points`` from ``row`` on, over one chunk of D.
 
-    ``points`` holds −2c, its low part ``part`` elements on.
+    The search has packed −2c, the projection two vectors for each segment; low parts lie ``part`` elements on.
     """
     BLOCK_K: tl.constexpr = along.shape[1]
     # Where the tile begins is one number: what differs from thread to thread is computed once, before the loop.

@@ -4,13 +4,13 @@ With a the end of a segment near the centre, d̂ its direction and E = (z − a)
 
     ‖z − a‖² + τ(τ − 2E),    τ = E clamped to the segment,
 
-less ‖z‖². N×K is never stored, and each thread keeps the least of each of its columns until the last tile.
+less ‖z‖². N×K is never stored, and each thread keeps the least of each pair of its columns until the last tile.
 
 ``exact`` is exact by a bound. With r = ‖a‖ + min(‖d‖, ‖z‖ + ‖a‖), which bounds ‖a‖ + |τ|, the error of a score is at
 most κ·r(2‖z‖ + r): the product with a moves it by 2κ‖z‖‖a‖, one with d̂ moves E by κ(‖z‖ + ‖a‖) and the score by at
 most 2|τ| times that, ‖d‖, where it ends the clamp, by as much again. So a score less that is a lower bound. Segments
 that may lie below the winner's upper bound are measured again, from z, c_j and c_{j+1} as they are, by differences from
-the end that is nearer to z: of the pairs that were kept, those. Rows where another may be among them are listed, and a
+the end that is nearer to z: those among the pairs kept. Rows where another may be among them are listed, and a
 second launch, which only these fill, measures all of theirs in another pass over the curve. A row beyond the end of a
 segment is as near to the next, so such segments are passed over: codewords do not count twice.
 
@@ -35,6 +35,7 @@ from diveq_kernels.triton_kernels.product import error_bound, held, multiply, sp
 from diveq_kernels.triton_kernels.repeat import repeated
 from diveq_kernels.triton_kernels.rows import (
     ALL,
+    COLUMNS,
     LEFT,
     UNLISTED,
     any_of,
@@ -49,8 +50,6 @@ from diveq_kernels.triton_kernels.rows import (
     rows_of,
     store_rows,
 )
-
-_STEP = tl.constexpr(16)  # columns at a time where rows are measured: more would need registers that the search holds
 
 
 @triton.jit
@@ -124,10 +123,10 @@ def position_on(
     along_start = tl.zeros((BLOCK_N,), tl.float32)
     along_end = tl.zeros((BLOCK_N,), tl.float32)
     square = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, D, _STEP):
-        x = load_rows(z, starts, step, live, first, D, _STEP)
-        s = load_targets(codebook, code_stride, code_step, None, j, first, D, _STEP)
-        e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, _STEP)
+    for first in range(0, D, COLUMNS):
+        x = load_rows(z, starts, step, live, first, D, COLUMNS)
+        s = load_targets(codebook, code_stride, code_step, None, j, first, D, COLUMNS)
+        e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, COLUMNS)
         from_start += tl.sum((x - s) * (x - s), axis=1)
         from_end += tl.sum((x - e) * (x - e), axis=1)
         along_start += tl.sum((x - s) * (e - s), axis=1)
@@ -149,11 +148,11 @@ def _distance(
         z, starts, step, live, codebook, code_stride, code_step, j, D, BLOCK_N
     )  # fmt: skip
     distance = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, D, _STEP):
-        s = load_targets(codebook, code_stride, code_step, None, j, first, D, _STEP)
-        e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, _STEP)
+    for first in range(0, D, COLUMNS):
+        s = load_targets(codebook, code_stride, code_step, None, j, first, D, COLUMNS)
+        e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, COLUMNS)
         end = tl.where(base[:, None] == 0.0, s, e)
-        rest = (load_rows(z, starts, step, live, first, D, _STEP) - end) - share[:, None] * (e - s)
+        rest = (load_rows(z, starts, step, live, first, D, COLUMNS) - end) - share[:, None] * (e - s)
         distance += tl.sum(rest * rest, axis=1)
     return distance
 
@@ -326,12 +325,12 @@ def project_kernel(
         list_left(left, left_count, indices, n, inside)
     tl.store(position + n, tl.where(kept, t, 0.0), mask=inside)
     p_starts = row_starts(n, p_inner, p_outer_stride, p_inner_stride, D)
-    for first in range(0, D, _STEP):
-        s = load_targets(codebook, code_stride, code_step, None, j, first, D, _STEP)
-        e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, _STEP)
+    for first in range(0, D, COLUMNS):
+        s = load_targets(codebook, code_stride, code_step, None, j, first, D, COLUMNS)
+        e = load_targets(codebook, code_stride, code_step, None, j + 1, first, D, COLUMNS)
         point = (1.0 - t)[:, None] * s + t[:, None] * e
-        x = load_rows(z, starts, step, inside & (kept == 0), first, D, _STEP)
-        store_rows(points, p_starts, p_step, inside, first, tl.where(kept[:, None], point, x), D, _STEP)
+        x = load_rows(z, starts, step, inside & (kept == 0), first, D, COLUMNS)
+        store_rows(points, p_starts, p_step, inside, first, tl.where(kept[:, None], point, x), D, COLUMNS)
 
 
 def _product_for(dtype: torch.dtype, precision: str) -> str:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# What kernels with a search in them take of their rows at a time outside of it: more would cost the search registers.
+# Columns at a time outside of the search, in kernels that have one: more would cost it registers.
 COLUMNS = tl.constexpr(16)
 
 LEFT = tl.constexpr(-2)  # the index of a row that is left to another kernel, until then

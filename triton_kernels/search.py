@@ -1,4 +1,4 @@
-"""Nearest codeword: argmin_j ‖c_j‖² − 2 z·c_j, or nearest dithered codeword, for every row.
+"""Nearest codeword (docs/math.md (1), (2)): argmin_j ‖c_j‖² − 2 z·c_j, or nearest dithered codeword, for every row.
 
 1. pack.py: the codebook as the scan reads it.
 2. scan.py: the best few groups of codewords of every row, by tensor cores.
@@ -9,12 +9,14 @@
 **Two passes.** An exact search must know the products to fp32's precision, or know which rows that matters for. Three
 bf16 products tell nearly all rows' codewords apart; one product in fp16, a third of the work, most of them.
 Where there are rows enough for the others to fill tiles of their own, they are left to a second pass, which
-is the three bf16 products again; how many there are only the GPU knows. It costs programs that find nothing to do.
+multiplies in three bf16 products; how many there are only the GPU knows. It costs programs that find nothing to do.
 
 **Words.** A *score* is what the scan compares, less is nearer; a *tile* is BLOCK_K codewords in a row; a *group* is the
 8 of them of which the scan keeps the least score. All other scores are *hidden*. A row is *live* if the mask keeps it,
-*open* if a hidden score may be that of its nearest codeword, *taken* by a kernel or *left* by it to the next. x is a
-row less the centre, c a codeword less it.
+*open* if a hidden score may be that of its nearest codeword, *taken* by a kernel or *left* by it to the next. A *point*
+is a codeword or dithered codeword, a *place* that of a group in its tile, a *class* the codewords with the same bits 1
+and 2 of their number, a row's *limit* the score above which no group can hold its nearest. x is a row less the centre,
+c a codeword less it.
 """
 
 from __future__ import annotations
@@ -113,16 +115,13 @@ class _Problem(NamedTuple):
         return self.indices.numel()
 
     @property
-    def points(self) -> int:
-        """How many codewords or dithered points there are."""
+    def num_points(self) -> int:
+        """How many codewords or dithered codewords there are."""
         return self.codebook.shape[0] - (self.dither is not None)
 
-    def packed(self, product: str, precision: str, **of_the_first_pass: Any) -> Search:
+    def search_by(self, product: str, precision: str, **of_the_first_pass: Any) -> Search:
         weights = None if self.dither is None else self.dither[None]
         return Search(product, self.codebook[None], weights, precision, **of_the_first_pass)
-
-    def counter(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def no_rows_yet(self) -> Listed:
         return none_yet(self.rows, self.device)
@@ -132,23 +131,24 @@ class _Problem(NamedTuple):
     ) -> Tensor:
         """Scan the rows ``taken``, look and settle; rows that this cannot decide are listed in ``left``.
 
-        What is left of them to be measured is in what it returns.
+        Returns:
+            ``where`` [N, groups]; of rows in ``left`` its first two entries are the open classes and the index so far.
         """
         rows, device = self.rows, self.device
         places, options = search.tiles["BLOCK_K"] // 8, search.options
         points, bias, centre, lengths, count = search.arguments
         splits = 1 if taken is not ALL else search.splits(rows)
         groups = splits * places
-        scores, tiles = (torch.empty((rows, groups), dtype=t, device=device) for t in (torch.float32, torch.int32))
+        scores, where = (torch.empty((rows, groups), dtype=t, device=device) for t in (torch.float32, torch.int32))
         hidden, squares = (torch.empty(n, dtype=torch.float32, device=device) for n in (4 * rows * splits, rows))
         launch(
             scan_kernel, (*search.grid(rows), splits), device,
             *self.z, rows, self.mask, points, bias, centre, lengths, count,
-            *taken, scores, tiles, hidden, squares, SPLITS=splits, **{"IN_REGISTERS": 0, **options},
+            *taken, scores, where, hidden, squares, SPLITS=splits, **{"IN_REGISTERS": 0, **options},
         )  # fmt: skip
         arguments = (
-            scores, tiles, hidden, squares, *self.z, rows, self.mask,
-            self.codebook, *self.codebook.stride(), self.dither, bias, lengths, self.points,
+            scores, where, hidden, squares, *self.z, rows, self.mask,
+            self.codebook, *self.codebook.stride(), self.dither, bias, lengths, self.num_points,
         )  # fmt: skip
         options = {"GROUPS": groups, "PLACES": places, **{name: options[name] for name in _OF_SETTLE}}
         if taken is ALL and rows >= MANY_ROWS:
@@ -164,16 +164,16 @@ class _Problem(NamedTuple):
             *arguments, *taken, *left, too_wide, self.indices, self.sqdist,
             PROGRAMS=settle.PROGRAMS, MOST=most, **options, **tile,
         )  # fmt: skip
-        return tiles
+        return where
 
-    def exhaust(self, search: Search, taken: Listed, tiles: Tensor) -> None:
-        """Measure what is left of the rows ``taken``."""
+    def exhaust(self, search: Search, taken: Listed, where: Tensor) -> None:
+        """Measure what is left of the rows ``taken``; ``where`` is what ``decide`` returned."""
         launch(
             exhaust_kernel, (torch.sym_min(self.rows, exhaust.PROGRAMS),), self.device,
             *self.z, self.codebook, *self.codebook.stride(), self.dither,
-            search.packed.bias, self.points, *taken, tiles, self.indices, self.sqdist,
+            search.packed.bias, self.num_points, *taken, where, self.indices, self.sqdist,
             PROGRAMS=exhaust.PROGRAMS, D=search.options["D"], PADDED_D=search.options["PADDED_D"],
-            GROUPS=tiles.shape[1], **configuration("exhaust", search.options["D"], self.device),
+            GROUPS=where.shape[1], **configuration("exhaust", search.options["D"], self.device),
         )  # fmt: skip
 
 
@@ -204,20 +204,20 @@ def find(
     product = product_for(z.dtype, precision, torch.float32 if dither is not None else codebook.dtype)
     in_two_passes = product not in ("bf16", "ieee") and problem.rows >= MANY_ROWS
     if precision == "fast" and not in_two_passes:
-        problem.decide(problem.packed(product, precision), ALL, UNLISTED)
+        problem.decide(problem.search_by(product, precision), ALL, UNLISTED)
         return indices
 
     hard_rows = problem.no_rows_yet()
     if in_two_passes:
-        open_rows, too_wide = problem.no_rows_yet(), problem.counter()
-        coarse = problem.packed("fp16", "exact", too_wide=too_wide)
+        open_rows, too_wide = problem.no_rows_yet(), torch.zeros(1, dtype=torch.int32, device=z.device)
+        coarse = problem.search_by("fp16", "exact", too_wide=too_wide)
         problem.decide(coarse, ALL, open_rows, _LOOKS, too_wide)
-        search = problem.packed("bf16x3", "exact", around=coarse.packed.around)
-        tiles = problem.decide(search, open_rows, hard_rows)
+        search = problem.search_by("bf16x3", "exact", around=coarse.packed.around)
+        where = problem.decide(search, open_rows, hard_rows)
     else:
-        search = problem.packed(product, precision)
-        tiles = problem.decide(search, ALL, hard_rows)
-    problem.exhaust(search, hard_rows, tiles)
+        search = problem.search_by(product, precision)
+        where = problem.decide(search, ALL, hard_rows)
+    problem.exhaust(search, hard_rows, where)
     return indices
 
 

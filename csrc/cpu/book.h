@@ -1,4 +1,4 @@
-// A codebook to search: packed, unless rows are so few that packing takes longer, wherever codewords lie.
+// A codebook to search: packed, or for at most kFew rows as it lies (few.inl).
 #pragma once
 
 #include <mutex>

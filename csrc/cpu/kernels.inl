@@ -1,6 +1,7 @@
 // The CPU kernels, compiled once per instruction set: DIVEQ_ISA, DIVEQ_LANES (floats in a vector), DIVEQ_GROUP (rows of
 // the microkernel), and DIVEQ_AMX or DIVEQ_VNNI where the search has a coarser first pass. Formulas: docs/math.md.
-// Nothing from std:: is instantiated here, see kernels.h.
+// Nothing from std:: is instantiated here, see kernels.h. The search: nearest.cpp, book.h, packed.h,
+// packed_search.inl, then screen.inl with products_*.inl, or fold.inl, then search.inl; few.inl for at most kFew rows.
 #include "kernels.h"
 
 #include <cfloat>

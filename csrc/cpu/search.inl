@@ -61,8 +61,8 @@ inline void transpose_rows(const float* const* row, const float* centre, int64_t
   for (int r = 0; r < MR; ++r) to[r] = 1.0001f * sqrtf(squares[r]);
 }
 
-// The row's nearest codeword, from the minima of its lanes; or what no score of its may exceed, if more have to be compared
-// than these minima and kFewLanes others' codewords, and else -Inf.
+// The row's nearest codeword, from the minima of its lanes: -Inf, with `index` the nearest; or, if more have to be compared
+// than these minima and kFewLanes others' codewords, the score up to which codewords must be.
 //
 // A computed score has its codeword's error taken off (pack.inl), and is no more than the true one. So none can be the
 // nearest whose score is higher than the least by twice the error of that one's codeword, which is no longer than

@@ -2,7 +2,7 @@
 
 inline V moved(V d, const float* noise, int64_t k, int n) { return noise ? d + load(noise + k, n) : d; }
 
-// out = Σ_e of the row's terms; E is 1 or 2 ends.
+// z_q of one row, with E = 1 or 2 ends (kernels.h, `step`).
 template <int E>
 void step_towards(const float* z, const float* const* targets, const float* const* noise, const float* weights,
                   int64_t dim, float* out) {

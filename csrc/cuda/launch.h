@@ -1,5 +1,6 @@
-// The kernels' launchers, as ops.cpp calls them. Plain structs and pointers; no torch, no CUDA headers. Pointers are to
-// device memory; everything is queued on the stream and nothing waits for it.
+// What launchers take, and those of the search; others are in steps.h and layer.h. The search: search.cu, centre.cuh and
+// pack.cuh, then search_direct.cuh or search_product.cuh, then settle.cuh. Plain structs and pointers; no torch, no CUDA
+// headers. Pointers are to device memory; everything is queued on the stream and nothing waits for it.
 #pragma once
 
 #include <cstddef>

@@ -2,7 +2,7 @@
 #include "layer.h"
 
 #include "replace.cuh"
-#include "use.cuh"
+#include "usage.cuh"
 
 namespace diveq {
 

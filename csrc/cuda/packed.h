@@ -14,11 +14,11 @@ constexpr int kTileRows = 64, kTileColumns = 128, kTileDepth = 16;  // of a bloc
 // it. All are less the centre. `words` holds fragments b of mma.cuh, [stages][columns/8][depth/16][32][2 * parts]: the
 // values in bf16 and, with two parts, what that leaves of them. `offsets` is what a product begins with: -‖c‖²/2 or
 // -‖a‖²/2, -Inf where nothing may be chosen, and -a·u. A segment is a + τu, its τ within `ranges` [stages][columns/2].
-// An exact search for codewords begins its products with a bound of their error added: κ‖c‖²/2 is in `offsets`, κ‖c‖, times
-// ‖z‖, in `errors`.
+// An exact search for codewords begins its products with a bound of their error added: κ‖c‖²/2 is in `offsets`, and
+// `errors` has κ‖c‖, which a row multiplies by its ‖z‖.
 //
-// Rows of at most kDirectDim have no centre and no fragments: `points` holds c, or a and u, padded with zeros, NaN where
-// nothing may be chosen.
+// Rows of at most kDirectDim have no centre and no fragments: `points` holds c, or a and u, padded with zeros, NaN or
+// Inf where nothing may be chosen.
 struct Packed {
   float* centre;  // [stages][depth]
   uint32_t* words;
@@ -34,7 +34,7 @@ struct Packed {
   bool direct() const { return points != nullptr; }
 };
 
-// The error of a computed score ‖c‖²/2 - z·c is at most this share of ‖c‖²/2 + ‖z‖‖c‖, all centred.
+// The error of a computed score z·c - ‖c‖²/2 is at most this share of ‖c‖²/2 + ‖z‖‖c‖, all centred.
 //
 // Two parts in bf16 leave out 2^-16 of a value, and the product of two second parts, also 2^-16, is left out. A tensor core
 // cuts every summand off at 2^-23 of the largest, and so the sum; it may add 16 products in two goes, which makes 20

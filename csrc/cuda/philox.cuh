@@ -36,7 +36,7 @@ __device__ inline float uniform(uint32_t word) {
 }
 
 // σ·r·(cos θ, sin θ), θ = 2πb reduced by whole quarter turns: sincosf would bring a path for large angles along, with
-// memory of its own. The polynomials are those of the cpu backend.
+// memory of its own. The cpu backend has other polynomials; both are within 1e-5 of the normals (docs/numerics.md).
 __device__ inline void box_muller(uint32_t first, uint32_t second, float sigma, float& cosine, float& sine) {
   const float a = fmaxf(uniform(first), 1.0e-7f), b = uniform(second);
   const float radius = sigma * sqrtf(-2.0f * logf(a));

@@ -6,7 +6,7 @@
 
 #include "layer.h"
 #include "rows.cuh"
-#include "use.cuh"
+#include "usage.cuh"
 
 namespace diveq {
 

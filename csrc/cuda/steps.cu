@@ -4,7 +4,7 @@
 #include "composite.cuh"
 #include "diveq.cuh"
 #include "nearest.cuh"
-#include "project_step.cuh"
+#include "project.cuh"
 #include "sf_diveq.cuh"
 #include "step.cuh"
 #include "sums.cuh"

@@ -25,7 +25,7 @@ struct Noise {
 };
 
 // Where a gradient goes: ∂L/∂z, if z wants it; ∂L/∂C in fp32, added to zeroed `sums` in any order, or with `runs` stored
-// there in a fixed one. A sum in a fixed order needs `scalars`, fp32 [ends, rows]. Null: not wanted.
+// there in a fixed one. A sum in a fixed order needs `scalars`, fp32 [1 or 2, rows]. Null: not wanted.
 struct Gradients {
   const Rows* grad_z;
   float* sums;

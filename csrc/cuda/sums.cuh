@@ -8,7 +8,7 @@
 #pragma once
 
 #include "composite.cuh"
-#include "project_step.cuh"
+#include "project.cuh"
 #include "sf_diveq.cuh"
 
 namespace diveq {

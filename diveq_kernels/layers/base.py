@@ -272,7 +272,7 @@ class Quantizer(MarkedCodebook):
         """In a forward that ``_writes``: 1 for a step, 0 for a repetition, which a graph finds out as it runs.
 
         Args:
-            learns: Whether ``learn_of_forward`` is called as it does.
+            learns: Whether a graph also tells the layer (``learn_of_forward``).
         """
         if not torch.compiler.is_compiling():
             return 1

@@ -75,12 +75,6 @@ class CompositeQuantizer(ReplacingQuantizer):
         """The nearest point of every codebook's curve: (points, indices [Q, ...], t [Q, ...])."""
         raise NotImplementedError
 
-    def _train(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
-
-    def _quantize(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
-
     def _encode(self, z: Tensor, mask: Tensor | None, active: Tensor | None = None) -> Any:
         raise NotImplementedError
 
