@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import cpu_isa
 import pytest
 import torch
@@ -86,20 +88,43 @@ def test_only_that_loss_is_taken() -> None:
     wanted = functional.mse_loss(target, x)
     assert _one_pass.mse_loss(target, x).grad_fn.name() == "_CommittedBackward"  # type: ignore[union-attr]
     learned = target.clone().requires_grad_()
-    for a, b, options in (
-        (target.clone(), x, {}),
-        (target, x.clone(), {}),
-        (learned, x, {}),
-        (target, x, {"reduction": "sum"}),
+    for a, b, positional, options in (
+        (target.clone(), x, (), {}),
+        (target, x.clone(), (), {}),
+        (learned, x, (), {}),
+        (target, x, (), {"reduction": "sum"}),
+        (target, x, (None, None, "sum"), {}),
     ):
-        found = _one_pass.mse_loss(a, b, **options)
+        found = _one_pass.mse_loss(a, b, *positional, **options)
         assert found.grad_fn.name() == "MseLossBackward0"  # type: ignore[union-attr]
-        torch.testing.assert_close(found, wanted * (target.numel() if options else 1), rtol=1e-5, atol=0)
+        summed = bool(positional or options)
+        torch.testing.assert_close(found, wanted * (target.numel() if summed else 1), rtol=1e-5, atol=0)
     _one_pass.rotate_to(x, learned)
     assert torch.autograd.grad(_one_pass.mse_loss(learned, x), learned)[0].any()
     _one_pass.rotate_to(x, target)
     _one_pass.forget_loss()
     assert _one_pass.mse_loss(target, x).grad_fn.name() == "MseLossBackward0"  # type: ignore[union-attr]
+
+
+def test_each_thread_has_a_loss_of_its_own() -> None:
+    source, target = torch.randn(20, 8, requires_grad=True), torch.randn(20, 8)
+    _one_pass.rotate_to(source, target)
+    with ThreadPoolExecutor(1) as other:
+        found = other.submit(_one_pass.mse_loss, target, source).result()
+    torch.testing.assert_close(found, functional.mse_loss(target, source))
+    assert found.grad_fn.name() == "MseLossBackward0"
+    assert _one_pass.mse_loss(target, source).grad_fn.name() == "_CommittedBackward"  # type: ignore[union-attr]
+
+
+def test_a_graph_takes_no_loss_that_was_made_before() -> None:
+    source, target = torch.randn(20, 8, requires_grad=True), torch.randn(20, 8)
+    compiled = torch.compile(lambda x, y: _one_pass.mse_loss(y, x), backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        _one_pass.rotate_to(source, target)
+        torch.testing.assert_close(compiled(source, target), functional.mse_loss(source, target))
+        with torch.no_grad():
+            source += 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("unit", [False, True])
@@ -134,8 +159,8 @@ def test_rows_that_are_only_scaled(isa: str) -> None:  # noqa: F811
 def test_sums_of_codewords(isa: str, rows: int, codewords: int, dim: int, weighted: bool) -> None:  # noqa: F811
     gen = generator()
     x = torch.randn(2, dim, rows, generator=gen).transpose(1, 2)
-    indices = torch.randint(codewords, (2, rows), generator=gen)
-    weights = torch.rand(2, rows, generator=gen) if weighted else None
+    indices = torch.randint(codewords, (rows, 2), generator=gen).T
+    weights = torch.rand(rows, 2, generator=gen).T if weighted else None
     found = _one_pass.sums_of_codewords(x, indices, weights, codewords)
     with use_backend("reference"):
         of_double = None if weights is None else weights.double()

@@ -179,10 +179,33 @@ def test_second_derivatives() -> None:
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_gradients_and_several_at_once_in_half_precision() -> None:
+    """There the rotation alone is one operation, which is linear: R, Rᵀ and R again."""
+    source, target = torch.randn(2, 30, 9).bfloat16().unbind()
+    several, directions = torch.randn(3, 30, 9).bfloat16(), torch.randn(30, 9).bfloat16()
+    results = []
+    for functions, dtype in ((_one_pass, torch.bfloat16), (package, torch.float64)):
+        x, g = leaves(source, several[0], dtype=dtype)
+        rotated = functions.rotate_to(x, target.to(dtype))
+        (first,) = torch.autograd.grad(rotated, x, g, create_graph=True)
+        (second,) = torch.autograd.grad(first, g, directions.to(dtype))
+        (batched,) = torch.autograd.grad(rotated, x, several.to(dtype), is_grads_batched=True)
+        results.append((first, second, batched[0], batched[1], batched[2]))
+    for found, wanted in zip(*results, strict=True):
+        close(found, wanted, 1e-5 + 4 * eps(torch.bfloat16))
+
+
 def test_gradients_reach_the_source_alone() -> None:
     source, target = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
     _one_pass.rotate_to(source, target).sum().backward()
     assert source.grad is not None and target.grad is None
+    assert not _one_pass.rotate_to(source.detach(), target).requires_grad
+
+
+def test_a_target_for_several_rows() -> None:
+    """Of another shape, which the package takes."""
+    source, target = torch.randn(30, 12), torch.randn(1, 12)
+    assert torch.equal(_one_pass.rotate_to(source, target), package.rotate_to(source, target))
 
 
 def test_what_the_kernels_do_not_take_is_the_package_s() -> None:

@@ -112,6 +112,7 @@ def test_bad_noise(kind):
     with pytest.raises(ValueError, match="noise_std or its alias noise_var .*, not both: got 0.001 and 0.001"):
         kind(8, 4, noise_std=1e-3, noise_var=1e-3)
     assert kind(8, 4, noise_std=0, allow_warning=False).noise_std == 0
+    assert kind(8, 4, allow_warning=False).noise_std == 1e-3
 
 
 @for_replacing_layers
@@ -181,10 +182,15 @@ def nothing_warned_yet():
     ],
 )
 def test_unusual_values_warn_once(kind, keywords, expected):
-    caught = warned(lambda: kind(8, 4, **keywords))
+
+    def build():
+        return kind(8, 4, **keywords)
+
+    caught = warned(build)
     assert [re.match(r"\S+", str(w.message))[0] for w in caught] == expected
-    assert all(w.category is UserWarning and w.filename == __file__ for w in caught)
-    assert not warned(lambda: kind(8, 4, **keywords))
+    line = build.__code__.co_firstlineno + 1
+    assert all((w.category, w.filename, w.lineno) == (UserWarning, __file__, line) for w in caught)
+    assert not warned(build)
 
 
 @pytest.mark.usefixtures("nothing_warned_yet")
@@ -199,8 +205,9 @@ def test_strings_are_no_bools(kind):
     for name in ("uniform_init", "allow_warning", "channel_first"):
         with pytest.raises(TypeError, match=f"{name} must be a bool, got str"):
             make(kind, **{name: "False"})
-        with pytest.raises(TypeError, match=f"{name} must be a bool, got int 100"):  # such as an argument too far on
-            make(kind, **{name: 100})
+        for bad in (100, 2, -1, 1.0):  # such as an argument too far on
+            with pytest.raises(TypeError, match=f"{name} must be a bool, got {type(bad).__name__} {bad}"):
+                make(kind, **{name: bad})
         assert getattr(make(kind, **{name: np.bool_(True)}), name) and getattr(make(kind, **{name: 1}), name)
 
 
@@ -277,8 +284,9 @@ def test_wrong_shapes_with_channels_first_are_told_in_the_words_of_the_layer(kin
 def test_more_steps_than_there_can_be():
     """As an int32 they would be others; R = 2^32 + 3 would replace every third step in a graph."""
     assert make(DIVEQ, replacement_iters=2**31 - 1).replacement_iters == 2**31 - 1
-    with pytest.raises(ValueError, match="replacement_iters must be an int <= 2147483647, got 4294967299: code"):
-        make(DIVEQ, replacement_iters=2**32 + 3)
+    for bad in (2**31, 2**32 + 3):
+        with pytest.raises(ValueError, match=f"replacement_iters must be an int <= 2147483647, got {bad}: code"):
+            make(DIVEQ, replacement_iters=bad)
 
 
 @for_every_layer_and_composite

@@ -294,6 +294,20 @@ def test_first_means_are_drawn_within_their_parts():
     for chosen in of_seeds:
         assert (chosen // 8).tolist() == list(range(8)) and len((chosen % 8).unique()) > 2
     assert not torch.equal(*of_seeds)
+    anywhere = _spread(torch.arange(8192.0)[:, None], torch.ones(8192, dtype=torch.bool), 1024, 5, False)
+    assert (anywhere.flatten().long() % 8).bincount(minlength=8).min() > 70  # of 128: five standard deviations
+
+
+def test_a_codebook_that_is_not_contiguous():
+    """What is returned is, as its fake says, whether a start is due or not."""
+    codebook, z = torch.randn(6, 5).T, torch.randn(30, 6)
+    for counter in (-1, 0):
+        found = begun(codebook, z, counter)
+        assert found.is_contiguous() and torch.equal(found, begun(codebook.contiguous(), z, counter))
+        arguments = codebook, z, None, torch.tensor([counter], dtype=torch.int32), False, ""
+        torch.library.opcheck(kmeans_start, arguments, test_utils="test_faketensor")
+    nothing = begun(codebook, z[:0])
+    assert nothing.is_contiguous() and torch.equal(nothing, codebook)
 
 
 LESS = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.float32, torch.float64)]

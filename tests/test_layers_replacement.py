@@ -147,6 +147,7 @@ def test_use_is_counted_by_step_not_by_row(kind):
         _, indices, _ = layer(torch.randn(9, 5), mask)
         expected[indices[mask].unique()] += 1
         assert torch.equal(layer.codebook_usage, expected) and layer.iter_counter == step + 1
+    assert layer.codebook_usage.dtype == layer.iter_counter.dtype == torch.int32  # as which kernels read them
     # A new interval begins with the next step.
     _, indices, _ = layer(torch.randn(9, 5))
     assert torch.equal(layer.codebook_usage.nonzero().flatten(), indices.unique()) and layer.codebook_usage.max() == 1
