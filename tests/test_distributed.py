@@ -117,6 +117,11 @@ def test_data_parallel(world, tmp_path):
 
 def run_out_of_inputs(rank, world, folder):
     start(rank, world, folder)
+    model = Model("DIVEQ")
+    parallel = DistributedDataParallel(model)
+    with parallel.join(enable=False):  # as where it is known that ranks have as many inputs
+        train(parallel, model.quantizer, world, rank, range(3))
+    assert model.quantizer.iter_counter == 3
     for kind, counted in (("DIVEQ", 0), ("SFDIVEQ", 0), ("SFDIVEQ", 9)):  # the last one is on its curve
         told = []
         for together in (False, True):
@@ -266,12 +271,14 @@ def test_all_codebooks_of_a_model_are_replicated() -> None:
     model = torch.nn.Sequential(DIVEQ(8, 4), torch.nn.Linear(4, 4), ResidualDIVEQ(8, 4, 2))
     assert replicate(model) == {model[0].codebook, model[2].codebook}
     assert all(len(layer.codebook._post_accumulate_grad_hooks) == 1 for layer in (model[0], model[2]))
+    other = copy.deepcopy(DIVEQ(8, 4)).float()  # of another model
+    assert not other.codebook._post_accumulate_grad_hooks and not hasattr(other.codebook, "_diveq_replicated")
 
 
 def test_a_codebook_that_is_made_of_others_is_not_replicated() -> None:
     layer = torch.nn.utils.parametrizations.weight_norm(DIVEQ(8, 4, codebook_reset=False), "codebook")
     with pytest.raises(RuntimeError, match="must be no parametrization"):
-        replicate(torch.nn.Sequential(layer))
+        replicate(torch.nn.Sequential(DIVEQ(8, 4), layer))
 
 
 # What a codebook may have gone through before its gradient is to be averaged.
