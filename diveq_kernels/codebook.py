@@ -257,6 +257,7 @@ def sf_initialise(
         return codebook.clone(memory_format=torch.contiguous_format), missed.clone()
     chunks = _cut(finite_rows(rows, mask), codebook.shape[0], steps, step, is_one, sync)
     sums = _chunk_sums(rows.to(compute_dtype(codebook)), chunks.order, chunks)
+    missed = torch.where(step == 0, 0, missed)  # it may be another state's, see torch.func.functional_call
     now = _merge(codebook, chunks.before - missed, sums, chunks, sync)
     missed = missed + torch.where(chunks.has_rows, 0, chunks.share).to(missed.dtype)
     is_left = (step == steps - 1) & (missed == steps)
@@ -312,6 +313,7 @@ def composite_sf_initialise(
     if steps <= 0 or (is_one.device.type == "cpu" and not is_one):
         return curve.clone(memory_format=torch.contiguous_format), built.clone()
     Q, K, part = curve.shape
+    built = torch.where(step == 0, 0, built)  # as above
     chosen = indices.reshape(Q, rows.shape[0]).long()
     finite = finite_rows(rows, mask)
     rows = rows.to(compute_dtype(curve))

@@ -175,6 +175,21 @@ def test_a_state_that_comes_without_loading_keeps_trained_codewords(kind: type, 
     assert torch.equal(layer.codebook[:, :kept], trained[:, :kept])
 
 
+@for_every_curve
+def test_states_that_begin_one_after_another_are_apart(kind: type) -> None:
+    """What is not in the state_dict is the layer's own, whose state_dict it is."""
+    layer, steps = make(kind, K, DIM, skip_iters=6, avg_iters=5), some_steps(5)
+    fresh, found = {name: value.clone() for name, value in layer.state_dict().items()}, []
+    for of_state in ([None] * 5, [*steps, torch.ones(6, DIM)], steps[:3], [*steps, torch.ones(6, DIM)]):
+        state = {name: value.clone() for name, value in fresh.items()}
+        state["codebook"].requires_grad_()
+        for step in of_state:
+            rows, mask = masked(torch.ones(6, DIM)) if step is None else (step, None)
+            torch.func.functional_call(layer, state, (rows, mask))
+        found.append(state["codebook"].detach())
+    assert torch.equal(found[1], found[3])
+
+
 def test_memory_that_nothing_was_written_to_is_no_note() -> None:
     """Of a layer that left "meta" and whose state was copied tensor by tensor."""
     steps = some_steps(5)
