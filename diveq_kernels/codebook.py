@@ -317,27 +317,24 @@ def composite_sf_initialise(
     chosen = indices.reshape(Q, rows.shape[0]).long()
     finite = finite_rows(rows, mask)
     rows = rows.to(compute_dtype(curve))
-    merged = []
+    of_curves = []  # (sums, chunks) of each
     if part < rows.shape[-1]:
         chunks = _cut(finite, K, steps, step, is_one, sync)
-        sums = _chunk_sums(rows, chunks.order, chunks)
-        merged = [
-            (_merge(curve[group], built[group], of_group, chunks, sync), chunks)
-            for group, of_group in enumerate(sums.chunk(Q, dim=-1))
-        ]
-    for stage in range(Q) if part == rows.shape[-1] else ():
-        done = stage - 1  # whose codewords `sums` is without
-        if stage == 0 or not all_stages:
-            chunks = _cut(finite & (chosen[stage] >= 0), K, steps, step, is_one, sync)
-            sums, done = _chunk_sums(rows, chunks.order, chunks), 0
-        # Sums are linear, so no residual is made: the codewords chosen so far are summed over the same rows.
-        for before in range(done, stage):
-            sums = sums - _chunk_sums(
-                codebook[before].to(rows.dtype), chosen[before].clamp_min(0)[chunks.order], chunks
-            )
-        merged.append((_merge(curve[stage], built[stage], sums, chunks, sync), chunks))
-    more = torch.stack([torch.where(of.has_rows, of.share, 0) for _, of in merged])
-    return torch.stack([now for now, _ in merged]), built + more.to(built.dtype)
+        of_curves = [(sums, chunks) for sums in _chunk_sums(rows, chunks.order, chunks).chunk(Q, dim=-1)]
+    else:
+        for stage in range(Q):
+            done = stage - 1  # whose codewords `sums` is without
+            if stage == 0 or not all_stages:
+                chunks = _cut(finite & (chosen[stage] >= 0), K, steps, step, is_one, sync)
+                sums, done = _chunk_sums(rows, chunks.order, chunks), 0
+            # Sums are linear, so no residual is made: the codewords chosen so far are summed over the same rows.
+            for before in range(done, stage):
+                words = chosen[before].clamp_min(0)[chunks.order]
+                sums = sums - _chunk_sums(codebook[before].to(rows.dtype), words, chunks)
+            of_curves.append((sums, chunks))
+    merged = [_merge(curve[q], built[q], sums, chunks, sync) for q, (sums, chunks) in enumerate(of_curves)]
+    more = torch.stack([torch.where(chunks.has_rows, chunks.share, 0) for _, chunks in of_curves])
+    return torch.stack(merged), built + more.to(built.dtype)
 
 
 @composite_sf_initialise.register_fake

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import Quantizer, Target, eps, for_every_quantizer, generator, on_every_target, same_sums
-from layer_cases import CURVES, busy, for_every_layer_and_composite, make
+from layer_cases import COMPOSITES, CURVES, LAYERS, REPLACING, busy, make
 from oracle import excess, sqdist
 
 import diveq_kernels.functional as F
@@ -78,13 +78,14 @@ def test_coarse_matmul_setting(target: Target) -> None:
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@for_every_layer_and_composite
+@pytest.mark.parametrize(
+    ("kind", "init"),
+    [(kind, "random") for kind in LAYERS + COMPOSITES] + [(kind, "kmeans") for kind in REPLACING + COMPOSITES],
+    ids=lambda x: getattr(x, "__name__", x),
+)
 @pytest.mark.parametrize("under", HALVES, ids=str)
-@pytest.mark.parametrize("init", ["random", "kmeans"])
 def test_layers_take_the_half_precision_that_autocast_does_not_know(kind: type, under: torch.dtype, init: str) -> None:
     """In training, from the start by k-means and the first curve on, and afterwards."""
-    if init == "kmeans" and kind in CURVES:
-        pytest.skip("it has a start of its own")
     other = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}[under]
     how = busy(kind) | ({} if kind in CURVES else {"init": init})
     steps = torch.randn(5, 40, 4).to(other)
