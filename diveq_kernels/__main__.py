@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 
@@ -12,6 +13,9 @@ from diveq_kernels.benchmark import command
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the process's exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a table is not lost to a sign that the terminal does not have
+            stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(prog="python -m diveq_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, and each backend: available, or why not and what would help")

@@ -23,11 +23,16 @@ def check_float_tensor(x: Any, name: str) -> None:
         traced = ": make the layer a leaf of the tracer (set_non_traceable_module_classes, is_leaf_module)"
         hint = traced if isinstance(x, torch.fx.Proxy) else ""
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}{hint}")
+    check_dense(x, name)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_dense(x: Tensor, name: str) -> None:
+    """Raise TypeError unless the tensor has strides: a sparse one or a nested one has none."""
     if x.layout != torch.strided or x.is_nested:
         kind = "a nested one" if x.is_nested else f"one of layout {x.layout}"
         raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def check_same_device(x: Tensor, name: str, z: Tensor) -> None:
@@ -89,6 +94,7 @@ def check_mask(mask: Any, z: Tensor) -> None:
         raise TypeError(f"mask must be a bool torch.Tensor or None, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+    check_dense(mask, "mask")
     check_shape(mask, "mask", tuple(z.shape[:-1]), "z's shape without D")
     check_same_device(mask, "mask", z)
 

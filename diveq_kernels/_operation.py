@@ -136,8 +136,10 @@ class Operation:
             save(ctx, inputs, output)
 
         def backward_if_any(ctx: Any, *gradients: Tensor | None) -> Any:
-            some = any(gradient is not None for gradient in gradients)
-            return backward(ctx, *gradients) if some else (None,) * len(ctx.needs_input_grad)
+            if all(gradient is None for gradient in gradients):
+                return (None,) * len(ctx.needs_input_grad)
+            # That of an embedding's weight, for one, may be sparse.
+            return backward(ctx, *(g if g is None or g.layout == torch.strided else g.to_dense() for g in gradients))
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             output = self._run(*arguments)

@@ -126,7 +126,9 @@ def _load(name: str) -> ModuleType | str:
     try:
         return importlib.import_module(BACKENDS[name].module)
     except (ImportError, OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
+        # What the linker says of a library is the cause of torch's error, which names the file alone.
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        return f"{type(error).__name__}: {error}{cause}"
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +80,12 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
     return _START.pack(_MAGIC, zlib.crc32(body)) + body
 
 
-def unpack_codes(packed: bytes | bytearray | memoryview) -> Tensor | SFCodes:
+def unpack_codes(packed: bytes | bytearray | memoryview, device: Any = "cpu") -> Tensor | SFCodes:
     """The codes of ``pack_codes``: indices int64 [...], or `SFCodes` with t fp32 where t was packed.
+
+    Args:
+        packed: What ``pack_codes`` returned.
+        device: Where the codes go: the layer's, for its ``decode``.
 
     Raises:
         TypeError: If packed is no bytes-like object.
@@ -121,9 +126,9 @@ def unpack_codes(packed: bytes | bytearray | memoryview) -> Tensor | SFCodes:
     except RuntimeError as error:  # of a few bytes that claim to be a great many codes
         raise ValueError(f"packed says that it holds {whole} codes, for which there is no memory") from error
     if not t_bits:
-        return indices
+        return indices.to(device)
     t = (_unpack(packed[index_end:], t_bits, count).double() / ((1 << t_bits) - 1)).float()
-    return SFCodes(indices, torch.nn.functional.pad(t, (0, rest)).reshape(shape))
+    return SFCodes(indices.to(device), torch.nn.functional.pad(t, (0, rest)).reshape(shape).to(device))
 
 
 def _bits(count: int) -> int:

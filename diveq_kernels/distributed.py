@@ -155,6 +155,11 @@ def check_written_is_kept(layer: nn.Module) -> None:
             "deepspeed.initialize an optimizer and model_parameters without the codebooks, call "
             "diveq_kernels.distributed.replicate(model), and step the codebooks by an optimizer of their own"
         )
+    if getattr(layer, "_is_replica", False):
+        raise RuntimeError(
+            "layer must not be a copy of torch.nn.DataParallel's, which would lose what it writes to its codebook and "
+            "counters: use torch.nn.parallel.DistributedDataParallel"
+        )
     if is_made_of_others(layer):
         raise RuntimeError(
             "codebook must be no parametrization (torch.nn.utils.parametrize, weight_norm), which would lose what the "

@@ -303,6 +303,7 @@ def noise_seed(z: Tensor, noise_std: float, seed: int | Tensor | None) -> Tensor
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int, an int64 tensor or None, got a tensor of {seed.dtype}")
+        _checks.check_dense(seed, "seed")
         _checks.check_shape(seed, "seed", (), "[]")
         _checks.check_same_device(seed, "seed", z)
     elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, numbers.Integral))):
@@ -357,6 +358,7 @@ def _num_active(num_active: int | Tensor | None, z: Tensor, stages: int, per_sam
     if isinstance(num_active, Tensor):
         if num_active.dtype not in _checks.INTEGERS:
             raise TypeError(f"num_active must be an int, an int32 or int64 tensor or None, got {num_active.dtype}")
+        _checks.check_dense(num_active, "num_active")
         _checks.check_same_device(num_active, "num_active", z)
         if num_active.dtype == torch.int64:  # what is beyond int32 would wrap
             num_active = num_active.clamp(0, stages).to(torch.int32)

@@ -83,7 +83,7 @@ class ShardedNearest(MarkedCodebook):
     ) -> None:
         super().__init__()
         num_embeddings = check_count(num_embeddings, "num_embeddings", 1)
-        embedding_dim = check_count(embedding_dim, "embedding_dim", 1)
+        embedding_dim = check_count(embedding_dim, "embedding_dim", 1, _checks.MAX_DIM)
         _checks.check_noise_std(noise_std)
         _checks.check_precision(precision)
         backends.check_name(backend)

@@ -283,3 +283,16 @@ def test_whatever_keeps_a_backend_from_loading_is_a_reason(
     messages = [record.getMessage() for record in caplog.records]
     assert messages and len(messages) == len(set(messages)) and all("not here" in message for message in messages)
     assert {record.levelno for record in caplog.records} == {level}
+
+
+def test_the_linker_s_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own error names the file, and has that for a cause."""
+
+    def import_module(name: str) -> object:
+        raise OSError("Could not load this library: x.so") from OSError("x.so: undefined symbol: y")
+
+    backends._load.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib, "import_module", import_module)
+        assert "x.so (x.so: undefined symbol: y)" in str(backends.why_unavailable("cpu", "cpu"))
+    backends._load.cache_clear()

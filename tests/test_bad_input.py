@@ -118,6 +118,9 @@ def test_mask(function: Callable, shape: tuple[int, ...]) -> None:
         mask = torch.ones(3, 2, dtype=dtype)
         refused(TypeError, ["mask", "bool", str(dtype)], function, Z, books, mask=mask)
     refused(TypeError, ["mask", "bool", "list"], function, Z, books, mask=[[True, True]] * 3)
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    refused(TypeError, ["mask", "dense", "sparse_coo"], function, Z, books, mask=mask.to_sparse())
+    refused(TypeError, ["mask", "dense", "nested"], function, Z, books, mask=torch.nested.nested_tensor([mask, mask]))
 
 
 @for_every_function
@@ -159,6 +162,8 @@ def test_seed(quantizer: Quantizer, noise_std: float) -> None:
     for dtype in (torch.float32, torch.int32):
         wrong = torch.zeros((), dtype=dtype)
         refused(TypeError, ["seed", "int64", str(dtype)], quantizer, Z, books, seed=wrong, **keywords)
+    wrong = torch.tensor(3).to_sparse()
+    refused(TypeError, ["seed", "dense", "sparse_coo"], quantizer, Z, books, seed=wrong, **keywords)
     wrong = torch.zeros(1, dtype=torch.int64)
     refused(ValueError, ["seed", "(1,)"], quantizer, Z, books, seed=wrong, **keywords)
     wrong = torch.zeros((), dtype=torch.int64, device="meta")
@@ -194,6 +199,8 @@ def test_num_active(function: Callable) -> None:
     for shape in ((2, 3), (3,), (3, 2, 1)):
         wrong = torch.ones(shape, dtype=torch.int64)
         refused(ValueError, ["num_active", "(3, 2)", str(shape)], function, Z, books, num_active=wrong)
+    wrong = torch.ones(3, 2, dtype=torch.int32).to_sparse()
+    refused(TypeError, ["num_active", "dense", "sparse_coo"], function, Z, books, num_active=wrong)
     wrong = torch.ones(3, 2, dtype=torch.int64, device="meta")
     refused(ValueError, ["num_active", "device", "cpu", "meta"], function, Z, books, num_active=wrong)
 

@@ -119,6 +119,16 @@ def test_what_layers_encode(kind):
     torch.testing.assert_close(decoded, layer.decode(encoded), rtol=0, atol=1e-5 if curve else 0)
 
 
+@pytest.mark.parametrize("kind", [DIVEQ, SFDIVEQ], ids=lambda kind: kind.__name__)
+def test_codes_come_to_the_layer(kind):
+    layer = kind(20, 6, allow_warning=False, device="meta")
+    for n in (0, 30):
+        indices = torch.zeros(n, dtype=torch.int64)
+        packed = pack_codes(SFCodes(indices, torch.zeros(n)) if kind is SFDIVEQ else indices, 19)
+        decoded = layer.decode(unpack_codes(packed, device=layer.codebook.device))
+        assert decoded.shape == (n, 6) and decoded.device.type == "meta"
+
+
 def test_any_view_of_the_bytes():
     """Its items need not be bytes."""
     indices = torch.randint(0, 8, (10,))

@@ -277,3 +277,15 @@ def test_check_that_is_killed_has_shown_what_it_found() -> None:
     done = subprocess.run([sys.executable, "-c", killed], env=environment, capture_output=True, text=True, check=False)
     *_, first, second = done.stdout.splitlines()
     assert done.returncode == 9 and "nearest" in first and "project" in second
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_the_signs_of_a_table(encoding: str) -> None:
+    for arguments in (["check", "--backend", "reference"], ["bench", "--n", "64", "--k", "8", "--d", "4"], ["info"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "diveq_kernels", *arguments],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0 and len(done.stdout.splitlines()) > 5, done.stderr.decode(encoding)

@@ -132,6 +132,8 @@ def test_decoding_what_are_no_codes(kind):
 
     with pytest.raises(TypeError, match="codes must hold an int32 or int64 tensor of indices, got torch.float32"):
         layer.decode(codes(indices.float()))
+    with pytest.raises(TypeError, match="codes must be a dense torch.Tensor, got one of layout torch.sparse_coo"):
+        layer.decode(codes(indices.to_sparse()))
     with pytest.raises(TypeError, match="codes must hold .* got list"):
         layer.decode(codes([0, 1]))
     with pytest.raises(ValueError, match="codes must be on the layer's device, cpu, got meta"):

@@ -182,3 +182,15 @@ def test_a_codebook_of_deepspeeds_is_refused_where_it_is_written(name: str, init
             layer(data)
     layer.eval()(torch.randn(40, 6))
     layer.requires_grad_(False).train()(torch.randn(40, 6))
+
+
+@every
+def test_copies_of_data_parallel_are_refused_where_they_write(name: str, init: str) -> None:
+    """All but the first GPU's are thrown away with what was written to them."""
+    layer = make(name, init)
+    copy = layer._replicate_for_data_parallel()
+    copy.codebook = layer.codebook.view_as(layer.codebook)
+    with pytest.raises(RuntimeError, match="torch.nn.DataParallel.*use torch.nn.parallel.DistributedDataParallel"):
+        for data in torch.randn(5, 40, 6):
+            copy(data)
+    copy.eval()(torch.randn(40, 6))

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import diveq_kernels.functional as F
 from diveq_kernels import ops
 
 NAMES = ("nearest", "diveq", "sf_diveq", "project", "residual", "product")
@@ -176,6 +177,19 @@ def test_where_no_gradient_arrives_none_leaves(name: str) -> None:
 def loss(name: str, rest: tuple, z: Tensor, books: Tensor) -> Tensor:
     outputs = getattr(ops, name)(z, books, *rest)
     return sum((output * output).sum() for output in outputs if output.is_floating_point())
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_sparse_gradient(backend: str | None) -> None:
+    gen, rows, found = generator(), torch.tensor([0, 3, 3]), []
+    inputs = torch.randn(5, 4, generator=gen), torch.randn(6, 4, generator=gen)
+    for sparse in (False, True):
+        z, codebook = (x.clone().requires_grad_() for x in inputs)
+        z_q = F.diveq(z, codebook, noise_std=0.1, seed=3, backend=backend).z_q
+        torch.nn.functional.embedding(rows, z_q, sparse=sparse).square().sum().backward()
+        found.append((z.grad, codebook.grad))
+    for dense, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, dense)
 
 
 @pytest.mark.parametrize("backend", ["reference", None])

@@ -395,6 +395,7 @@ def test_bad_arguments():
     for keywords, message in (
         ({"num_embeddings": 0}, "num_embeddings must be an int >= 1, got 0"),
         ({"embedding_dim": 0}, "embedding_dim must be an int >= 1, got 0"),
+        ({"embedding_dim": 4097}, "embedding_dim must be an int <= 4096, got 4097"),
         ({"precision": "half"}, "precision must be 'exact' or 'fast', got 'half'"),
         ({"backend": "abacus"}, "backend must be one of .*, got 'abacus'"),
     ):

@@ -19,8 +19,8 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-# Bytes a block can have. sm_89 stands for all that have the default table; sm_86 and sm_120 have the same limit.
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Bytes a block can have. sm_89 and sm_120 have the default table, as has sm_86, with the same limit.
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 _POINTERS = {
     torch.float32: "*fp32",

@@ -28,7 +28,8 @@ def accelerate_vector_quantize(module: torch.nn.Module) -> torch.nn.Module:
 
     Raises:
         TypeError: If module is no module.
-        ModuleNotFoundError: If `vector-quantize-pytorch` is not installed.
+        ImportError: If `vector-quantize-pytorch` is not installed (ModuleNotFoundError), or is a release without names
+            that this takes from it; 1.32.0 has them.
     """
     _checks.check_module(module)
     from diveq_kernels.compat._vector_quantize import accelerate

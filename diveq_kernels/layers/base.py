@@ -129,7 +129,7 @@ class Quantizer(MarkedCodebook):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting from 0.
+        """Draw a new codebook from torch's generator, U(0, 1/K) or N(0, 1/K²), and start counting anew.
 
         A codebook that ``torch.nn.init`` may not write to, as transformers has it for what was loaded, stays; a counter
         that was not loaded with it is then as after ``load_state_dict`` without one.
@@ -198,7 +198,8 @@ class Quantizer(MarkedCodebook):
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Any:
         """The codes of z, which ``decode`` turns into the z_q of ``inference``: ``forward``'s arguments and errors.
 
-        Exactly so for codewords in z's dtype; for points of curves, and sums of stages, up to rounding.
+        Exactly so for codewords in z's dtype; for points of curves, and sums of stages, up to rounding. Rows left out
+        are decoded to zeros, and rows that are not finite to a codeword.
         """
         rows = self._rows(z, mask)
         with without_autocast(rows.device.type):
@@ -415,6 +416,7 @@ class Quantizer(MarkedCodebook):
         if not isinstance(indices, Tensor) or indices.dtype not in _checks.INTEGERS:
             got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
             raise TypeError(f"codes must hold an int32 or int64 tensor of indices, got {got}")
+        _checks.check_dense(indices, "codes")
         if indices.device != self.codebook.device:
             raise ValueError(f"codes must be on the layer's device, {self.codebook.device}, got {indices.device}")
         if indices.device.type != "cpu" or not is_plain(indices) or indices.numel() == 0:

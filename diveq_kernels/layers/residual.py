@@ -52,7 +52,10 @@ class _Residual(CompositeQuantizer):
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None, num_active: int | Tensor | None = None) -> Any:
-        """The codes of z, which ``decode`` turns into the z_q of ``inference``: ``forward``'s arguments and errors."""
+        """The codes of z, which ``decode`` turns into the z_q of ``inference``: ``forward``'s arguments and errors.
+
+        Up to rounding. Rows left out are decoded to zeros, and rows that are not finite to codewords.
+        """
         rows = self._rows(z, mask)
         active = self._active(num_active, rows)
         with without_autocast(rows.device.type):

@@ -50,7 +50,8 @@ class SFDIVEQ(Quantizer):
     nearest codewords). In the steps that pass z through the codebook has no gradient, as there, and optimizers leave it
     alone; in a graph (on an accelerator once there was one), with a process group, and where z needs no gradient, it is
     zero instead of None: an optimizer's weight decay and step count then include these steps. Where it is None,
-    ``GradScaler.step`` raises for an optimizer that has nothing but such codebooks: leave that out before step S.
+    ``GradScaler.step`` raises for an optimizer that has nothing but such codebooks: leave that out before step S. And
+    torch's ``SGD(momentum=…, fused=True)`` raises a TypeError in step S, as it takes no parameter that joins later.
 
     Args:
         num_embeddings: K >= 2, the number of codewords.
