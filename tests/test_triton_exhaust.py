@@ -11,7 +11,7 @@ from oracle import sqdist
 from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
-from diveq_kernels.triton_kernels import exhaust, search
+from diveq_kernels.triton_kernels import composite, exhaust, search
 from diveq_kernels.triton_kernels.launch import INTERPRETED, forced
 from diveq_kernels.triton_kernels.rows import rows_of
 
@@ -117,3 +117,32 @@ def test_rows_near_the_end_of_the_range_are_measured_against_all(measured: list[
     codebook[260] = 1e18
     assert (find(torch.full((4, 12), 4e18), codebook) == 260).all()
     assert [len(row) for row in measured] == [CODEWORDS] * 4
+
+
+@pytest.mark.parametrize("curve", [False, True])
+@pytest.mark.parametrize("kind", ["residual", "product"])
+def test_each_search_of_a_composite_measures_points_of_its_own(
+    kind: str, curve: bool, measured: list[set[int]], target: str
+) -> None:
+    """In the last stage too, of columns that lie apart: every row is near one of two that hide each other."""
+    gen, dim = generator(), 12
+    books = 3 * torch.randn(2, CODEWORDS + curve, dim, generator=gen)
+    places = torch.arange(0, 62, 4)
+    hidden = torch.where(places == 4, CODEWORDS - 1, places + 64)  # in the same place of another tile
+    for end in range(1 + curve):
+        books[:, hidden + end] = books[:, places + end] * (1 + 1e-6)
+    if kind == "residual":
+        books[0] *= 100
+    dither = torch.tensor([[0.5], [0.25]]).repeat(1, CODEWORDS) if curve else None
+    points = books if dither is None else (1 - dither[..., None]) * books[:, :-1] + dither[..., None] * books[:, 1:]
+    first, last = (points[q, torch.cat([places, hidden]).roll(q)] for q in range(2))
+    z = first + last if kind == "residual" else torch.cat([first, last], 1)
+    apart = z.t().contiguous().t()
+    with forced(f"{kind}_bf16x3", TILE):
+        of_stages = (None,) if kind == "residual" else ()
+        _, codes, _ = getattr(composite, kind)(apart, books, dither, *of_stages, None, None, 0.0, "exact")
+    assert len(measured) == 2 * len(z)
+    rows = [z, z - points[0][codes[0].long()]] if kind == "residual" else z.split(dim, 1)
+    for of_stage, x, candidates in zip(codes, rows, points, strict=True):
+        distances = sqdist(x, candidates)
+        assert (distances.gather(1, of_stage.long()[:, None])[:, 0] <= distances.amin(1) * (1 + 5e-7)).all()
