@@ -270,6 +270,8 @@ def test_residual_stages_that_are_not_active(target: Target, space_filling: bool
     for dtype in (torch.int32, torch.int64):
         active = torch.randint(0, 5, (6, 10), generator=gen, dtype=dtype).to(target.device)
         found = quantizer(z, books, num_active=active, **keywords, **dither)
+        beyond = active - 7 * (active == 0).to(dtype) + 7 * (active == 4).to(dtype)  # is as if it were 0 and 4
+        assert all(map(torch.equal, quantizer(z, books, num_active=beyond, **keywords, **dither), found))
         for a in range(5):
             rows = active == a
             assert torch.equal(found.z_q[rows], alone[a - 1].z_q[rows] if a else z[rows])
