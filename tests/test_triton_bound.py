@@ -257,13 +257,16 @@ def test_the_longest_codeword_is_found(target: str) -> None:
 
 @interpreted
 @pytest.mark.parametrize("target", ["triton-cpu"])
-@pytest.mark.parametrize(("largest", "fits"), [(65000.0, True), (66000.0, False), (-66000.0, False)])
-def test_a_codeword_past_the_range_of_fp16_is_noticed(largest: float, fits: bool, target: str) -> None:
+@pytest.mark.parametrize(("dim", "column"), [(12, 3), (130, 3), (130, 129)])
+@pytest.mark.parametrize(("largest", "fits"), [(65000.0, True), (65528.0, False), (-66000.0, False)])
+def test_a_codeword_past_the_range_of_fp16_is_noticed(
+    largest: float, fits: bool, dim: int, column: int, target: str
+) -> None:
     """In one column of one codeword, doubled and at its scale: no further than that is it too wide."""
-    codebook = torch.randn(200, 12, generator=generator())
-    around = middle(codebook[None], 16)
+    codebook = torch.randn(200, dim, generator=generator())
+    around = middle(codebook[None], -(-dim // 16) * 16)
     scale = fp16_scale(around.squares[0].sum(0).sort()[0][16].sqrt())
-    codebook[17, 3] = around.centre[0, 3] + largest / (2 * scale)  # not one of the sample
+    codebook[17, column] = around.centre[0, column] + largest / (2 * scale)  # not one of the sample
     too_wide = torch.zeros(1, dtype=torch.int32)
     packed = pack.pack(codebook[None], None, "fp16", True, TILE, too_wide=too_wide)
     assert bool(too_wide) != fits and bool(packed.points.half().isfinite().all()) == fits
