@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import generator
 from oracle import polyline_sqdist
+from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -139,6 +140,27 @@ def test_segments_as_the_projection_reads_them(product: str, unit: float, target
     assert leave[:40][there & ~goes_on].isposinf().all()
 
 
+def move_products(of_segments: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Errors [2, segments] are added to products with near ends and directions; an entry for each tile of them."""
+    module, tiles = __import__(project.__module__, fromlist=["project"]), []
+    tile, original = configuration("project_bf16x3", 12, of_segments.device)["BLOCK_K"], module.multiply
+    segments = of_segments.shape[1]
+    padded = torch.nn.functional.pad(of_segments, (0, 2 * tile))
+
+    def multiply(*given: Any) -> Any:
+        result, first = original(*given), len(tiles) * tile % -(-segments // tile * tile)
+        tiles.append(first)
+        result.handle.data[:] += padded[:, first : first + tile].flatten().numpy()
+        return result
+
+    monkeypatch.setattr(module, "multiply", multiply)
+    return tiles
+
+
+def length_of_row(z: Tensor, codebook: Tensor) -> float:
+    return float((z - middle(codebook[None], 16).centre[0, :12]).norm())
+
+
 @pytest.mark.parametrize("target", ["triton-cpu"])
 @pytest.mark.parametrize("of_rival", [0.0, 30.0])
 def test_products_in_error_cost_no_segment(of_rival: float, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,28 +168,37 @@ def test_products_in_error_cost_no_segment(of_rival: float, target: str, monkeyp
 
     The nearest segment is far from the centre, another next to it, whose own bound is small, or as far.
     """
-    module, gen, away, nearest, rival = __import__(project.__module__, fromlist=["project"]), generator(), 1e3, 40, 10
+    gen, away, nearest, rival = generator(), 1e3, 40, 10
     z, codebook = torch.zeros(1, 12), torch.zeros(90, 12)
     z[0, 0], codebook[:, 1:] = away, 8 * torch.randn(90, 11, generator=gen)
     for j, norm in ((nearest, 30.0), (rival, of_rival)):
         codebook[j, 1:] = norm * torch.nn.functional.normalize(torch.randn(11, generator=gen), dim=0)
-        codebook[j, 0] = away - (away**2 - norm**2 - (j == nearest)) ** 0.5  # nearer by 1, squared
+        codebook[j, 0] = away - (away**2 - norm**2 - 0.5 * (j == nearest)) ** 0.5  # nearer by a half, squared
         codebook[j + 1], codebook[[j - 1, j + 2]] = codebook[j], float("nan")
         codebook[j + 1, 0] -= 0.5
-    tile, original, tiles = configuration("project_bf16x3", 12, z.device)["BLOCK_K"], module.multiply, []
     centred = codebook - middle(codebook[None], 16).centre[0, :12]
     near_ends = torch.minimum(centred[:-1].norm(dim=1), centred[1:].norm(dim=1)).nan_to_num()
-    error = error_bound("bf16x3", 12, 16) * float((z + (centred - codebook)[0]).norm()) * near_ends
+    error = error_bound("bf16x3", 12, 16) * length_of_row(z, codebook) * near_ends
     error[nearest] *= -1
-    error = torch.nn.functional.pad(error, (0, 2 * tile))
+    tiles = move_products(torch.stack([error, torch.zeros(89)]), monkeypatch)
+    segments = project(z, codebook, None, "exact")[1]
+    assert len(tiles) >= 3 and polyline_sqdist(z, codebook)[0].nan_to_num(float("inf")).argmin() == nearest
+    assert segments.tolist() == [nearest]
 
-    def multiply(*given: Any) -> Any:
-        result, first = original(*given), len(tiles) * tile % -(-89 // tile * tile)
-        tiles.append(first)
-        result.handle.data[:, :tile] += error[first : first + tile].numpy()
-        return result
 
-    monkeypatch.setattr(module, "multiply", multiply)
+@pytest.mark.parametrize("target", ["triton-cpu"])
+def test_directions_in_error_cost_no_segment(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So with the other product: two segments from the centre on, along which a far row lies 30, one a little less."""
+    gen, away, nearest, rival = generator(), 1e3, 40, 10
+    z, codebook = torch.zeros(1, 12), torch.zeros(90, 12)
+    z[0, 0], codebook[:, 1:] = away, torch.randn(90, 11, generator=gen)
+    for j, along in ((nearest, 30.0), (rival, (30.0**2 - 0.5) ** 0.5)):
+        codebook[j], codebook[j + 1, 0], codebook[[j - 1, j + 2]] = 0.0, 60 * along / away, float("nan")
+        beside = torch.nn.functional.normalize(torch.randn(11, generator=gen), dim=0)
+        codebook[j + 1, 1:] = 60 * (1 - (along / away) ** 2) ** 0.5 * beside
+    error = torch.full((89,), error_bound("bf16x3", 12, 16) * length_of_row(z, codebook))
+    error[nearest] *= -1
+    tiles = move_products(torch.stack([torch.zeros(89), error]), monkeypatch)
     segments = project(z, codebook, None, "exact")[1]
     assert len(tiles) >= 3 and polyline_sqdist(z, codebook)[0].nan_to_num(float("inf")).argmin() == nearest
     assert segments.tolist() == [nearest]
