@@ -318,3 +318,30 @@ def test_rows_without_strides_are_those_at_n_times_d() -> None:
     columns, again = meta(3, 100, 9).transpose(1, 2), meta(7, 100).expand(4, 7, 100)
     assert not any(map(without, (longer, longer[:1], turned, columns, again, meta(100, 100).T)))
     assert not any(without(meta(7, dim)) for dim in (1, 5, 25, 16, 64, 4096))
+
+
+def test_what_rows_are_multiplied_in() -> None:
+    """One product of bf16 is exact among bf16 codewords alone, which neither dithered ones nor residuals are."""
+    half, single, other = torch.bfloat16, torch.float32, torch.float16
+    books: dict[str, tuple[int, ...]] = {"residual": (3, CODEWORDS, DIM), "product": (2, CODEWORDS, DIM // 2)}
+
+    def of(name: str, of_z: torch.dtype, of_books: torch.dtype, how: str = "exact", rows: int = ROWS) -> list[str]:
+        arguments: dict[str, tuple[Any, ...]] = {
+            "nearest": (None,), "sf_diveq": (meta(CODEWORDS - 1), None, None, 0.0),
+            "residual": (None, None, None, None, 0.0), "product": (None, None, None, 0.0),
+        }  # fmt: skip
+        z, codebooks = meta(rows, DIM, dtype=of_z), meta(*books.get(name, (CODEWORDS, DIM)), dtype=of_books)
+        with recorded(90) as launches:
+            getattr(triton_kernels, name)(z, codebooks, *arguments[name], how)
+        searches = ("scan_kernel", "composite_kernel")
+        return [launch.options["PRODUCT"] for launch in launches if launch.kernel.__name__ in searches]
+
+    many, twice = 1 << 16, ["fp16", "bf16x3"]
+    assert of("nearest", half, half) == of("nearest", half, half, rows=many) == ["bf16"]
+    for of_books in (single, other):
+        assert of("nearest", half, of_books) == ["bf16x2"] and of("nearest", half, of_books, rows=many) == twice
+    assert of("sf_diveq", half, half) == of("product", half, half) == ["bf16x2"]
+    assert of("sf_diveq", half, half, rows=many) == of("nearest", single, half, rows=many) == twice
+    assert of("residual", half, half) == of("nearest", single, half) == of("nearest", other, other) == ["bf16x3"]
+    assert of("nearest", half, single, "fast") == of("nearest", half, half, "fast", many) == ["bf16"]
+    assert of("nearest", single, single, "fast") == ["tf32"] and of("nearest", other, other, "fast", many) == twice
