@@ -1,5 +1,7 @@
 // The second look of the CUDA search (settle.cuh), given scores that err by all that product_error allows: the nearest
-// codeword's too low, that of one nearly as near too high (test_cuda_bound.py).
+// codeword's too low, that of one nearly as near too high; the same of segments. And that what is packed (pack.cuh) has
+// the bound (test_cuda_bound.py).
+#include "cuda/pack.cuh"
 #include "cuda/settle.cuh"
 
 #include <cstdio>
@@ -8,8 +10,9 @@
 
 namespace diveq {
 
+template <bool kSegments>
 __global__ void settle_kernel(Searched rows, Packed packed, const Best* found, float error) {
-  settle<true, false>(rows, packed, 0, 0, squared_length(rows, packed.centre, 0, 0), found, error);
+  settle<true, kSegments>(rows, packed, 0, 0, squared_length(rows, packed.centre, 0, 0), found, error);
 }
 
 // The score of a codeword with the bound of its error added, `sign` times the greatest error off; and its offset.
@@ -68,8 +71,86 @@ bool right(int dim, int nearest, double apart, std::mt19937_64& random) {
   packed.centre = centre.data();
   packed.offsets = offsets.data();
   packed.columns = kTileColumns;
-  DIVEQ_LAUNCH(settle_kernel, 1, 32, 0, nullptr, Searched{search, 0}, packed, found, error);
+  DIVEQ_LAUNCH(settle_kernel<false>, 1, 32, 0, nullptr, Searched{search, 0}, packed, found, error);
   return too_low < too_high && index == nearest;
+}
+
+// The same of two segments without length, `apart` times as far from z as the centre is; if that is 0, so near that the
+// score of the farther stands for no distance at all. No end is further out than `reached` says, or anything may be.
+bool right_segment(int dim, int nearest, double apart, bool reached, std::mt19937_64& random) {
+  std::normal_distribution<double> normal;
+  const double error = product_error((dim + kTileDepth - 1) / kTileDepth * kTileDepth, true);
+  std::vector<float> z(dim), codebook((kTileColumns / 2 + 1) * dim, NAN), centre(dim, 0.0f);
+  double of_z = 0.0, scores[2], reach = 0.0;
+  for (float& x : z) x = static_cast<float>(normal(random)), of_z += static_cast<double>(x) * x;
+  if (apart == 0.0) apart = std::sqrt(3.0 * error);
+  for (int j : {0, nearest}) {
+    double squares = 0.0, inner = 0.0;
+    for (int k = 0; k < dim; ++k) {
+      const float c = static_cast<float>(z[k] * (1.0 + apart * (j ? 1.0 : 1.00001)));
+      codebook[j * dim + k] = codebook[(j + 1) * dim + k] = c;
+      squares += static_cast<double>(c) * c;
+      inner += static_cast<double>(c) * z[k];
+    }
+    const double most = error * (0.5 * squares + std::sqrt(of_z * squares));
+    scores[j > 0] = inner - 0.5 * squares + (j ? -0.999 : 0.999) * most;
+    reach = std::fmax(reach, 1.0001 * std::sqrt(squares));
+  }
+  uint32_t reach_bits = __float_as_uint(reached ? static_cast<float>(reach) : INFINITY);
+  const auto too_high = static_cast<float>(scores[0]), too_low = static_cast<float>(scores[1]);
+  const int subset = 2 * nearest / 64 * 4 + 2 * nearest % 8 / 2;
+  Best found[kSubsets];
+  found[0] = {too_high, subset ? -INFINITY : too_low, 0};
+  if (subset) found[subset] = {too_low, -INFINITY, nearest};
+  int32_t index = -1;
+  Search search{};
+  search.z = {reinterpret_cast<char*>(z.data()), Dtype::f32, 0, {}, {}, 1, dim};
+  search.rows = 1;
+  search.segments = true;
+  auto* const codes = reinterpret_cast<char*>(codebook.data());
+  search.books = {{codes, Dtype::f32, dim, 1, kTileColumns / 2, dim, nullptr}, 1, 0, false};
+  search.indices = &index;
+  Packed packed{};
+  packed.centre = centre.data();
+  packed.reach = &reach_bits;
+  packed.columns = kTileColumns;
+  DIVEQ_LAUNCH(settle_kernel<true>, 1, 32, 0, nullptr, Searched{search, 0}, packed, found, static_cast<float>(error));
+  return too_low < too_high && index == nearest;
+}
+
+// Whether a codeword's product begins with all of its bound, and a curve's reach is that of its farthest end, be it the
+// first, one between, or the last, which begins no segment.
+bool packs(int dim, int farthest, std::mt19937_64& random) {
+  std::normal_distribution<double> normal;
+  const int depth = (dim + kTileDepth - 1) / kTileDepth * kTileDepth, count = kTileColumns / 2 + 1;
+  const double error = product_error(depth, false);
+  std::vector<float> codebook(count * dim), centre(depth, 0.0f), offsets(kTileColumns), errors(kTileColumns);
+  std::vector<float> ranges(kTileColumns);
+  std::vector<uint32_t> words(kTileColumns * depth);
+  for (float& x : codebook) x = static_cast<float>(normal(random));
+  for (int k = 0; k < dim; ++k) codebook[farthest * dim + k] *= 100.0f;
+  uint32_t reach = 0;
+  Packed packed{};
+  packed.centre = centre.data(), packed.words = words.data(), packed.offsets = offsets.data();
+  packed.errors = errors.data(), packed.ranges = ranges.data(), packed.reach = &reach;
+  packed.columns = kTileColumns, packed.depth = depth, packed.parts = 2;
+  Books books{{reinterpret_cast<char*>(codebook.data()), Dtype::f32, dim, 1, count, dim, nullptr}, 1, 0, false};
+  const auto rounded = static_cast<float>(error);
+  DIVEQ_LAUNCH(pack_codewords_kernel, kTileColumns / 8, kPackThreads, 0, nullptr, books, packed, rounded);
+  const auto about = [](double x, double wanted) { return std::fabs(x - wanted) <= 3e-7 * std::fabs(wanted); };
+  bool right = true;
+  double longest = 0.0;
+  for (int j = 0; j < count; ++j) {
+    double squares = 0.0;
+    for (int k = 0; k < dim; ++k) squares += static_cast<double>(codebook[j * dim + k]) * codebook[j * dim + k];
+    right &= about(offsets[j], -0.5 * squares * (1.0 - error)) && about(errors[j], error * std::sqrt(squares));
+    longest = std::fmax(longest, std::sqrt(squares));
+  }
+  for (int j = count; j < kTileColumns; ++j) right &= offsets[j] == -INFINITY && errors[j] == 0.0f;
+  packed.errors = nullptr, books.first.count = count - 1;
+  DIVEQ_LAUNCH(pack_segments_kernel, kTileColumns / 16, kPackThreads, 0, nullptr, books, packed);
+  const double reached = __uint_as_float(reach);
+  return right && longest <= reached && reached < 1.001 * longest;
 }
 
 }  // namespace diveq
@@ -81,5 +162,11 @@ int main() {
     for (int nearest : {1, 57, 2, 127})
       for (double apart : {0.0, 0.5, 3.0, 30.0})
         for (int i = 0; i < 10; ++i, ++all) wrong += !diveq::right(dim, nearest, apart, random);
+  for (int dim : {5, 16, 63, 300})
+    for (int nearest : {4, 28, 6, 63})
+      for (double apart : {0.0, 0.1, 1.0, 10.0})
+        for (int i = 0; i < 10; ++i, ++all) wrong += !diveq::right_segment(dim, nearest, apart, i % 2, random);
+  for (int dim : {5, 16, 63, 300})
+    for (int farthest : {0, 30, 64}) wrong += !diveq::packs(dim, farthest, random), ++all;
   printf("%d of %d wrong\n", wrong, all);
 }

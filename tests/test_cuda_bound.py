@@ -19,4 +19,4 @@ def test_scores_that_err_by_all_of_the_bound(tmp_path: Path) -> None:
     sources = ["tests/settle.cu", "csrc/cuda/emulator/emulator.cpp"]
     subprocess.run([*COMPILER, *flags, "-x", "c++", *sources, "-o", tmp_path / "settle"], cwd=ROOT, check=True)
     done = subprocess.run([tmp_path / "settle"], capture_output=True, text=True, check=True)
-    assert done.stdout == "0 of 640 wrong\n"
+    assert done.stdout == "0 of 1292 wrong\n"

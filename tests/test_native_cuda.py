@@ -287,6 +287,12 @@ def test_products_that_err_in_opposite_directions(target: Target) -> None:
     assert torch.equal(oracle.sqdist(z, codebook).argmin(1), places[1 : 2 * rows : 2])
     assert torch.equal(found, places[1 : 2 * rows : 2])
 
+    # The same in a second stage and a second group: E is of its own codewords, those of the first are 0.
+    books = torch.stack([torch.zeros_like(codebook), codebook]).to(target.device)
+    for function, parts in ((F.residual_diveq, z), (F.product_diveq, torch.cat([torch.zeros_like(z), z], dim=1))):
+        found = function(parts.to(target.device), books, noise_std=0, backend="cuda").indices[1].cpu()
+        assert torch.equal(found, places[1 : 2 * rows : 2])
+
     # The same as segments without length: no other ends there, as what is not finite stands between.
     z, near, far = z.to(target.device), near.to(target.device), far.to(target.device)
     curve = torch.zeros(6 * rows + 1000, dim, device=target.device)
