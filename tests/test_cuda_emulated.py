@@ -36,6 +36,7 @@ SELECTION = {
     "test_replace_kernels.py": "cuda",
     "test_usage_kernels.py": "cuda",
     "test_native_cuda.py": "not large",
+    "test_deterministic.py": "cuda",
     "test_left_out_cuda.py": "cuda",
 }
 
