@@ -105,6 +105,18 @@ def test_noise_stream(target: Target, seed: int, start: int) -> None:
     np.testing.assert_allclose(normals.cpu().numpy(), oracle.normals(seed, offsets), rtol=0, atol=1e-5)
 
 
+@on_every_device
+def test_noise_that_is_the_opposite_of_the_difference(target: Target) -> None:
+    """v + d = 0 has no direction: the row stays, and its gradient is the one that arrives."""
+    seed, normals = torch.tensor(5, device=target.device), torch.empty(1, 4, device=target.device)
+    torch.ops.diveq_cuda.philox(seed, 0, torch.empty(1, 4, dtype=torch.int32, device=target.device), normals)
+    z = torch.zeros(1, 1, device=target.device, requires_grad=True)
+    codebook = (-normals[:, :1]).requires_grad_()
+    z_q = F.diveq(z, codebook, seed=seed, noise_std=1.0, backend="cuda").z_q
+    assert z_q == 0
+    assert torch.autograd.grad(z_q, (z, codebook), torch.ones_like(z_q)) == (1, 0)
+
+
 # ---- half precision --------------------------------------------------------------------------------------------------
 
 
