@@ -376,3 +376,13 @@ def test_each_stage_has_the_bound_of_its_own_codebook(target: str, monkeypatch: 
     books = torch.stack([torch.zeros_like(codebook), codebook])
     found = residual(z, books, None, None, None, None, 0.0, "exact")[1][1]
     assert float(excess(z, codebook, found).max()) <= 4.0
+
+
+@interpreted
+@pytest.mark.parametrize("target", ["triton-cpu"])
+def test_each_stage_has_the_scores_of_its_own_codebook(target: str) -> None:
+    """By the lengths of the first one, all of whose codewords are 0, long codewords would seem nearer than they are."""
+    z = torch.randn(70, 16, generator=generator())
+    codebook = torch.cat([0.5 * z, 1.503 * z])
+    found = residual(z, torch.stack([torch.zeros_like(codebook), codebook]), None, None, None, None, 0.0, "exact")[1]
+    assert torch.equal(found[1], torch.arange(70, dtype=torch.int32))
