@@ -38,6 +38,12 @@ def test_rows_left_out(K):
     assert torch.equal(unpack_codes(pack_codes(indices, K)), indices)
 
 
+def test_the_largest_int32_beside_a_row_left_out():
+    """Which is packed as one more."""
+    indices = torch.tensor([2**31 - 1, -1, 0], dtype=torch.int32)
+    assert torch.equal(unpack_codes(pack_codes(indices, 2**40)), indices.long())
+
+
 @pytest.mark.parametrize("curve", [False, True])
 @pytest.mark.parametrize("gaps", [False, True])
 def test_what_is_left_out_at_the_end_takes_nothing(curve, gaps):
@@ -82,6 +88,7 @@ def test_a_list_is_a_pair_too():
 
 
 def test_the_largest_indices_and_several_blocks(monkeypatch):
+    assert codes._BLOCK % 8 == 0  # so that a block of any number of bits ends on a whole byte
     monkeypatch.setattr(codes, "_BLOCK", 16)
     indices = torch.arange(1000) % 37
     assert torch.equal(unpack_codes(pack_codes(indices, 37)), indices)
@@ -188,7 +195,8 @@ def test_bad_arguments():
     ("header", "shape"),
     [((3, 0, 0, 2, 8), (2**40, 2**40)), ((4, 0, 0, 1, 8), (0,)), ((3, 0, 2, 1, 8), (0,)), ((3, 25, 0, 1, 8), (0,)),
      ((0, 0, 0, 1, 1), (2**63,)), ((255, 0, 0, 1, 8), (0,)), ((3, 0, 2, 1, 8), (4, 4)), ((3, 0, 2, 1, 8), (0, 0)),
-     ((0, 0, 2, 1, 1), (4, 2**40)), ((0, 0, 2, 1, 1), (2**63, 5)), ((4, 0, 4, 1, 8), (0,))],
+     ((0, 0, 2, 1, 1), (4, 2**40)), ((0, 0, 2, 1, 1), (2**63, 5)), ((4, 0, 4, 1, 8), (0,)),
+     ((3, 0, 4, 1, 8), (0,))],
 )  # fmt: skip
 def test_numbers_that_are_never_packed(header, shape):
     body = codes._HEADER.pack(*header) + b"".join(n.to_bytes(8, "little") for n in shape)

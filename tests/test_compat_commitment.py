@@ -174,6 +174,14 @@ def test_sums_of_codewords(isa: str, rows: int, codewords: int, dim: int, weight
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
 
 
+def test_sums_of_rows_in_half_precision() -> None:
+    """Which the kernel would write past: it knows sums in fp32 alone."""
+    x, indices = torch.ones(1, 60, 8, dtype=torch.bfloat16), torch.arange(60)[None] % 3
+    sums, counts = _one_pass.sums_of_codewords(x, indices, None, 4)
+    assert sums.dtype == counts.dtype == torch.bfloat16
+    assert counts.tolist() == [[20, 20, 20, 0]] and torch.equal(sums, counts[..., None].expand(1, 4, 8))
+
+
 def test_sums_do_not_depend_on_threads() -> None:
     gen = generator()
     x, indices = torch.randn(1, 5000, 20, generator=gen), torch.randint(50, (1, 5000), generator=gen)

@@ -215,6 +215,7 @@ def test_what_the_kernels_do_not_take_is_the_package_s() -> None:
         assert torch.equal(_one_pass.l2norm(x), package.l2norm(x))
         assert torch.equal(_one_pass.rotate_to(x, y), package.rotate_to(x, y))
     assert _one_pass.l2norm(source[:, :0]).shape == (6, 0)
+    assert torch.equal(_one_pass.l2norm(source[0, 0]), package.l2norm(source[0, 0]))
     (leaf,) = leaves(source)
     with use_backend("reference"):
         outputs = _one_pass.rotate_to(leaf, target), _one_pass.l2norm(leaf)

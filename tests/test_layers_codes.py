@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 
 import pytest
@@ -21,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import normalize
 
 from diveq_kernels import functional
+from diveq_kernels._named import storable
 from diveq_kernels.layers import DIVEQ, ResidualDIVEQ, ResidualSFDIVEQ
 
 
@@ -121,6 +123,15 @@ def test_decoding_an_index_out_of_range(kind, bad):
         layer.decode(codes)
 
 
+@for_every_curve
+def test_decoding_a_segment_after_the_last(kind):
+    """Its number is that of the last codeword."""
+    layer = make(kind, 12, 6)
+    indices = torch.tensor([0, 11]) if kind in CURVES else torch.tensor([[0, 11]] * 2)
+    with pytest.raises(ValueError, match="codes must hold indices from -1 to 10, got values from 0 to 11"):
+        layer.decode((indices, torch.zeros(indices.shape)))
+
+
 @for_every_layer_and_composite
 def test_decoding_what_are_no_codes(kind):
     layer, books = make(kind, 12, 6), (2,) if kind in COMPOSITES else ()
@@ -186,6 +197,12 @@ def test_codes_are_stored(kind, tmp_path):
         assert type(found) is type(codes)
         pairs = zip(found, codes, strict=True) if kind in CURVES else [(found, codes)]
         assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_named_tuples_where_torch_has_no_way_to_store_them_in_programs(monkeypatch):
+    monkeypatch.delattr(torch.utils._pytree, "_register_namedtuple")
+    pair = collections.namedtuple("pair", "one two")
+    assert storable(pair) is pair
 
 
 class Encoder(torch.nn.Module):

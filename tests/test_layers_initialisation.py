@@ -12,6 +12,7 @@ from layer_cases import COMPOSITE_CURVES, for_curve_layers, make
 from diveq_kernels import codebook as module
 from diveq_kernels.codebook import composite_sf_initialise, finite_rows, sf_initialise
 from diveq_kernels.layers import SFDIVEQ, ProductSFDIVEQ, ResidualSFDIVEQ, SFCodes
+from diveq_kernels.usage import perplexity
 
 
 def plain_initialisation(steps: list[torch.Tensor], codewords: int) -> torch.Tensor:
@@ -363,3 +364,32 @@ def test_composites_begin_on_the_curve(kind, skip_iters, frozen):
     on_codewords = layer.decode(SFCodes(indices, torch.zeros(indices.shape)))
     assert (indices < 11).all() and torch.equal(layer.codebook, before)
     assert not torch.isclose(z_q, on_codewords, atol=0.02).all(-1).all()
+
+
+@pytest.mark.parametrize("kind", COMPOSITE_CURVES)
+def test_a_segment_has_one_number_and_one_count(kind, monkeypatch):
+    """Where both phases are one operation the last segment is there twice, and a search may choose either."""
+    step = kind._step
+
+    def either(self, *arguments):
+        z_q, indices, _ = step(self, *arguments)
+        indices = indices + (indices == 1).int() * (torch.arange(300) % 2).int()
+        return z_q, indices, histograms(indices)
+
+    def histograms(indices):
+        return torch.stack([chosen.bincount(minlength=3) for chosen in indices])
+
+    monkeypatch.setattr(kind, "_step", either)
+    layer = kind(3, 6, 2, skip_iters=1, avg_iters=0, allow_warning=False)
+    torch.nn.init.normal_(layer.codebook)
+    _, indices, found = layer(torch.randn(300, 6))
+    assert indices.max() == 1 and torch.equal(found, perplexity(histograms(indices)))
+
+
+def test_the_last_replacement_is_before_the_step_that_the_curve_begins_with():
+    for interval, replaced in ((4, 22), (5, 0)):
+        arguments = {"skip_iters": 6, "avg_iters": 1, "replacement_iters": interval, "discard_threshold": 0.5}
+        layer = ResidualSFDIVEQ(12, 6, 2, **arguments, allow_warning=False, verbose=False)
+        for _ in range(6):
+            layer(torch.ones(5, 6))
+        assert layer.num_replaced == replaced

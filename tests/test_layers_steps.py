@@ -371,6 +371,17 @@ def test_a_codebook_without_a_counter_is_finished(name: str) -> None:
     assert layer.iter_counter == counter > START  # which goes on from where it was
 
 
+@pytest.mark.parametrize("name", CURVES)
+def test_a_codebook_without_a_counter_is_finished_in_inference_mode_too(name: str) -> None:
+    with torch.inference_mode():
+        layer = make(name, "random")
+        codebook = torch.randn_like(layer.codebook)
+        layer.load_state_dict({"codebook": codebook}, strict=False)
+        for z in torch.randn(START + 2, 40, 6):
+            layer(z)
+        assert torch.equal(layer.codebook, codebook)
+
+
 def test_loading_counts_replacements_anew() -> None:
     layer = make("DIVEQ", "random")
     run(layer, torch.randn(5, 40, 6))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -251,8 +253,10 @@ def test_no_cuda_graph_holds_what_tells_a_layer(name: str) -> None:
 def test_layers_that_are_gone_are_not_found() -> None:
     """A graph outlives its layer where it was exported or stored."""
     layer: Quantizer = make("SFDIVEQ", "random")
-    counter, number = layer.iter_counter, layer._number
+    counter, number, alive = layer.iter_counter, layer._number, weakref.ref(layer)
     del layer
+    gc.collect()
+    assert alive() is None and int(number) not in steps._layers
     for of in (number, torch.tensor(5)):
         assert torch.ops.diveq.in_forward_of(counter, of) == 1
 
