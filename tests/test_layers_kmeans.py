@@ -18,7 +18,7 @@ from diveq_kernels import (
     ResidualSFDIVEQ,
 )
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels.kmeans import ITERATIONS, _spread, kmeans_start
+from diveq_kernels.kmeans import ITERATIONS, _spread, _start, kmeans_start
 
 STAGES = {DIVEQ: (), DIVEQDetach: (), ResidualDIVEQ: (3,), ProductDIVEQ: (3,), ResidualSFDIVEQ: (3,)}
 STAGES |= {ProductSFDIVEQ: (3,)}
@@ -331,6 +331,20 @@ def rounds(rows, codewords, seed):
 
 def begun(codebook, z, counter=-1):
     return kmeans_start(codebook, z, None, torch.tensor([counter], dtype=torch.int32), False, "")
+
+
+def test_a_codeword_of_one_row_is_that_row():
+    """Whichever of the rows it begins with."""
+    for z in (torch.tensor([[0.0], [1.0], [10.0]]), torch.tensor([[0.0], [10.0], [1.0]])):
+        assert begun(torch.zeros(2, 1), z).tolist() == [[0.5], [10.0]]
+
+
+def test_what_is_not_due_leaves_the_codebook_where_the_host_does_not_know():
+    """As on an accelerator, where k-means is made all the same."""
+    codebook, z = torch.randn(4, 6), torch.randn(30, 6)
+    for due in (True, False):
+        found = _start(codebook, z, None, torch.tensor(due), False, "")
+        assert torch.equal(found, codebook) != due
 
 
 def test_ten_rounds_by_definition():
