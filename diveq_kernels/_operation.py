@@ -29,6 +29,15 @@ def differentiate(definition: Any, backward: Callable, save: Callable, by: Any) 
     by.register_autograd(_refusal(by))
 
 
+def on_dense(backward: Callable) -> Callable:
+    """A backward that is given dense gradients, also where one arrives sparse, as that of an embedding's weight may."""
+
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        return backward(ctx, *(g if g is None or g.layout == torch.strided else g.to_dense() for g in gradients))
+
+    return run
+
+
 def _refusal(definition: Any) -> Callable:
     def refuse(ctx: Any, *gradients: Tensor) -> None:
         raise RuntimeError(_DOUBLE_BACKWARD.format(definition._qualname))
@@ -135,11 +144,11 @@ class Operation:
             ctx.set_materialize_grads(False)  # or indices and counts would be given zeros, each a kernel on a GPU
             save(ctx, inputs, output)
 
+        @on_dense
         def backward_if_any(ctx: Any, *gradients: Tensor | None) -> Any:
             if all(gradient is None for gradient in gradients):
                 return (None,) * len(ctx.needs_input_grad)
-            # That of an embedding's weight, for one, may be sparse.
-            return backward(ctx, *(g if g is None or g.layout == torch.strided else g.to_dense() for g in gradients))
+            return backward(ctx, *gradients)
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             output = self._run(*arguments)
@@ -149,7 +158,7 @@ class Operation:
         differentiate(self._definition, backward_if_any, save_alone, by=by._definition)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_if_any)}
         self._function = type(self._name, (torch.autograd.Function,), methods)
-        self._transform(backward, save)
+        self._transform(backward_if_any, save)
         by._transform(_refusal(by._definition), lambda *_: None)
 
     def _transform(self, backward: Callable, save: Callable) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diveq_kernels import _checks, distributed, ops
 from diveq_kernels._dtypes import compute_dtype
-from diveq_kernels._operation import differentiate
+from diveq_kernels._operation import differentiate, on_dense
 from diveq_kernels.distributed import gather_ranks, least_of_ranks, sum_of_ranks
 from diveq_kernels.reference.rows import blocks, put
 
@@ -257,6 +257,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(z, codebook, output[2], seed)
 
 
+@on_dense
 def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple:
     need = ctx.needs_input_grad[:2]
     options = (ctx.noise_std, ctx.step, ctx.own, ctx.group, *need, ctx.backend)

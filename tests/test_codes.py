@@ -167,6 +167,8 @@ def test_bad_arguments():
         pack_codes(torch.tensor([-2]), 5)
     with pytest.raises(TypeError, match="codes must hold .* got torch.float32"):
         pack_codes(torch.zeros(3), 5)
+    with pytest.raises(TypeError, match="codes must be a dense torch.Tensor, got one of layout"):
+        pack_codes(torch.arange(3).to_sparse(), 5)
     with pytest.raises(TypeError, match="codes must hold .* got str"):
         pack_codes("abc", 5)
     for no_pair in ((), (torch.zeros(2).long(),), (torch.zeros(2).long(), torch.zeros(2), torch.zeros(2))):

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diveq_kernels.functional as F
-from diveq_kernels import ops
+from diveq_kernels import ShardedNearest, ops
 
 NAMES = ("nearest", "diveq", "sf_diveq", "project", "residual", "product")
 
@@ -180,16 +180,27 @@ def loss(name: str, rest: tuple, z: Tensor, books: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_a_sparse_gradient(backend: str | None) -> None:
-    gen, rows, found = generator(), torch.tensor([0, 3, 3]), []
-    inputs = torch.randn(5, 4, generator=gen), torch.randn(6, 4, generator=gen)
+@pytest.mark.parametrize("way", ["autograd", "func", "sharded"])
+def test_a_sparse_gradient(way: str, backend: str | None) -> None:
+    """As an embedding sends one to its weight."""
+    gen, rows = generator(), torch.tensor([0, 3, 3])
+    z, codebook = torch.randn(5, 4, generator=gen), torch.randn(6, 4, generator=gen)
+    layer = ShardedNearest(6, 4, noise_std=0.0, backend=backend)
+
+    def loss(z: Tensor, codebook: Tensor, sparse: bool) -> Tensor:
+        z_q = layer.quantize(z)[0] if way == "sharded" else F.diveq(z, codebook, noise_std=0, backend=backend).z_q
+        return torch.nn.functional.embedding(rows, z_q, sparse=sparse).square().sum()
+
+    found = []
     for sparse in (False, True):
-        z, codebook = (x.clone().requires_grad_() for x in inputs)
-        z_q = F.diveq(z, codebook, noise_std=0.1, seed=3, backend=backend).z_q
-        torch.nn.functional.embedding(rows, z_q, sparse=sparse).square().sum().backward()
-        found.append((z.grad, codebook.grad))
+        if way == "func":
+            found.append(torch.func.grad(loss, (0, 1))(z, codebook, sparse))
+            continue
+        leaves = z.clone().requires_grad_(), layer.codebook if way == "sharded" else codebook.clone().requires_grad_()
+        found.append(torch.autograd.grad(loss(*leaves, sparse), leaves))
     for dense, other in zip(*found, strict=True):
         torch.testing.assert_close(other, dense)
+        assert dense.any()
 
 
 @pytest.mark.parametrize("backend", ["reference", None])

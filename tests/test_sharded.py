@@ -408,6 +408,8 @@ def test_bad_arguments():
         layer(torch.randn(2, 4))
     with pytest.raises(TypeError, match="mask must be a bool tensor"):
         layer.quantize(torch.randn(2, 3), torch.ones(2))
+    with pytest.raises(TypeError, match="indices must be a dense torch.Tensor, got one of layout"):
+        layer.decode(torch.arange(3).to_sparse())
     with pytest.raises(TypeError, match="indices must be an int32 or int64 tensor, got torch.float32"):
         layer.decode(torch.zeros(2))
     with pytest.raises(ValueError, match="indices must be on the codebook's device, cpu, got meta"):

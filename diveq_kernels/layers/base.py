@@ -199,7 +199,7 @@ class Quantizer(MarkedCodebook):
         """The codes of z, which ``decode`` turns into the z_q of ``inference``: ``forward``'s arguments and errors.
 
         Exactly so for codewords in z's dtype; for points of curves, and sums of stages, up to rounding. Rows left out
-        are decoded to zeros, and rows that are not finite to a codeword.
+        are decoded to zeros, rows that are not finite to a codeword, of curves to NaN.
         """
         rows = self._rows(z, mask)
         with without_autocast(rows.device.type):

@@ -54,7 +54,7 @@ class _Residual(CompositeQuantizer):
     def encode(self, z: Tensor, mask: Tensor | None = None, num_active: int | Tensor | None = None) -> Any:
         """The codes of z, which ``decode`` turns into the z_q of ``inference``: ``forward``'s arguments and errors.
 
-        Up to rounding. Rows left out are decoded to zeros, and rows that are not finite to codewords.
+        Up to rounding. Rows left out are decoded to zeros, rows that are not finite to codewords, of curves to NaN.
         """
         rows = self._rows(z, mask)
         active = self._active(num_active, rows)
