@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diveq_kernels._constant import constant_in_graphs
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 MAX_DIM = 4096
@@ -134,7 +136,7 @@ def check_dither(dither: Any, z: Tensor, expected: tuple[int, ...], meaning: str
     check_same_device(dither, "dither", z)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def _draws_again() -> bool:
     from torch._functorch import config
 

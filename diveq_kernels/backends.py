@@ -125,7 +125,7 @@ def _load(name: str) -> ModuleType | str:
     """The backend's module, or the reason why there is none."""
     try:
         return importlib.import_module(BACKENDS[name].module)
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # a Triton of other versions may raise anything
         # What the linker says of a library is the cause of torch's error, which names the file alone.
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         return f"{type(error).__name__}: {error}{cause}"

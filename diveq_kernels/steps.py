@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
+from diveq_kernels._constant import constant_in_graphs
+
 _layers: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
@@ -31,7 +33,7 @@ def layer_of(number: Tensor, counter: Tensor) -> Any:
     return layer if layer is not None and layer.iter_counter.data_ptr() == counter.data_ptr() else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_graphs
 def is_exporting() -> bool:
     """``torch.compiler.is_exporting``, which Dynamo of torch 2.11 takes for True in every graph."""
     return torch.compiler.is_exporting()

@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 
 import diveq_kernels.functional as F
 from diveq_kernels import BackendUnavailableError, _native, backends, reference, use_backend
+from diveq_kernels._constant import constant_in_graphs
 
 Z, CODEBOOK = torch.zeros(3, 4), torch.zeros(5, 4)
 
@@ -229,6 +230,19 @@ def test_environment_names_a_backend() -> None:
     assert run(code, DIVEQ_BACKEND=missing()).stdout == "[0, 0, 0]\n" * 2
 
 
+def test_compilers_are_loaded_when_they_are_wanted() -> None:
+    code = "import sys; F.diveq(z.requires_grad_(), codebook, backend='reference').z_q.sum().backward()\n"
+    done = run(code + "print([name for name in ('torch._dynamo', 'triton', 'sympy') if name in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_compiler_s_mark_is_the_one_that_it_sets_itself() -> None:
+    def here() -> None: ...
+    def there() -> None: ...
+
+    assert vars(constant_in_graphs(here)) == vars(torch.compiler.assume_constant_result(there)) != {}
+
+
 def test_environment_names_nothing_known() -> None:
     failed = run("F.nearest(z, codebook)", DIVEQ_BACKEND="tritn")
     assert failed.returncode
@@ -270,7 +284,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
     forget()
 
 
-@pytest.mark.parametrize("nothing_loads", [ImportError, OSError, RuntimeError], indirect=True)
+@pytest.mark.parametrize("nothing_loads", [ImportError, OSError, AttributeError], indirect=True)
 @pytest.mark.parametrize(("device", "level"), [("cpu", logging.INFO), ("cuda", logging.WARNING)])
 @pytest.mark.usefixtures("nothing_loads")
 def test_whatever_keeps_a_backend_from_loading_is_a_reason(
