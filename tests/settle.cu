@@ -15,6 +15,25 @@ __global__ void settle_kernel(Searched rows, Packed packed, const Best* found, f
   settle<true, kSegments>(rows, packed, 0, 0, squared_length(rows, packed.centre, 0, 0), found, error);
 }
 
+// The best of each subset of columns. Subset 0 has columns 0, 1, 8, 9, ... 56, 57: there the nearest is second best only.
+void put_scores(Best* found, float too_high, float too_low, int nearest, int column) {
+  const int subset = column / 64 * 4 + column % 8 / 2;
+  found[0] = {too_high, subset ? -INFINITY : too_low, 0};
+  if (subset) found[subset] = {too_low, -INFINITY, nearest};
+}
+
+// Of one row among `count` codewords or segments.
+Search search_of(std::vector<float>& z, std::vector<float>& codebook, int count, int32_t* index) {
+  const int dim = static_cast<int>(z.size());
+  auto* const codes = reinterpret_cast<char*>(codebook.data());
+  Search search{};
+  search.z = {reinterpret_cast<char*>(z.data()), Dtype::f32, 0, {}, {}, 1, dim};
+  search.rows = 1;
+  search.books = {{codes, Dtype::f32, dim, 1, count, dim, nullptr}, 1, 0, false};
+  search.indices = index;
+  return search;
+}
+
 // The score of a codeword with the bound of its error added, `sign` times the greatest error off; and its offset.
 double wrong_score(const std::vector<float>& z, const float* c, double error, double sign, float& offset) {
   double squares = 0.0, of_z = 0.0, inner = 0.0;
@@ -55,18 +74,10 @@ bool right(int dim, int nearest, double apart, std::mt19937_64& random) {
   const auto too_low =
       static_cast<float>(wrong_score(z, codebook.data() + nearest * dim, error, -1.0, offsets[nearest]));
   const auto too_high = static_cast<float>(wrong_score(z, codebook.data(), error, 1.0, offsets[0]));
-
-  // Subset 0 has columns 0, 1, 8, 9, ... 56, 57: there the nearest is the second best only.
-  const int subset = nearest / 64 * 4 + nearest % 8 / 2;
   Best found[kSubsets];
-  found[0] = {too_high, subset ? -INFINITY : too_low, 0};
-  if (subset) found[subset] = {too_low, -INFINITY, nearest};
+  put_scores(found, too_high, too_low, nearest, nearest);
   int32_t index = -1;
-  Search search{};
-  search.z = {reinterpret_cast<char*>(z.data()), Dtype::f32, 0, {}, {}, 1, dim};
-  search.rows = 1;
-  search.books = {{reinterpret_cast<char*>(codebook.data()), Dtype::f32, dim, 1, kTileColumns, dim, nullptr}, 1, 0, false};
-  search.indices = &index;
+  const Search search = search_of(z, codebook, kTileColumns, &index);
   Packed packed{};
   packed.centre = centre.data();
   packed.offsets = offsets.data();
@@ -98,18 +109,11 @@ bool right_segment(int dim, int nearest, double apart, bool reached, std::mt1993
   }
   uint32_t reach_bits = __float_as_uint(reached ? static_cast<float>(reach) : INFINITY);
   const auto too_high = static_cast<float>(scores[0]), too_low = static_cast<float>(scores[1]);
-  const int subset = 2 * nearest / 64 * 4 + 2 * nearest % 8 / 2;
   Best found[kSubsets];
-  found[0] = {too_high, subset ? -INFINITY : too_low, 0};
-  if (subset) found[subset] = {too_low, -INFINITY, nearest};
+  put_scores(found, too_high, too_low, nearest, 2 * nearest);
   int32_t index = -1;
-  Search search{};
-  search.z = {reinterpret_cast<char*>(z.data()), Dtype::f32, 0, {}, {}, 1, dim};
-  search.rows = 1;
+  Search search = search_of(z, codebook, kTileColumns / 2, &index);
   search.segments = true;
-  auto* const codes = reinterpret_cast<char*>(codebook.data());
-  search.books = {{codes, Dtype::f32, dim, 1, kTileColumns / 2, dim, nullptr}, 1, 0, false};
-  search.indices = &index;
   Packed packed{};
   packed.centre = centre.data();
   packed.reach = &reach_bits;
