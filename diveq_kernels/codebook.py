@@ -147,10 +147,10 @@ def finite_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
     return kept if mask is None else kept & mask.reshape(-1)
 
 
-def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor, sync: bool) -> _Chunks:
+def _cut(kept: Tensor, K: int, steps: int, step: Tensor, collecting: Tensor, group: str) -> _Chunks:
     """Cut the rows that count, of all ranks one after another, among the codewords that this step builds."""
     n_here = kept.sum()  # int64 []
-    before, n = distributed.place_among_ranks(n_here) if sync else (torch.zeros_like(n_here), n_here)
+    before, n = distributed.place_among_ranks(n_here, group)
     order = torch.argsort(kept.logical_not(), stable=True)
     has_rows = n > 0
 
@@ -192,11 +192,9 @@ def _chunk_sums(table: Tensor, chosen: Tensor, chunks: _Chunks) -> Tensor:
     return torch.where(chunks.number > 0, sums, middle)
 
 
-def _merge(codebook: Tensor, built: Tensor, sums: Tensor, chunks: _Chunks, sync: bool) -> Tensor:
+def _merge(codebook: Tensor, built: Tensor, sums: Tensor, chunks: _Chunks, group: str) -> Tensor:
     """Running means [K, D] with this step's rows, of which before it ``built`` [K] units of a span had some."""
-    if sync:
-        sums = distributed.sum_over_ranks(sums)
-    mean = sums / chunks.number.clamp_min(1)
+    mean = distributed.sum_over_ranks(sums, group) / chunks.number.clamp_min(1)
     weight = (chunks.share.double() / (built + chunks.share).clamp_min(1))[:, None]
     merged = torch.where(weight == 1, mean, (1 - weight) * codebook.double() + weight * mean)
     return torch.where(chunks.has_rows & (weight > 0), merged.to(codebook.dtype), codebook).contiguous()
@@ -218,7 +216,7 @@ def _fill(codebook: Tensor, is_built: Tensor) -> Tensor:
     "diveq::sf_initialise",
     mutates_args=(),
     schema="(Tensor codebook, Tensor missed, Tensor z, Tensor? mask, Tensor iter_counter, int skip_iters,"
-    " int avg_iters, bool sync=False) -> (Tensor, Tensor)",
+    " int avg_iters, str group='') -> (Tensor, Tensor)",
 )
 def sf_initialise(
     codebook: Tensor,
@@ -228,7 +226,7 @@ def sf_initialise(
     iter_counter: Tensor,
     skip_iters: int,
     avg_iters: int,
-    sync: bool = False,
+    group: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Add one step's latents to the codewords that it builds (docs/math.md, "SF initialisation").
 
@@ -246,7 +244,7 @@ def sf_initialise(
         iter_counter: int32 [1], steps so far including this one.
         skip_iters: S; quantization starts when the counter reaches it.
         avg_iters: A <= S; the counters S−A .. S−1 build the codebook (from 1 on where A = S).
-        sync: Whether z is this rank's part of the rows, those of all ranks following one another.
+        group: The name of the process group whose ranks' rows follow one another; "" if z has all rows.
 
     Returns:
         (codebook_now, missed_now): new tensors like codebook and missed.
@@ -255,10 +253,10 @@ def sf_initialise(
     steps, step, is_one = _place(iter_counter, skip_iters, avg_iters)
     if steps <= 0 or (is_one.device.type == "cpu" and not is_one):
         return codebook.clone(memory_format=torch.contiguous_format), missed.clone()
-    chunks = _cut(finite_rows(rows, mask), codebook.shape[0], steps, step, is_one, sync)
+    chunks = _cut(finite_rows(rows, mask), codebook.shape[0], steps, step, is_one, group)
     sums = _chunk_sums(rows.to(compute_dtype(codebook)), chunks.order, chunks)
     missed = torch.where(step == 0, 0, missed)  # it may be another state's, see torch.func.functional_call
-    now = _merge(codebook, chunks.before - missed, sums, chunks, sync)
+    now = _merge(codebook, chunks.before - missed, sums, chunks, group)
     missed = missed + torch.where(chunks.has_rows, 0, chunks.share).to(missed.dtype)
     is_left = (step == steps - 1) & (missed == steps)
     return _fill(now, ~is_left), missed
@@ -273,7 +271,7 @@ def _(codebook: Tensor, missed: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     "diveq::composite_sf_initialise",
     mutates_args=(),
     schema="(Tensor curve, Tensor built, Tensor codebook, Tensor z, Tensor indices, Tensor? mask,"
-    " Tensor iter_counter, int skip_iters, int avg_iters, bool sync=False, bool all_stages=False)"
+    " Tensor iter_counter, int skip_iters, int avg_iters, str group='', bool all_stages=False)"
     " -> (Tensor, Tensor)",
 )
 def composite_sf_initialise(
@@ -286,7 +284,7 @@ def composite_sf_initialise(
     iter_counter: Tensor,
     skip_iters: int,
     avg_iters: int,
-    sync: bool = False,
+    group: str = "",
     all_stages: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``sf_initialise`` of several curves, from what a DiVeQ step with ``codebook`` quantized in each stage or group.
@@ -302,7 +300,7 @@ def composite_sf_initialise(
         iter_counter: int32 [1], steps so far including this one.
         skip_iters: S.
         avg_iters: A.
-        sync: As there.
+        group: As there.
         all_stages: Whether every row that counts uses all stages, which spares most of the work.
 
     Returns:
@@ -319,20 +317,20 @@ def composite_sf_initialise(
     rows = rows.to(compute_dtype(curve))
     of_curves = []  # (sums, chunks) of each
     if part < rows.shape[-1]:
-        chunks = _cut(finite, K, steps, step, is_one, sync)
+        chunks = _cut(finite, K, steps, step, is_one, group)
         of_curves = [(sums, chunks) for sums in _chunk_sums(rows, chunks.order, chunks).chunk(Q, dim=-1)]
     else:
         for stage in range(Q):
             done = stage - 1  # whose codewords `sums` is without
             if stage == 0 or not all_stages:
-                chunks = _cut(finite & (chosen[stage] >= 0), K, steps, step, is_one, sync)
+                chunks = _cut(finite & (chosen[stage] >= 0), K, steps, step, is_one, group)
                 sums, done = _chunk_sums(rows, chunks.order, chunks), 0
             # Sums are linear, so no residual is made: the codewords chosen so far are summed over the same rows.
             for before in range(done, stage):
                 words = chosen[before].clamp_min(0)[chunks.order]
                 sums = sums - _chunk_sums(codebook[before].to(rows.dtype), words, chunks)
             of_curves.append((sums, chunks))
-    merged = [_merge(curve[q], built[q], sums, chunks, sync) for q, (sums, chunks) in enumerate(of_curves)]
+    merged = [_merge(curve[q], built[q], sums, chunks, group) for q, (sums, chunks) in enumerate(of_curves)]
     more = torch.stack([torch.where(chunks.has_rows, chunks.share, 0) for _, chunks in of_curves])
     return torch.stack(merged), built + more.to(built.dtype)
 

@@ -4,7 +4,8 @@ Under DistributedDataParallel nothing needs to be done: in training the layers s
 and build their curves from all ranks' latents, whenever a default process group of more than one rank exists. All ranks
 must then take the same training steps: where they may run out of inputs at different times, leave the loop together,
 by ``model.join(throw_on_early_termination=True)``. Compile after the group is there: a graph from before it knows of
-one rank only. ``layer.sync_ranks = False`` makes a layer keep to itself.
+one rank only. ``agree_within(model, group)`` is for models that not all ranks train, as in pipelines, or train one of
+each; ``layer.sync_ranks = False`` makes a layer keep to itself.
 
 Under FSDP a codebook must stay whole, since the layers write to it (replaced codewords, the start by k-means,
 SF-DiVeQ's first curve): ``fully_shard(model, ignored_params=replicate(model))``. A layer whose codebook is sharded
@@ -27,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
 from diveq_kernels import _checks
+from diveq_kernels._constant import constant_in_graphs
 
 
 def has_group() -> bool:
@@ -34,9 +36,11 @@ def has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def is_active() -> bool:
-    """Whether there are other ranks to agree with."""
-    return has_group() and dist.get_world_size() > 1
+@constant_in_graphs
+def group_of_several(chosen: str) -> str:
+    """The name of the chosen process group, or the default one's; "" if this process has no other to agree with."""
+    name = (chosen or name_of(None)) if has_group() else ""
+    return name if ranks_of(name) > 1 else ""
 
 
 def _check_all_take_part() -> None:
@@ -50,38 +54,70 @@ def _check_all_take_part() -> None:
         )
 
 
-# Operations of their own: a graph holds them whole, whatever collectives the compiler knows.
+# What ranks agree on. Operations of their own: a graph holds them whole, whatever collectives the compiler knows.
 @torch.library.custom_op("diveq::sum_over_ranks", mutates_args=())
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum over all ranks of tensors of one shape; bit-identical on every rank."""
+def _sum_over_ranks(values: Tensor, group: str) -> Tensor:
     _check_all_take_part()
     total = values.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=_named(group))
     return total
 
 
 @torch.library.custom_op("diveq::from_first_rank", mutates_args=())
-def from_first_rank(values: Tensor, group: str = "") -> Tensor:
-    """The tensor of rank 0 of a group (the default one), on every rank."""
+def _from_first_rank(values: Tensor, group: str) -> Tensor:
     _check_all_take_part()
     received = values.clone(memory_format=torch.contiguous_format)
     dist.broadcast(received, group_src=0, group=_named(group))
     return received
 
 
-@sum_over_ranks.register_fake
-@from_first_rank.register_fake
-def _(values: Tensor, group: str = "") -> Tensor:
+@_sum_over_ranks.register_fake
+@_from_first_rank.register_fake
+def _(values: Tensor, group: str) -> Tensor:
     return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
-def place_among_ranks(count: Tensor) -> tuple[Tensor, Tensor]:
+def sum_over_ranks(values: Tensor, group: str) -> Tensor:
+    """The sum over ranks of tensors of one shape; bit-identical on every rank."""
+    return _sum_over_ranks(values, group) if group else values
+
+
+def from_first_rank(values: Tensor, group: str) -> Tensor:
+    """The tensor of the group's rank 0, on every rank."""
+    return _from_first_rank(values, group) if group else values
+
+
+def place_among_ranks(count: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """(how many rows lie on earlier ranks, how many on all), int64 [], from this rank's number int64 []."""
+    if not group:
+        return torch.zeros_like(count), count
     _check_all_take_part()
-    counts = count.new_zeros(dist.get_world_size())
-    counts[dist.get_rank()] = count
-    dist.all_reduce(counts)
-    return counts[: dist.get_rank()].sum(), counts.sum()
+    rank = rank_in(group)
+    counts = count.new_zeros(ranks_of(group))
+    counts[rank] = count
+    dist.all_reduce(counts, group=_named(group))
+    return counts[:rank].sum(), counts.sum()
+
+
+def agree_within(module: nn.Module, group: Any) -> None:
+    """Have quantizers agree with the ranks of one process group, where not all ranks train the same model.
+
+    Without it they agree with all ranks. It also holds for the gradients that `replicate` averages.
+
+    Args:
+        module: A quantizer, or a model with quantizers in it.
+        group: A process group with this process in it, as DistributedDataParallel is given, or ``mesh.get_group(...)``;
+            None for all ranks again. Layers keep its name, by which torch knows it in this process: a layer that was
+            pickled in another one has to be told again.
+
+    Raises:
+        TypeError: If module is no ``torch.nn.Module``, or group no process group.
+        ValueError: If this process is not in the group, or a group comes without torch.distributed.
+    """
+    name = "" if group is None else name_of(group)
+    for layer in _quantizers(module):
+        layer._group = name
+        keep_replicated(layer)
 
 
 def replicate(module: nn.Module) -> set[nn.Parameter]:
@@ -99,10 +135,7 @@ def replicate(module: nn.Module) -> set[nn.Parameter]:
         TypeError: If module is no ``torch.nn.Module``.
         RuntimeError: If a codebook is a parametrization.
     """
-    from diveq_kernels.layers.base import Quantizer
-
-    _checks.check_module(module)
-    layers = [layer for layer in module.modules() if isinstance(layer, Quantizer)]
+    layers = _quantizers(module)
     if any(is_made_of_others(layer) for layer in layers):
         raise RuntimeError("codebook must be no parametrization (torch.nn.utils.parametrize) to be averaged over ranks")
     for layer in layers:
@@ -111,12 +144,19 @@ def replicate(module: nn.Module) -> set[nn.Parameter]:
     return {layer.codebook for layer in layers}
 
 
+def _quantizers(module: nn.Module) -> list[Any]:
+    from diveq_kernels.layers.base import Quantizer
+
+    _checks.check_module(module)
+    return [layer for layer in module.modules() if isinstance(layer, Quantizer)]
+
+
 def keep_replicated(layer: Any) -> None:
     """Mark the codebook of a layer that `replicate` was given, now or again: its parameter may have been exchanged."""
     codebook = layer._parameters.get("codebook")
     if not layer._replicated or codebook is None:
         return
-    codebook._diveq_replicated = True
+    codebook._diveq_replicated = layer._group
     learns = codebook.requires_grad
     codebook.requires_grad_(True)  # a frozen one takes no hook, but keeps it
     hooks = codebook._post_accumulate_grad_hooks
@@ -128,9 +168,10 @@ def keep_replicated(layer: Any) -> None:
 
 
 def _average_gradient(codebook: Tensor) -> None:
-    if codebook.grad is not None and is_active():
-        codebook.grad /= dist.get_world_size()  # first, as DistributedDataParallel does: the sum may be beyond fp16
-        dist.all_reduce(codebook.grad)
+    group = group_of_several(codebook._diveq_replicated)  # type: ignore[attr-defined]
+    if codebook.grad is not None and group:
+        codebook.grad /= ranks_of(group)  # first, as DistributedDataParallel does: the sum may be beyond fp16
+        dist.all_reduce(codebook.grad, group=_named(group))
 
 
 def is_made_of_others(layer: nn.Module) -> bool:
@@ -143,7 +184,7 @@ def check_written_is_kept(layer: nn.Module) -> None:
     """Raise if a layer's codebook is not its own tensor, so that what is about to be written to it would be lost."""
     # FSDP marks the modules that it manages, and gives them another tensor for the time of their forward.
     sharded = getattr(layer, "_is_fsdp_managed_module", False)
-    if sharded and not getattr(layer.codebook, "_diveq_replicated", False):
+    if sharded and not hasattr(layer.codebook, "_diveq_replicated"):
         raise RuntimeError(
             "codebook must stay whole under FSDP, which would lose what the layer writes to it: "
             "fully_shard(model, ignored_params=diveq_kernels.distributed.replicate(model))"

@@ -21,10 +21,10 @@ ITERATIONS = 10
 _BLOCK = 1 << 16  # rows of which there is a copy in fp64 at a time
 
 
-def _spread(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool) -> Tensor:
+def _spread(rows: Tensor, kept: Tensor, codewords: int, seed: int, group: str) -> Tensor:
     """One row of each of K equal parts of those that count, of all ranks in order of arrival -> [K, D]."""
     here = kept.sum()
-    before, n = distributed.place_among_ranks(here) if sync else (torch.zeros_like(here), here)
+    before, n = distributed.place_among_ranks(here, group)
     part = torch.arange(codewords + 1, device=rows.device) * n // codewords
     # Drawn within its part: rows equally far apart could all be of one place of the image.
     key = torch.full((), seed, dtype=torch.int64, device=rows.device)
@@ -36,7 +36,7 @@ def _spread(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool) -
         chosen = torch.where(mine[:, None], rows[order[position.clamp(0, len(rows) - 1)]], 0)
     else:
         chosen = rows.new_zeros(codewords, rows.shape[1])
-    return distributed.sum_over_ranks(chosen) if sync else chosen
+    return distributed.sum_over_ranks(chosen, group)
 
 
 def _search(rows: Tensor, codewords: Tensor, kept: Tensor, backend: str) -> Tensor:
@@ -45,9 +45,9 @@ def _search(rows: Tensor, codewords: Tensor, kept: Tensor, backend: str) -> Tens
     return indices.long()
 
 
-def _kmeans(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool, backend: str) -> Tensor:
+def _kmeans(rows: Tensor, kept: Tensor, codewords: int, seed: int, group: str, backend: str) -> Tensor:
     """Lloyd's algorithm [N, D] -> [K, D]; a codeword that no row chooses keeps its place."""
-    means = _spread(rows, kept, codewords, seed, sync)
+    means = _spread(rows, kept, codewords, seed, group)
     for _ in range(ITERATIONS):
         bins = _search(rows, means, kept, backend) + 1
         # Of how far rows are from their codeword, and in fp64: fp32 loses a mean that is far from 0, or of many rows.
@@ -57,8 +57,7 @@ def _kmeans(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool, b
             off = rows[first : first + _BLOCK] - means[(chosen - 1).clamp_min(0)]
             sums.index_add_(0, chosen, off.double())
         counts = bins.new_zeros(codewords + 1).index_add_(0, bins, torch.ones_like(bins))[1:]
-        if sync:
-            sums, counts = distributed.sum_over_ranks(sums), distributed.sum_over_ranks(counts)
+        sums, counts = distributed.sum_over_ranks(sums, group), distributed.sum_over_ranks(counts, group)
         means = (means + sums[1:] / counts.clamp_min(1)[:, None]).to(rows.dtype)
     return means
 
@@ -66,7 +65,7 @@ def _kmeans(rows: Tensor, kept: Tensor, codewords: int, seed: int, sync: bool, b
 @torch.library.custom_op(
     "diveq::kmeans_start",
     mutates_args=(),
-    schema="(Tensor codebook, Tensor z, Tensor? mask, Tensor iter_counter, bool sync, str backend,"
+    schema="(Tensor codebook, Tensor z, Tensor? mask, Tensor iter_counter, str group, str backend,"
     " Tensor? is_step=None, Tensor? number=None) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
@@ -75,7 +74,7 @@ def kmeans_start(
     z: Tensor,
     mask: Tensor | None,
     iter_counter: Tensor,
-    sync: bool,
+    group: str,
     backend: str,
     is_step: Tensor | None = None,
     number: Tensor | None = None,
@@ -91,7 +90,7 @@ def kmeans_start(
         z: [..., D].
         mask: bool [...]; False leaves a row out.
         iter_counter: int32 [1]; the codebook is replaced where it is below 0.
-        sync: Whether z is this rank's part of the rows, those of all ranks following one another.
+        group: The name of the process group whose ranks' rows follow one another; "" if z has all rows.
         backend: Of the search.
         is_step: int32 [1], 0 where nothing is due whatever the counter.
         number: Of the layer, which learns that later steps have no start.
@@ -103,26 +102,26 @@ def kmeans_start(
     if due.device.type == "cpu" and not due:
         now = codebook.clone(memory_format=torch.contiguous_format)
     else:
-        now = _start(codebook, z, mask, due, sync, backend)
+        now = _start(codebook, z, mask, due, group, backend)
     layer = None if number is None else layer_of(number, iter_counter)
     if layer is not None:
         layer.learn_of_start()
     return now
 
 
-def _start(codebook: Tensor, z: Tensor, mask: Tensor | None, due: Tensor, sync: bool, backend: str) -> Tensor:
+def _start(codebook: Tensor, z: Tensor, mask: Tensor | None, due: Tensor, group: str, backend: str) -> Tensor:
     """The codebook that k-means finds if it is due and has rows."""
     books = codebook if codebook.dim() == 3 else codebook[None]
     Q, K, part = books.shape
     rows = z.reshape(-1, z.shape[-1])
     kept = finite_rows(rows, mask)
     count = kept.sum()
-    due = due & ((distributed.sum_over_ranks(count) if sync else count) > 0)
+    due = due & (distributed.sum_over_ranks(count, group) > 0)
     rows = rows.to(compute_dtype(codebook, z))
     residual, found = part == rows.shape[1], []
     for stage in range(Q):
         columns = rows if residual else rows[:, stage * part : (stage + 1) * part].contiguous()
-        found.append(_kmeans(columns, kept, K, stage, sync, backend).to(codebook.dtype))
+        found.append(_kmeans(columns, kept, K, stage, group, backend).to(codebook.dtype))
         if residual and stage < Q - 1:
             words = found[-1].to(rows.dtype)  # as rounded: what that leaves is the next stages' to quantize
             rows = rows - words[_search(rows, words, kept, backend).clamp_min(0)]

@@ -14,7 +14,8 @@ from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels.distributed import gather_ranks, sum_of_ranks
 from diveq_kernels.functional import Nearest, Quantized, noise_seed
 from diveq_kernels.layers._arguments import check_count, check_flags
-from diveq_kernels.layers.base import may_initialise, select
+from diveq_kernels.layers._loading import may_initialise
+from diveq_kernels.layers.base import select
 from diveq_kernels.sharded_search import MOST_CODEWORDS, check_indices, sharded
 
 

@@ -1,11 +1,11 @@
-"""``load_state_dict``: what a codebook that comes without a counter says of it, and buffers that do not come at all."""
+"""Loading: codebooks that come without a counter, or are not to be drawn, and buffers that do not come at all."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def note_what_comes(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -43,3 +43,19 @@ def _is_usable(tensor: Tensor) -> bool:
     """Whether it has values, which this mode lets one change."""
     fake = tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor)
     return not fake and (torch.is_inference_mode_enabled() or not tensor.is_inference())
+
+
+def version_of(tensor: Tensor) -> int:
+    """What a write changes; always the same where the tensor was made in inference mode, and has none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def may_initialise(codebook: Tensor) -> bool:
+    """Whether a codebook may be drawn; it is 0 then. Loaders keep ``torch.nn.init`` from what they have loaded.
+
+    So does transformers while it initialises what a checkpoint lacks, for which it also resets layers that have a
+    buffer outside of the state_dict: ``reset_parameters`` must then leave a loaded codebook as it is.
+    """
+    before = version_of(codebook)
+    nn.init.zeros_(codebook)
+    return codebook.is_inference() or version_of(codebook) != before

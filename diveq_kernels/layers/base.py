@@ -13,7 +13,7 @@ from diveq_kernels._dtypes import without_autocast
 from diveq_kernels._marked import MarkedCodebook
 from diveq_kernels._operation import is_plain
 from diveq_kernels.layers._arguments import check_count, check_flags
-from diveq_kernels.layers._loading import note_what_comes
+from diveq_kernels.layers._loading import may_initialise, note_what_comes, version_of
 from diveq_kernels.steps import in_forward, in_forward_of, is_exporting, number_of
 from diveq_kernels.usage import perplexity
 
@@ -30,22 +30,6 @@ def select(table: Tensor, indices: Tensor, all_there: bool = False) -> Tensor:
     if all_there:
         return nn.functional.embedding(indices, table)
     return torch.where((indices >= 0)[..., None], table[indices.clamp_min(0)], 0)
-
-
-def _version_of(tensor: torch.Tensor) -> int:
-    """What a write changes; always the same where the tensor was made in inference mode, and has none."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def may_initialise(codebook: Tensor) -> bool:
-    """Whether a codebook may be drawn; it is 0 then. Loaders keep ``torch.nn.init`` from what they have loaded.
-
-    So does transformers while it initialises what a checkpoint lacks, for which it also resets layers that have a
-    buffer outside of the state_dict: ``reset_parameters`` must then leave a loaded codebook as it is.
-    """
-    before = _version_of(codebook)
-    nn.init.zeros_(codebook)
-    return codebook.is_inference() or _version_of(codebook) != before
 
 
 def _is_of_several_sizes(*sizes: int) -> bool:
@@ -71,8 +55,9 @@ class Quantizer(MarkedCodebook):
 
     codebook: nn.Parameter
     iter_counter: Tensor
-    # Whether training agrees with other ranks, see ``diveq_kernels.distributed``.
+    # Whether training agrees with other ranks, see ``diveq_kernels.distributed``, and their group, if it was chosen.
     sync_ranks: bool = True
+    _group: str = ""
     # What the host knows of ``iter_counter`` (``_is_settled``): steps at least, or −1 if it has yet to look; the
     # tensor and its version then; and whether there may be more steps, counted by graphs.
     _known_steps: int = -1
@@ -327,12 +312,12 @@ class Quantizer(MarkedCodebook):
             self.iter_counter.add_(is_step)
             return
         captured, known = self._is_captured(), self._known_counter is self.iter_counter
-        if captured or (known and _version_of(self.iter_counter) != self._known_version):
+        if captured or (known and version_of(self.iter_counter) != self._known_version):
             self._graphs_count = True
         self.iter_counter.add_(is_step)
         if known and not captured:
             self._known_steps += 1
-            self._known_version = _version_of(self.iter_counter)
+            self._known_version = version_of(self.iter_counter)
 
     def _is_settled(self, counted: bool) -> bool:
         """Whether the steps that differ from all later ones are known to be over, and what they do can be left out.
@@ -352,7 +337,7 @@ class Quantizer(MarkedCodebook):
             elif not self._is_captured():
                 if self._known_counter is None:
                     self._known_steps = max(0, int(self.iter_counter))
-                    self._known_version = _version_of(self.iter_counter)
+                    self._known_version = version_of(self.iter_counter)
                     self._known_counter, self._settled = self.iter_counter, False
                 if self._known_counter is not self.iter_counter:
                     return False
@@ -391,18 +376,19 @@ class Quantizer(MarkedCodebook):
         if mode and not self._settled:
             self._forget_steps()
             # Ranks have to agree, and may call this at different times.
-            if not self._synchronises():
+            if not self._synced():
                 self._is_settled(counted=False)
         return super().train(mode)
 
-    def _synchronises(self) -> bool:
-        return self.sync_ranks and distributed.is_active()
+    def _synced(self) -> str:
+        """The name of the group that training agrees with, "" for none."""
+        return distributed.group_of_several(self._group) if self.sync_ranks else ""
 
     def _dither(self, *shape: int) -> Tensor:
         """λ ~ U(0, 1), fp32, the same on all ranks."""
         _checks.check_nothing_is_drawn_again()
         dither = torch.rand(*shape, dtype=torch.float32, device=self.codebook.device)
-        return distributed.from_first_rank(dither) if self._synchronises() else dither
+        return distributed.from_first_rank(dither, self._synced())
 
     def _backend(self) -> str:
         return backends.check_name(self.backend)

@@ -285,8 +285,8 @@ class CompositeSFDIVEQ(CompositeQuantizer):
                     in_step(step, is_step),
                     self.skip_iters,
                     self.avg_iters,
-                    self._synchronises(),
-                    active is None and not self._synchronises(),  # ranks may differ in it
+                    self._synced(),
+                    active is None and not self._synced(),  # ranks may differ in it
                 )
                 self.curve.copy_(curve)
                 self.built.copy_(built)

@@ -114,7 +114,7 @@ class ReplacingQuantizer(Quantizer):
         if may_start:
             in_graph = torch.compiler.is_compiling()
             told = (is_step, None if is_exporting() else self._number) if in_graph else ()
-            how = self._synchronises(), self._backend(), *told
+            how = self._synced(), self._backend(), *told
             codebook = edit(kmeans_start, codebook, z.detach(), mask, self.iter_counter, *how)
             if not in_graph:  # a transform of torch.func has a state of its own
                 self._may_start = torch._C._functorch.peek_interpreter_stack() is not None
@@ -149,8 +149,7 @@ class ReplacingQuantizer(Quantizer):
             return
         is_step = self._is_step()
         if self.codebook_reset:
-            if self._synchronises():
-                counts = distributed.sum_over_ranks(counts)
+            counts = distributed.sum_over_ranks(counts, self._synced())
             clock = in_step(self._replacement_clock(), is_step)
             steps = int(clock) if self._counts_are_free() else clock
             count_use(self.codebook_usage, counts, steps, self.replacement_iters, is_step, self._backend())

@@ -148,7 +148,7 @@ class SFDIVEQ(Quantizer):
         self._may_write()
         schedule = in_step(self.iter_counter, is_step), self.skip_iters, self.avg_iters
         codebook: Tensor
-        codebook, missed = edit(sf_initialise, self.codebook, self.missed, z, mask, *schedule, self._synchronises())
+        codebook, missed = edit(sf_initialise, self.codebook, self.missed, z, mask, *schedule, self._synced())
         if not self._counts_are_free() or collecting(self.iter_counter, self.skip_iters, self.avg_iters):
             self._write(codebook)
             self.missed.copy_(missed)
