@@ -67,7 +67,7 @@ struct Kernels {
   // c_j, or the dithered point, into out [dim].
   void (*part)(const Codes&, int64_t j, float* out, float* scratch);
 
-  // scratch holds 2·dim + (panel or coarse_panel)·(dim + lanes) floats.
+  // scratch holds 3·dim floats; with a first pass, from least_screened on, 2·dim + coarse_panel·(dim + lanes).
   void (*pack)(const Codes&, const Packed&, int64_t first_panel, int64_t last_panel, float* scratch);
   int64_t (*search_scratch)(int64_t dim, int64_t rows);  // floats
   // Index of the nearest for `rows` rows z [rows][ld]; scratch as search_scratch says.

@@ -93,12 +93,12 @@ class Kept {
   std::vector<Buffer> kept_;
 };
 
-// f(first panel, last panel, scratch) for all panels, on torch's threads.
+// f(first panel, last panel, scratch) for all panels, on torch's threads; each call has `floats` floats of scratch.
 template <class F>
-void pack_panels(const Kernels& k, int64_t panels, int64_t panel, int64_t dim, const F& f) {
+void pack_panels(int64_t panels, int64_t panel, int64_t dim, int64_t floats, const F& f) {
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / (panel * dim));
   parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    const Buffer scratch = buffer(2 * dim + panel * (dim + k.lanes));
+    const Buffer scratch = buffer(floats);
     f(begin, end, scratch.get());
   });
 }
@@ -123,12 +123,11 @@ class PackedBook : Kept {
         *array = keep(panels + k.lanes);
         std::fill_n(*array, panels + k.lanes, 0.0f);  // read in whole vectors, and what is denormal takes long
       }
-    }
-    if (screened) {
       packed.order = reinterpret_cast<int32_t*>(keep(order.size()));
       std::copy(order.begin(), order.end(), packed.order);
     }
-    pack_panels(k, panels, panel, dim, [&](int64_t begin, int64_t end, float* scratch) {
+    const int64_t floats = screened ? 2 * dim + panel * (dim + k.lanes) : 3 * dim;
+    pack_panels(panels, panel, dim, floats, [&](int64_t begin, int64_t end, float* scratch) {
       k.pack(codes, packed, begin, end, scratch);
     });
     if (screened) {
@@ -154,7 +153,7 @@ class PackedPath : Kept {
       *array = keep(panels * k.panel);
     packed.reaches = keep(panels);
     find_centre(k, codes, packed.centre);
-    pack_panels(k, panels, k.panel, codes.dim, [&](int64_t begin, int64_t end, float* scratch) {
+    pack_panels(panels, k.panel, codes.dim, 4 * codes.dim, [&](int64_t begin, int64_t end, float* scratch) {
       k.pack_curve(codes, packed, begin, end, scratch);
     });
   }
