@@ -2,8 +2,8 @@
 // distance from the centre.
 #pragma once
 
-#include "composite.cuh"
 #include "packed.h"
+#include "rows.cuh"
 
 namespace diveq {
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "rows.cuh"
-#include "steps.h"
 
 namespace diveq {
 

@@ -1,8 +1,6 @@
 // Codebooks as the search reads them: centred, padded and in the order of a matrix product's fragments.
 #pragma once
 
-#include <cfloat>
-
 #include "launch.h"
 
 namespace diveq {
