@@ -15,7 +15,7 @@ struct Rows {
   Dtype dtype;
   int rank;  // of the leading shape
   int64_t sizes[kMaxRank], strides[kMaxRank];  // in elements
-  int64_t inner;  // stride of the last dimension
+  int64_t step;  // stride of the last dimension
   int64_t dim;
 };
 
@@ -23,7 +23,7 @@ struct Rows {
 struct Codes {
   const char* data;
   Dtype dtype;
-  int64_t row, inner;  // strides in elements
+  int64_t row, step;  // strides in elements
   int64_t count;  // of vectors to search
   int64_t dim;
   const float* dither;  // [count] or null

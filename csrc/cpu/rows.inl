@@ -86,10 +86,10 @@ inline __attribute__((always_inline)) void each_run(const Rows& r, int64_t row, 
 
 template <Dtype T>
 void read_as(const Rows& r, int64_t row, int64_t rows, float* out) {
-  const int64_t dim = r.dim, inner = r.inner;
+  const int64_t dim = r.dim, step = r.step;
   each_run(r, row, rows, [&](Run run, int64_t done) {
     float* to = out + done * dim;
-    if (inner == 1) {
+    if (step == 1) {
       for (int64_t n = 0; n < run.rows; ++n)
         for (int64_t k = 0; k < dim; ++k) to[n * dim + k] = widen<T>(r.data, run.offset + n * run.stride + k);
     } else {  // column by column where rows are closer together than columns
@@ -97,7 +97,7 @@ void read_as(const Rows& r, int64_t row, int64_t rows, float* out) {
         const int64_t n1 = n0 + 16 < run.rows ? n0 + 16 : run.rows;
         for (int64_t k = 0; k < dim; ++k)
           for (int64_t n = n0; n < n1; ++n)
-            to[n * dim + k] = widen<T>(r.data, run.offset + n * run.stride + k * inner);
+            to[n * dim + k] = widen<T>(r.data, run.offset + n * run.stride + k * step);
       }
     }
   });
@@ -105,10 +105,10 @@ void read_as(const Rows& r, int64_t row, int64_t rows, float* out) {
 
 template <Dtype T>
 void write_as(const Rows& r, int64_t row, int64_t rows, const float* in) {
-  const int64_t dim = r.dim, inner = r.inner;
+  const int64_t dim = r.dim, step = r.step;
   each_run(r, row, rows, [&](Run run, int64_t done) {
     const float* from = in + done * dim;
-    if (inner == 1) {
+    if (step == 1) {
       for (int64_t n = 0; n < run.rows; ++n)
         for (int64_t k = 0; k < dim; ++k) narrow<T>(r.data, run.offset + n * run.stride + k, from[n * dim + k]);
     } else {
@@ -116,7 +116,7 @@ void write_as(const Rows& r, int64_t row, int64_t rows, const float* in) {
         const int64_t n1 = n0 + 16 < run.rows ? n0 + 16 : run.rows;
         for (int64_t k = 0; k < dim; ++k)
           for (int64_t n = n0; n < n1; ++n)
-            narrow<T>(r.data, run.offset + n * run.stride + k * inner, from[n * dim + k]);
+            narrow<T>(r.data, run.offset + n * run.stride + k * step, from[n * dim + k]);
       }
     }
   });
@@ -140,15 +140,15 @@ void write(const Rows& r, int64_t row, int64_t rows, const float* in) {
 
 __attribute__((noinline)) const float* read_codeword(const Codes& c, int64_t at, float* scratch) {
   for (int64_t k = 0; k < c.dim; ++k)
-    scratch[k] = c.dtype == Dtype::f32    ? widen<Dtype::f32>(c.data, at + k * c.inner)
-                 : c.dtype == Dtype::bf16 ? widen<Dtype::bf16>(c.data, at + k * c.inner)
-                                          : widen<Dtype::f16>(c.data, at + k * c.inner);
+    scratch[k] = c.dtype == Dtype::f32    ? widen<Dtype::f32>(c.data, at + k * c.step)
+                 : c.dtype == Dtype::bf16 ? widen<Dtype::bf16>(c.data, at + k * c.step)
+                                          : widen<Dtype::f16>(c.data, at + k * c.step);
   return scratch;
 }
 
 inline const float* codeword(const Codes& c, int64_t j, float* scratch) {
   const int64_t at = j * c.row;
-  return c.dtype == Dtype::f32 && c.inner == 1 ? (const float*)c.data + at : read_codeword(c, at, scratch);
+  return c.dtype == Dtype::f32 && c.step == 1 ? (const float*)c.data + at : read_codeword(c, at, scratch);
 }
 
 void part(const Codes& c, int64_t j, float* out, float* scratch) {

@@ -93,7 +93,7 @@ inline int64_t chunk_rows(int64_t tile) {
 
 // The rows of contiguous fp32, where they lie; null of others.
 inline float* in_place(const Rows& rows, int64_t first) {
-  const bool plain = rows.dtype == Dtype::f32 && rows.inner == 1 && rows.rank == 1 && rows.strides[0] == rows.dim;
+  const bool plain = rows.dtype == Dtype::f32 && rows.step == 1 && rows.rank == 1 && rows.strides[0] == rows.dim;
   return plain ? reinterpret_cast<float*>(rows.data) + first * rows.dim : nullptr;
 }
 

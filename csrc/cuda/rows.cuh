@@ -130,7 +130,7 @@ struct Row {
   int64_t start, step;
 
   __device__ Row(const Rows& rows, int64_t n)
-      : data(rows.data), dtype(rows.dtype), start(offset_of(rows, n)), step(rows.inner) {}
+      : data(rows.data), dtype(rows.dtype), start(offset_of(rows, n)), step(rows.step) {}
 
   __device__ Quad load(int column, int count) const {
     return load_quad(data, dtype, start + column * step, step, count);
@@ -149,7 +149,7 @@ __device__ inline Codes stage_of(const Books& books, int s) {
 }
 
 __device__ inline Quad load_codeword(const Codes& codes, int64_t j, int column, int count) {
-  return load_quad(codes.data, codes.dtype, j * codes.row + column * codes.inner, codes.inner, count);
+  return load_quad(codes.data, codes.dtype, j * codes.row + column * codes.step, codes.step, count);
 }
 
 // Adds to fp32 sums.

@@ -32,7 +32,7 @@ struct RowsTile {
   template <int kParts>
   __device__ void prepare(int tile, int tiles, int place) const {
     const int quads = tiles * (kTileDepth / 4), dim = static_cast<int>(rows.search.books.first.dim);
-    const bool by_rows = rows.search.z.inner != 1;  // neighbouring threads read what lies together
+    const bool by_rows = rows.search.z.step != 1;  // neighbouring threads read what lies together
     for (int i = threadIdx.x; i < kTileRows * quads; i += kProductThreads) {
       const int row = by_rows ? i % kTileRows : i / quads, quad = by_rows ? i / kTileRows : i % quads;
       const int column = tile * kTileDepth + 4 * quad;

@@ -22,7 +22,7 @@ struct Searched {
   __device__ Quad load(int64_t n, int64_t start, int column, int count) const {
     const Rows& z = search.z;
     const int64_t first = search.books.product ? stage * search.books.first.dim : 0;
-    Quad quad = load_quad(z.data, z.dtype, start + (first + column) * z.inner, z.inner, count);
+    Quad quad = load_quad(z.data, z.dtype, start + (first + column) * z.step, z.step, count);
     for (int s = 0; s < (search.books.product ? 0 : stage); ++s) {
       const int32_t j = search.indices[s * search.rows + n];
       quad = difference(quad, load_point(stage_of(search.books, s), j, column, count));
