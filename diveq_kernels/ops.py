@@ -13,6 +13,7 @@ To ``torch.compile`` an operation is one opaque node, unless its backend is made
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,9 +58,8 @@ def _save_nearest(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward_nearest(ctx: Any, grad: Tensor, _: None) -> tuple:
-    need = ctx.needs_input_grad[:2]
-    gradients = nearest_backward(grad, *ctx.saved_tensors, *need, ctx.backend)
-    return (*_needed(gradients, need), None, None, None)
+    gradients = nearest_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2], ctx.backend)
+    return gradients_of_inputs(ctx, gradients)
 
 
 # ---- DiVeQ -----------------------------------------------------------------------------------------------------------
@@ -88,12 +88,6 @@ def _save_diveq(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(z, codebook, output[1], seed)
 
 
-def _backward_diveq(ctx: Any, grad: Tensor, *_: None) -> tuple:
-    need = ctx.needs_input_grad[:2]
-    gradients = diveq_backward(grad, *ctx.saved_tensors, ctx.noise_std, *need, ctx.backend)
-    return (*_needed(gradients, need), None, None, None, None, None)
-
-
 # ---- SF-DiVeQ --------------------------------------------------------------------------------------------------------
 
 sf_diveq = Operation(
@@ -118,12 +112,6 @@ sf_diveq_backward = Operation(
 def _save_sf_diveq(ctx: Any, inputs: tuple, output: tuple) -> None:
     z, codebook, dither, _, seed, ctx.noise_std, _, ctx.backend = inputs
     ctx.save_for_backward(z, codebook, dither, output[1], seed)
-
-
-def _backward_sf_diveq(ctx: Any, grad: Tensor, *_: None) -> tuple:
-    need = ctx.needs_input_grad[:2]
-    gradients = sf_diveq_backward(grad, *ctx.saved_tensors, ctx.noise_std, *need, ctx.backend)
-    return (*_needed(gradients, need), None, None, None, None, None, None)
 
 
 # ---- projection ------------------------------------------------------------------------------------------------------
@@ -152,13 +140,13 @@ def _save_project(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward_project(ctx: Any, grad_points: Tensor | None, _: None, grad_t: Tensor | None) -> tuple:
-    need, (z, codebook, indices) = ctx.needs_input_grad[:2], ctx.saved_tensors
+    z, codebook, indices = ctx.saved_tensors
     if grad_points is None:
         grad_points = torch.zeros_like(z)
     if grad_t is None:
         grad_t = torch.zeros_like(indices, dtype=compute_dtype(z, codebook))
-    gradients = project_backward(grad_points, grad_t, z, codebook, indices, *need, ctx.backend)
-    return (*_needed(gradients, need), None, None, None)
+    gradients = project_backward(grad_points, grad_t, z, codebook, indices, *ctx.needs_input_grad[:2], ctx.backend)
+    return gradients_of_inputs(ctx, gradients)
 
 
 # ---- residual --------------------------------------------------------------------------------------------------------
@@ -201,12 +189,6 @@ def _save_residual(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(z, codebooks, dither, output[1], seed)
 
 
-def _backward_residual(ctx: Any, grad: Tensor, *_: None) -> tuple:
-    need = ctx.needs_input_grad[:2]
-    gradients = residual_backward(grad, *ctx.saved_tensors, ctx.noise_std, *need, ctx.backend)
-    return (*_needed(gradients, need), None, None, None, None, None, None, None)
-
-
 # ---- product ---------------------------------------------------------------------------------------------------------
 
 product = Operation(
@@ -227,22 +209,28 @@ def _save_product(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(z, codebooks, dither, output[1], seed)
 
 
-def _backward_product(ctx: Any, grad: Tensor, *_: None) -> tuple:
-    need = ctx.needs_input_grad[:2]
-    gradients = product_backward(grad, *ctx.saved_tensors, ctx.noise_std, *need, ctx.backend)
-    return (*_needed(gradients, need), None, None, None, None, None, None)
-
-
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-def _needed(gradients: tuple[Tensor, Tensor], need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, need, strict=True))
+def gradients_of_inputs(ctx: Any, gradients: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    """One gradient for each argument: those of z and the codebook, the first two, where needed; None for the others."""
+    needed = [gradient if need else None for gradient, need in zip(gradients, ctx.needs_input_grad, strict=False)]
+    return (*needed, *[None] * (len(ctx.needs_input_grad) - 2))
+
+
+def _backward_of_step(formula: Operation) -> Callable:
+    """The backward of an operation that takes a step, of whose results only the first, z_q, has a gradient."""
+
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple:
+        gradients = formula(grad, *ctx.saved_tensors, ctx.noise_std, *ctx.needs_input_grad[:2], ctx.backend)
+        return gradients_of_inputs(ctx, gradients)
+
+    return backward
 
 
 nearest.differentiate(_backward_nearest, _save_nearest, by=nearest_backward)
-diveq.differentiate(_backward_diveq, _save_diveq, by=diveq_backward)
-sf_diveq.differentiate(_backward_sf_diveq, _save_sf_diveq, by=sf_diveq_backward)
+diveq.differentiate(_backward_of_step(diveq_backward), _save_diveq, by=diveq_backward)
+sf_diveq.differentiate(_backward_of_step(sf_diveq_backward), _save_sf_diveq, by=sf_diveq_backward)
 project.differentiate(_backward_project, _save_project, by=project_backward)
-residual.differentiate(_backward_residual, _save_residual, by=residual_backward)
-product.differentiate(_backward_product, _save_product, by=product_backward)
+residual.differentiate(_backward_of_step(residual_backward), _save_residual, by=residual_backward)
+product.differentiate(_backward_of_step(product_backward), _save_product, by=product_backward)

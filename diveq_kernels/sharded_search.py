@@ -259,9 +259,8 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 @on_dense
 def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple:
-    need = ctx.needs_input_grad[:2]
-    options = (ctx.noise_std, ctx.step, ctx.own, ctx.group, *need, ctx.backend)
-    return (*ops._needed(sharded_backward(grad, *ctx.saved_tensors, *options), need), *[None] * 10)
+    options = (ctx.noise_std, ctx.step, ctx.own, ctx.group, *ctx.needs_input_grad[:2], ctx.backend)
+    return ops.gradients_of_inputs(ctx, sharded_backward(grad, *ctx.saved_tensors, *options))
 
 
 differentiate(sharded, _backward, _save, by=sharded_backward)
