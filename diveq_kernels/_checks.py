@@ -136,6 +136,12 @@ def check_dither(dither: Any, z: Tensor, expected: tuple[int, ...], meaning: str
     check_same_device(dither, "dither", z)
 
 
+def check_positions(t: Any, indices: Tensor) -> None:
+    """Raise unless t, the positions of codes, is a float tensor of the indices' shape."""
+    check_float_tensor(t, "codes.t")
+    check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
+
+
 @constant_in_graphs
 def _draws_again() -> bool:
     from torch._functorch import config

@@ -69,8 +69,7 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
     body += struct.pack(f"<{indices.dim()}Q", *indices.shape) + (_COUNT.pack(len(values)) if cut else b"")
     body += _pack(values + offset, index_bits)
     if t is not None:
-        _checks.check_float_tensor(t, "codes.t")
-        _checks.check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
+        _checks.check_positions(t, indices)
         positions = t.detach().cpu().reshape(-1)[: len(values)].double()
         wrong = positions[~((positions >= 0) & (positions <= 1) | (values < 0))]
         if len(wrong):

@@ -21,7 +21,7 @@ from diveq_kernels.layers._arguments import (
 from diveq_kernels.layers._loading import load_as_finished, with_values
 from diveq_kernels.layers.base import histogram, select
 from diveq_kernels.layers.replacement import ReplacingQuantizer
-from diveq_kernels.layers.sf_diveq import SFCodes
+from diveq_kernels.layers.sf_diveq import SFCodes, pair_of, points_of
 from diveq_kernels.usage import in_step
 
 
@@ -330,18 +330,10 @@ class CompositeSFDIVEQ(CompositeQuantizer):
             ValueError: If shapes, devices or the number of codebooks differ, or an index is out of range (checked on
                 the CPU only, and not under torch.compile).
         """
-        if not isinstance(codes, (tuple, list)) or len(codes) != 2:
-            raise TypeError(f"codes must be a pair (indices, t), got {type(codes).__name__}")
-        indices, t = codes
+        indices, t = pair_of(codes)
         all_there = self._check_stages(indices, self.num_embeddings - 1)
-        _checks.check_float_tensor(t, "codes.t")
-        _checks.check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
-        dtype = compute_dtype(self.codebook, t)
-        parts = []
-        for book, chosen, position in zip(self.codebook, indices, t, strict=False):
-            weight = position.to(dtype)[..., None]
-            start, end = (select(table, chosen, all_there).to(dtype) for table in (book, book[1:]))
-            parts.append((1 - weight) * start + weight * end)
+        _checks.check_positions(t, indices)
+        parts = [points_of(*stage, all_there) for stage in zip(self.codebook, indices, t, strict=False)]
         return self._as_input(self._join(parts).to(self.codebook.dtype))
 
     @torch.no_grad()

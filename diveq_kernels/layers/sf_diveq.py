@@ -38,6 +38,22 @@ class SFCodes(NamedTuple):
         return tuple.__getitem__(self, index)
 
 
+def pair_of(codes: Any) -> tuple[Any, Any]:
+    """(indices, t), neither checked yet; raises TypeError unless the codes are a pair."""
+    if not isinstance(codes, (tuple, list)) or len(codes) != 2:
+        raise TypeError(f"codes must be a pair (indices, t), got {type(codes).__name__}")
+    indices, t = codes
+    return indices, t
+
+
+def points_of(curve: Tensor, indices: Tensor, t: Tensor, all_there: bool) -> Tensor:
+    """(1−t)c_j + t·c_{j+1} of a curve [K, D] for indices and t [...] -> [..., D], fp32 at least; see ``select``."""
+    dtype = compute_dtype(curve, t)
+    start, end = (select(table, indices, all_there).to(dtype) for table in (curve, curve[1:]))
+    weight = t.to(dtype)[..., None]
+    return (1 - weight) * start + weight * end
+
+
 class SFDIVEQ(Quantizer):
     """Space-filling differentiable vector quantization (docs/math.md, "SF-DiVeQ").
 
@@ -201,17 +217,11 @@ class SFDIVEQ(Quantizer):
             ValueError: If shapes or devices differ, or an index is out of range. The range is checked on the CPU only,
                 and not under torch.compile; elsewhere such an index is an error of the device, or 0 if negative.
         """
-        if not isinstance(codes, (tuple, list)) or len(codes) != 2:
-            raise TypeError(f"codes must be a pair (indices, t), got {type(codes).__name__}")
-        indices, t = codes
+        indices, t = pair_of(codes)
         all_there = self._check_codes(indices, self.num_embeddings - 1)
-        _checks.check_float_tensor(t, "codes.t")
-        _checks.check_shape(t, "codes.t", tuple(indices.shape), "the indices' shape")
-        dtype = compute_dtype(self.codebook, t)
-        start = select(self.codebook, indices, all_there).to(dtype)
-        end = select(self.codebook[1:], indices, all_there).to(dtype)
-        weight = t.to(dtype)[..., None]
-        return self._as_input(((1 - weight) * start + weight * end).to(self.codebook.dtype))
+        _checks.check_positions(t, indices)
+        points = points_of(self.codebook, indices, t, all_there)
+        return self._as_input(points.to(self.codebook.dtype))
 
     def _repr_fields(self) -> list[str]:
         return super()._repr_fields() + ["skip_iters", "avg_iters", "latents_on_cpu"]
