@@ -43,7 +43,8 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
 
     Raises:
         TypeError: If codes are no integer tensor and no pair, t is no float tensor, or num_codes or t_bits no int.
-        ValueError: If an index is not from −1 to K−1, t not in [0, 1], the shapes differ, or t_bits is out of range.
+        ValueError: If an index is not from −1 to K−1, t not in [0, 1], the shapes differ, t_bits is not from 1 to 24,
+            or num_codes not from 1 to 2**62.
     """
     num_codes, t_bits = check_count(num_codes, "num_codes", 1, 2**62), check_count(t_bits, "t_bits", 1)
     if t_bits > _MOST_T_BITS:

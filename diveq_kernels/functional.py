@@ -12,8 +12,8 @@ Keywords that every function takes:
 Rows that hold NaN or Inf give NaN, an index in range, and nothing to the codebook's gradient; other rows do not change.
 
 Raises (all functions):
-    TypeError: An argument has the wrong type or dtype.
-    ValueError: An argument has the wrong shape, device or value.
+    TypeError: An argument other than precision has the wrong type, or a tensor the wrong dtype or layout.
+    ValueError: An argument has the wrong shape, device or value, or precision is neither of the two, of whatever type.
     BackendUnavailableError: The named backend cannot run here.
 """
 

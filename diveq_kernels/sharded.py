@@ -62,8 +62,9 @@ class ShardedNearest(MarkedCodebook):
         first: Index of the first of them in the whole codebook.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or this process is not in the group.
+        TypeError: If an argument has the wrong type, other than rows and precision.
+        ValueError: If an argument is out of range, rows or precision is not one of its values, of whatever type, a
+            group is given without torch.distributed, or this process is not in it.
     """
 
     _kept: bool = False  # by ``diveq_kernels.distributed.keep_shards``
@@ -154,6 +155,7 @@ class ShardedNearest(MarkedCodebook):
             TypeError: If z or mask is no tensor or has a dtype that is not supported.
             ValueError: If a shape or device does not fit, or the ranks do not call alike (on the CPU only).
             RuntimeError: If DistributedDataParallel averages the shards, or FSDP shards them.
+            BackendUnavailableError: If the layer's backend cannot run here.
         """
         sqdist, indices, _ = self._run(z, mask, None, 0.0, step=False)
         return Nearest(indices, sqdist)
@@ -173,6 +175,7 @@ class ShardedNearest(MarkedCodebook):
             TypeError: As in ``forward``.
             ValueError: As in ``forward``.
             RuntimeError: As in ``forward``.
+            BackendUnavailableError: As in ``forward``.
         """
         noise_std = float(self.noise_std) if self.training else 0.0
         _checks.check_z(z)  # noise_seed asks for its device

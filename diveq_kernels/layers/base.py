@@ -163,14 +163,14 @@ class Quantizer(MarkedCodebook):
             mask: bool, z's shape without D. Rows where it is False are left out: z_q = z, index −1.
 
         Returns:
-            (z_q, indices, perplexity): z_q like z; indices int64, z's shape without D; perplexity fp32 [], 0 if
-            nothing was quantized.
+            (z_q, indices, perplexity): like z; int64, z's shape without D; and fp32 [], 0 if nothing was quantized.
 
         Raises:
             TypeError: If z or mask is no tensor or has a dtype that is not supported.
             ValueError: If z's shape or device does not fit the layer, the mask's does not fit z, or the codebook or
                 precision of the layer was replaced by one that it cannot use.
             RuntimeError: If what the layer writes to its codebook would be lost, see ``diveq_kernels.distributed``.
+            BackendUnavailableError: If the layer's backend cannot run here.
         """
         return self._run(self.training, self._rows(z, mask), mask)
 

@@ -41,8 +41,10 @@ class DIVEQ(ReplacingQuantizer):
         dtype: Of the codebook.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or noise_std and noise_var are both given.
+        TypeError: If an argument has the wrong type, other than replacement_iters, init and precision.
+        ValueError: If an argument is out of range; if replacement_iters, init or precision is not one of its values, of
+            whatever type; or if noise_std and noise_var are both given. Without codebook_reset replacement_iters,
+            discard_threshold and perturb_eps are not looked at.
     """
 
     def __init__(

@@ -35,9 +35,12 @@ class _Residual(CompositeQuantizer):
             perplexity fp32 [Q], 0 where a stage quantized nothing.
 
         Raises:
-            TypeError: If an argument is no tensor or has a dtype that is not supported.
-            ValueError: If z's shape or device does not fit the layer, or mask's or num_active's does not fit z.
+            TypeError: If z or mask is no tensor, num_active no tensor and no int, or a dtype is not supported.
+            ValueError: If z's shape or device does not fit the layer, mask's or num_active's does not fit z, an int
+                num_active is not from 1 to Q, or the codebook or precision of the layer was replaced by one that it
+                cannot use.
             RuntimeError: If what the layer writes to its codebook would be lost, see ``diveq_kernels.distributed``.
+            BackendUnavailableError: If the layer's backend cannot run here.
         """
         rows = self._rows(z, mask)
         return self._run(self.training, rows, mask, self._active(num_active, rows))
@@ -136,8 +139,10 @@ class ResidualDIVEQ(_Residual, CompositeDIVEQ):
         dtype: Of the codebook.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or noise_std and noise_var are both given.
+        TypeError: If an argument has the wrong type, other than replacement_iters, init and precision.
+        ValueError: If an argument is out of range; if replacement_iters, init or precision is not one of its values, of
+            whatever type; or if noise_std and noise_var are both given. Without codebook_reset replacement_iters,
+            discard_threshold and perturb_eps are not looked at.
     """
 
 
@@ -174,6 +179,7 @@ class ResidualSFDIVEQ(_Residual, CompositeSFDIVEQ):
         dtype: Of the codebook.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or noise_std and noise_var are both given.
+        TypeError: If an argument has the wrong type, other than replacement_iters, init and precision.
+        ValueError: If an argument is out of range; if replacement_iters, init or precision is not one of its values, of
+            whatever type; or if noise_std and noise_var are both given.
     """

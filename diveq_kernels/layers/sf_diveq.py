@@ -93,8 +93,9 @@ class SFDIVEQ(Quantizer):
     avg_iters to 0.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or noise_std and noise_var are both given.
+        TypeError: If an argument has the wrong type, other than precision.
+        ValueError: If an argument is out of range, precision is not one of its values, of whatever type, or noise_std
+            and noise_var are both given.
     """
 
     iter_counter: Tensor
