@@ -37,6 +37,13 @@ def check_dense(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}")
 
 
+def check_integer_tensor(x: Any, name: str, wanted: str = "be an int32 or int64 tensor") -> None:
+    """Raise TypeError unless x is a dense tensor of int32 or int64, which ``wanted`` says."""
+    if not isinstance(x, Tensor) or x.dtype not in INTEGERS:
+        raise TypeError(f"{name} must {wanted}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    check_dense(x, name)
+
+
 def check_same_device(x: Tensor, name: str, z: Tensor) -> None:
     """Raise ValueError unless x is on z's device."""
     if x.device != z.device:

@@ -21,7 +21,7 @@ def _plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _narrow(grad: Tensor) -> Tensor:
-    """A gradient as the kernels read it, any strides: they have no fp64."""
+    """A gradient as the kernels read it, any strides: no fp64, which only a direct call of an operation brings."""
     return grad.float() if grad.dtype == torch.float64 else grad
 
 

@@ -50,10 +50,7 @@ def pack_codes(codes: Tensor | SFCodes, num_codes: int, *, t_bits: int = 8) -> b
     if t_bits > _MOST_T_BITS:
         raise ValueError(f"t_bits must be at most {_MOST_T_BITS}, got {t_bits}")
     indices, t = codes if isinstance(codes, (tuple, list)) and len(codes) == 2 else (codes, None)
-    if not isinstance(indices, Tensor) or indices.dtype not in _checks.INTEGERS:
-        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"codes must hold an int32 or int64 tensor of indices, got {got}")
-    _checks.check_dense(indices, "codes")
+    _checks.check_integer_tensor(indices, "codes", "hold an int32 or int64 tensor of indices")
     values = indices.detach().cpu().reshape(-1).long()
     least, most = (int(x) for x in values.aminmax()) if values.numel() else (0, 0)
     if least < -1 or most >= num_codes:

@@ -218,7 +218,7 @@ def name_of(group: Any) -> str:
         TypeError: If group is no process group.
         ValueError: If this process is not in it, or if a group comes without torch.distributed.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_group():
         if group is not None:
             raise ValueError("group must be None before torch.distributed.init_process_group")
         return ""

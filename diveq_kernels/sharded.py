@@ -200,10 +200,7 @@ class ShardedNearest(MarkedCodebook):
             ValueError: If indices is on another device, out of range, or the ranks do not call alike (these two on the
                 CPU only; elsewhere an index out of range gives zeros).
         """
-        if not isinstance(indices, Tensor) or indices.dtype not in _checks.INTEGERS:
-            got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-            raise TypeError(f"indices must be an int32 or int64 tensor, got {got}")
-        _checks.check_dense(indices, "indices")
+        _checks.check_integer_tensor(indices, "indices")
         if indices.device != self.codebook.device:
             device = self.codebook.device
             raise ValueError(f"indices must be on the codebook's device, {device}, got {indices.device}")

@@ -399,10 +399,7 @@ class Quantizer(MarkedCodebook):
         Returns:
             Whether −1 is known not to occur.
         """
-        if not isinstance(indices, Tensor) or indices.dtype not in _checks.INTEGERS:
-            got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-            raise TypeError(f"codes must hold an int32 or int64 tensor of indices, got {got}")
-        _checks.check_dense(indices, "codes")
+        _checks.check_integer_tensor(indices, "codes", "hold an int32 or int64 tensor of indices")
         if indices.device != self.codebook.device:
             raise ValueError(f"codes must be on the layer's device, {self.codebook.device}, got {indices.device}")
         if indices.device.type != "cpu" or not is_plain(indices) or indices.numel() == 0:
