@@ -1,6 +1,6 @@
 // The second look of the CUDA search (settle.cuh), given scores that err by all that product_error allows: the nearest
-// codeword's too low, that of one nearly as near too high; the same of segments. And that what is packed (pack.cuh) has
-// the bound (test_cuda_bound.py).
+// codeword's too low, that of one nearly as near too high; the same of segments. That what is packed (pack.cuh) has the
+// bound, and that products as tensor cores may make them keep it (test_cuda_bound.py).
 #include "cuda/pack.cuh"
 #include "cuda/settle.cuh"
 
@@ -122,39 +122,145 @@ bool right_segment(int dim, int nearest, double apart, bool reached, std::mt1993
   return too_low < too_high && index == nearest;
 }
 
+// A codebook about a centre, as it is packed for an exact search.
+struct Packs {
+  int dim, count, depth;
+  std::vector<float> codebook, centre, offsets, errors, ranges;
+  std::vector<uint32_t> words;
+  uint32_t reach = 0;
+  Packed packed{};
+
+  Packs(int dim_of, int count_of)
+      : dim(dim_of),
+        count(count_of),
+        depth((dim + kTileDepth - 1) / kTileDepth * kTileDepth),
+        codebook(count * dim),
+        centre(depth, 0.0f),
+        offsets(kTileColumns),
+        errors(kTileColumns),
+        ranges(kTileColumns),
+        words(kTileColumns * depth) {
+    packed.centre = centre.data(), packed.words = words.data(), packed.offsets = offsets.data();
+    packed.errors = errors.data(), packed.ranges = ranges.data(), packed.reach = &reach;
+    packed.columns = kTileColumns, packed.depth = depth, packed.parts = 2;
+  }
+
+  Books books(int codes) {
+    return {{reinterpret_cast<char*>(codebook.data()), Dtype::f32, dim, 1, codes, dim, nullptr}, 1, 0, false};
+  }
+
+  void pack_codewords() {
+    const auto error = static_cast<float>(product_error(depth, false));
+    DIVEQ_LAUNCH(pack_codewords_kernel, kTileColumns / 8, kPackThreads, 0, nullptr, books(count), packed, error);
+  }
+
+  void pack_segments() {
+    Packed of_segments = packed;
+    of_segments.errors = nullptr;
+    DIVEQ_LAUNCH(pack_segments_kernel, kTileColumns / 16, kPackThreads, 0, nullptr, books(count - 1), of_segments);
+  }
+
+  // A packed column's products with a row, added to what it begins with, in every 16 columns those of the parts; `sign`
+  // times all that a tensor core may lose is added as well (packed.h).
+  double multiplied(const std::vector<float>& row, int column, double total, double sign) const {
+    for (int tile = 0; tile < depth / kTileDepth; ++tile) {
+      const uint32_t* of_tile = words.data() + (column / 8 * (depth / kTileDepth) + tile) * 128;
+      for (int step = 0; step < 3; ++step) {
+        double sum = total, largest = std::fabs(total);
+        for (int k = 0; k < kTileDepth; ++k) {
+          const float first = from_bf16(to_bf16(row[tile * kTileDepth + k]));
+          const float of_row = step == 0 ? from_bf16(to_bf16(row[tile * kTileDepth + k] - first)) : first;
+          const uint32_t word = of_tile[(column % 8 * 4 + k % 8 / 2) * 4 + k / 8 + (step == 1 ? 2 : 0)];
+          const float of_column = from_bf16(static_cast<uint16_t>(k % 2 ? word >> 16 : word));
+          const double product = static_cast<double>(of_row) * of_column;
+          sum += product;
+          largest = std::fmax(largest, std::fabs(product));
+        }
+        total = sum + (largest > 0.0 ? sign * std::ldexp(20.0, std::ilogb(largest) - 23) : 0.0);
+      }
+    }
+    return total;
+  }
+};
+
 // Whether a codeword's product begins with all of its bound, and a curve's reach is that of its farthest end, be it the
 // first, one between, or the last, which begins no segment.
 bool packs(int dim, int farthest, std::mt19937_64& random) {
   std::normal_distribution<double> normal;
-  const int depth = (dim + kTileDepth - 1) / kTileDepth * kTileDepth, count = kTileColumns / 2 + 1;
-  const double error = product_error(depth, false);
-  std::vector<float> codebook(count * dim), centre(depth, 0.0f), offsets(kTileColumns), errors(kTileColumns);
-  std::vector<float> ranges(kTileColumns);
-  std::vector<uint32_t> words(kTileColumns * depth);
-  for (float& x : codebook) x = static_cast<float>(normal(random));
-  for (int k = 0; k < dim; ++k) codebook[farthest * dim + k] *= 100.0f;
-  uint32_t reach = 0;
-  Packed packed{};
-  packed.centre = centre.data(), packed.words = words.data(), packed.offsets = offsets.data();
-  packed.errors = errors.data(), packed.ranges = ranges.data(), packed.reach = &reach;
-  packed.columns = kTileColumns, packed.depth = depth, packed.parts = 2;
-  Books books{{reinterpret_cast<char*>(codebook.data()), Dtype::f32, dim, 1, count, dim, nullptr}, 1, 0, false};
-  const auto rounded = static_cast<float>(error);
-  DIVEQ_LAUNCH(pack_codewords_kernel, kTileColumns / 8, kPackThreads, 0, nullptr, books, packed, rounded);
+  Packs made(dim, kTileColumns / 2 + 1);
+  const double error = product_error(made.depth, false);
+  for (float& x : made.codebook) x = static_cast<float>(normal(random));
+  for (int k = 0; k < dim; ++k) made.codebook[farthest * dim + k] *= 100.0f;
+  made.pack_codewords();
   const auto about = [](double x, double wanted) { return std::fabs(x - wanted) <= 3e-7 * std::fabs(wanted); };
   bool right = true;
   double longest = 0.0;
-  for (int j = 0; j < count; ++j) {
+  for (int j = 0; j < made.count; ++j) {
     double squares = 0.0;
-    for (int k = 0; k < dim; ++k) squares += static_cast<double>(codebook[j * dim + k]) * codebook[j * dim + k];
-    right &= about(offsets[j], -0.5 * squares * (1.0 - error)) && about(errors[j], error * std::sqrt(squares));
+    const float* c = made.codebook.data() + j * dim;
+    for (int k = 0; k < dim; ++k) squares += static_cast<double>(c[k]) * c[k];
+    right &= about(made.offsets[j], -0.5 * squares * (1.0 - error));
+    right &= about(made.errors[j], error * std::sqrt(squares));
     longest = std::fmax(longest, std::sqrt(squares));
   }
-  for (int j = count; j < kTileColumns; ++j) right &= offsets[j] == -INFINITY && errors[j] == 0.0f;
-  packed.errors = nullptr, books.first.count = count - 1;
-  DIVEQ_LAUNCH(pack_segments_kernel, kTileColumns / 16, kPackThreads, 0, nullptr, books, packed);
-  const double reached = __uint_as_float(reach);
+  for (int j = made.count; j < kTileColumns; ++j) right &= made.offsets[j] == -INFINITY && made.errors[j] == 0.0f;
+  made.pack_segments();
+  const double reached = __uint_as_float(made.reach);
   return right && longest <= reached && reached < 1.001 * longest;
+}
+
+// Whether scores of codewords and of segments are off by no more than their bound where `sign` times all is lost that
+// tensor cores may lose; and where two parts lose most too (`worst`), whether half of the bound would not do.
+bool keeps(int dim, bool worst, double sign, std::mt19937_64& random) {
+  std::normal_distribution<double> normal;
+  const auto number = [&](int k) {  // the first columns' products are what the others' losses go by
+    if (worst) return (1.0 + 0x1p-16 * (255.0 + 63.0 / 128)) * (k < kTileDepth ? 1.0 : 0x1p-12);
+    return std::fabs(normal(random)) * std::pow(10.0, -3.0 * k / dim);
+  };
+  Packs made(dim, kTileColumns / 2 + 1);
+  for (int k = 0; k < dim && !worst; ++k) made.centre[k] = static_cast<float>(normal(random));
+  for (int j = 0; j < made.count; ++j)
+    for (int k = 0; k < dim; ++k)
+      made.codebook[j * dim + k] = static_cast<float>((worst ? j + 1 : 1) * number(k) + made.centre[k]);
+  std::vector<float> row(made.depth, 0.0f);
+  std::vector<double> z(dim);
+  float squares_of_row = 0.0f;
+  double zz = 0.0, most = 0.0, most_of_segments = 0.0;
+  for (int k = 0; k < dim; ++k) {
+    const auto x = static_cast<float>((worst ? 64 : 1) * number(k) + made.centre[k]);
+    row[k] = x - made.centre[k], z[k] = static_cast<double>(x) - made.centre[k];
+    squares_of_row += row[k] * row[k], zz += z[k] * z[k];
+  }
+  const auto value = [&](int j, int k) { return static_cast<double>(made.codebook[j * dim + k]) - made.centre[k]; };
+
+  made.pack_codewords();
+  for (int j = 0; j < made.count; ++j) {
+    double squares = 0.0, inner = 0.0;
+    for (int k = 0; k < dim; ++k) squares += value(j, k) * value(j, k), inner += z[k] * value(j, k);
+    const double begin = made.offsets[j] + 1.0001f * std::sqrt(squares_of_row) * made.errors[j];
+    const double bound = product_error(made.depth, false) * (0.5 * squares + std::sqrt(zz * squares));
+    const double off = made.multiplied(row, j, begin, sign) - (inner - 0.5 * squares) - bound;
+    most = std::fmax(most, std::fabs(off) / bound);
+  }
+
+  made.pack_segments();
+  for (int j = 0; j + 1 < made.count; ++j) {
+    double bb = 0.0, bd = 0.0, dd = 0.0, zb = 0.0, zd = 0.0;
+    for (int k = 0; k < dim; ++k) {
+      const double b = value(j, k), d = value(j + 1, k) - b;
+      bb += b * b, bd += b * d, dd += d * d, zb += z[k] * b, zd += z[k] * d;
+    }
+    const auto place = [](double t) { return std::fmin(std::fmax(t, 0.0), 1.0); };
+    const auto square = [&](double t) { return std::fmax(bb + t * (2.0 * bd + t * dd), 0.0); };
+    const auto along = static_cast<float>(made.multiplied(row, 2 * j + 1, made.offsets[2 * j + 1], sign));
+    const float tau = std::fmin(std::fmax(along, made.ranges[2 * j]), made.ranges[2 * j + 1]);
+    const double score = made.multiplied(row, 2 * j, made.offsets[2 * j], sign) + tau * (along - 0.5f * tau);
+    const double t = place((zd - bd) / dd), computed = place(-bd / dd) + tau / std::sqrt(dd);
+    const double R = std::sqrt(std::fmax(square(t), square(computed)));
+    const double bound = product_error(made.depth, true) * (0.5 * R * R + std::sqrt(zz) * R);
+    most_of_segments = std::fmax(most_of_segments, std::fabs(score - (zb + t * zd - 0.5 * square(t))) / bound);
+  }
+  return most <= 1.0 && most_of_segments <= 1.0 && (!worst || sign >= 0.0 || most > 0.5);
 }
 
 }  // namespace diveq
@@ -172,5 +278,8 @@ int main() {
         for (int i = 0; i < 10; ++i, ++all) wrong += !diveq::right_segment(dim, nearest, apart, i % 2, random);
   for (int dim : {5, 16, 63, 300})
     for (int farthest : {0, 30, 64}) wrong += !diveq::packs(dim, farthest, random), ++all;
+  for (int dim : {5, 16, 63, 300, 1000})
+    for (bool worst : {false, true})
+      for (double sign : {-1.0, 0.0, 1.0}) wrong += !diveq::keeps(dim, worst, sign, random), ++all;
   printf("%d of %d wrong\n", wrong, all);
 }
