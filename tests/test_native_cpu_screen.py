@@ -20,7 +20,7 @@ def just_beside(what: str, dim: int, gen: torch.Generator) -> tuple[Tensor, Tens
     """A row, its nearest codeword, and another one as good as equal, which a first pass finds much nearer.
 
     The errors of all coordinates have the sign that misleads, and are as large as they can be: half a unit of bf16 of
-    ``what`` ("codewords" or "rows"), or half a step of 8 bits of both.
+    ``what`` ("codewords" or "rows"), or half a step of 8 bits of rows or of both.
     """
     signs = torch.randint(0, 2, (1, dim), generator=gen) * 2.0 - 1.0
     if what == "codewords":  # bf16 has 1.5 and 1.5 + 2^-7
@@ -31,21 +31,27 @@ def just_beside(what: str, dim: int, gen: torch.Generator) -> tuple[Tensor, Tens
         z[:, -1] -= 3 * dim * tiny  # moves z from beside the second to beside the first
         return z * signs, 16 * signs * torch.where(upper, -1.0, 1.0), 16 * signs * torch.where(upper, 1.0, -1.0)
     step, tiny = 2.0**-7, 2.0**-10
+    if what == "rows in 8 bits":
+        signs[:, [0, -1]] = 0  # of codewords, where only the step is made
+        upper = torch.arange(dim) >= dim // 2
+        z = step * torch.where(upper, 63.5 + tiny, 63.5 - tiny) * signs
+        z[:, 0], z[:, -2] = 127 * step, z[:, -2] * (1 - dim * tiny / 32)
+        return z, *(signs * torch.where(upper, -side, side) for side in (1.0, -1.0))
     z, first, second = ((k * step * signs).clone() for k in (55.5 - tiny, 63.5 - tiny, 63.5 + tiny))
     for x in (z, first, second):
         x[:, 0] = 127 * step * signs[:, 0]  # makes the steps that long
     return z, first, second
 
 
-@pytest.mark.parametrize("what", ["codewords", "rows", "both in 8 bits"])
+@pytest.mark.parametrize("what", ["codewords", "rows", "rows in 8 bits", "both in 8 bits"])
 @pytest.mark.parametrize("dim", [64, 250, 1024])
 def test_rounding_of_a_first_pass_that_nearly_reaches_its_bound(isa: str, what: str, dim: int) -> None:
     gen = generator()
     z, first, second = just_beside(what, dim, gen)
     rows = torch.cat([z, -z]).repeat(5, 1)  # more than are compared with the codebook as it lies
     # With others as long, and more that are all but 0, or are in all but one place: for a centre that is.
-    if what == "rows":  # what is longer has to be in another panel, whose bound is its own
-        as_long = (-16 * z.sign()).expand(30, -1)
+    if what.startswith("rows"):  # what is longer has to be in another panel, whose bound is its own
+        as_long = (-first.amax() * z.sign()).expand(30, -1)
         others = 2.0 ** (dim.bit_length() // 2 + 5) * torch.eye(dim)[:48] + 2.0**-33
     else:
         as_long, others = torch.cat([-first, -second]), torch.full((48, dim), 2.0**-33)
@@ -53,7 +59,7 @@ def test_rounding_of_a_first_pass_that_nearly_reaches_its_bound(isa: str, what: 
     distances = oracle.sqdist(z, codebook)
     assert distances[0, 0] < distances[0, 1] and distances[0, 2:].min() > 1.02 * distances[0, 1]
     check_nearest(rows, codebook)
-    if what == "rows":  # exactly about the origin, the two in a panel of their own, each twice to be apart
+    if what.startswith("rows"):  # exactly about the origin, the two in a panel of their own, each twice to be apart
         long = 2.0 ** (dim.bit_length() // 2 + 9) * torch.eye(dim)[:14]
         check_nearest(rows, torch.cat([first, first, second, second, long, -long]))
     # Where many look nearer, rows go twice over the codebook.
@@ -154,6 +160,28 @@ def placed(fillers: Tensor, at: list[tuple[Tensor, int]]) -> Tensor:
         free = [j for j in range(place, count, 4) if j not in sample]
         codebook[free[: len(codewords)]] = codewords
     return codebook
+
+
+@pytest.mark.parametrize("place", ["first panel", "last panel"])
+@pytest.mark.parametrize("lanes", [1, 3, 16])
+def test_codewords_off_by_all_that_8_bits_may_be(isa: str, lanes: int, place: str) -> None:
+    """The nearest looks farther by that, and copies of the second nearer, in the same lane or in others.
+
+    So rows go over all numbers of these lanes again, or over all panels. What is beside them is as long, in opposite
+    pairs where the centre is found.
+    """
+    gen, dim, panels, tiny = generator(), 1024, 12, 2.0**-8
+    signs = torch.randint(0, 2, (1, dim), generator=gen) * 2.0 - 1.0
+    z, first, second = 60 * signs, (63.5 - tiny) * signs, (63.5 + tiny) * signs
+    first[:, 0], second[:, 0] = 127 * signs[:, 0], 127 * signs[:, 0]  # makes the steps that long
+    fillers = first * (torch.randint(0, 2, (32 * panels, dim), generator=gen) * 2.0 - 1.0)
+    codebook = placed(fillers, [])
+    free = [j for j in range(32 * panels) if j % panels]
+    copies = [j for j in free if 2 <= j // 32 < panels - 2 and j % 32 < 2 * lanes]
+    at = next(j for j in free if j // 32 == (0 if place == "first panel" else panels - 1))
+    codebook[copies], codebook[at] = second, first
+    assert oracle.sqdist(z, codebook)[0].argmin() == at
+    check_nearest(torch.cat([z, -z]).repeat(5, 1), codebook)
 
 
 @pytest.mark.parametrize("length", [2.0**-5, 4.0])
