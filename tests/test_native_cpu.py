@@ -36,8 +36,9 @@ DTYPES = [dtype for dtype in ALL_DTYPES if dtype != torch.float64]
 
 def test_the_best_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIVEQ_CPU_ISA", raising=False)
-    best = native_cpu.instruction_set()
-    assert best == cpu_isa.NAMES[0]
+    assert native_cpu.instruction_set() == cpu_isa.NAMES[0]
+    monkeypatch.setenv("DIVEQ_CPU_ISA", "")
+    assert native_cpu.instruction_set() == cpu_isa.NAMES[0]
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +136,9 @@ def test_equal_codewords_give_the_first(isa: str, dim: int) -> None:
     few = torch.randn(20, dim, generator=gen)
     codebook = few.repeat(7, 1)
     z = torch.randn(100, dim, generator=gen)
-    assert torch.equal(F.nearest(z, codebook, backend="cpu").indices, oracle.sqdist(z, few).argmin(1))
-    assert (F.nearest(z, torch.ones(300, dim), backend="cpu").indices == 0).all()
+    for precision in ("exact", "fast"):
+        found = [F.nearest(z, c, precision=precision, backend="cpu").indices for c in (codebook, torch.ones(300, dim))]
+        assert torch.equal(found[0], oracle.sqdist(z, few).argmin(1)) and (found[1] == 0).all()
 
 
 @pytest.mark.parametrize("dim", [16, 40])
