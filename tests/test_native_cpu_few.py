@@ -140,9 +140,11 @@ def test_as_among_many_rows(isa: str) -> None:
     gen = generator()
     z, books = torch.randn(60, 12, generator=gen), torch.randn(4, 50, 12, generator=gen)
     mask, active = torch.rand(60, generator=gen) < 0.8, torch.randint(1, 5, (60,), generator=gen)
+    dither = torch.rand(49, generator=gen)
     functions = {
         "nearest": lambda x, m, a: F.nearest(x, books[0], mask=m)[::-1],
         "diveq": lambda x, m, a: F.diveq(x, books[0], mask=m, noise_std=0.0),
+        "curve": lambda x, m, a: F.sf_diveq(x, books[0], mask=m, dither=dither, noise_std=0.0),
         "residual": lambda x, m, a: F.residual_diveq(x, books, mask=m, num_active=a, noise_std=0.0),
         "product": lambda x, m, a: F.product_diveq(x, books[..., :3], mask=m, noise_std=0.0),
     }
