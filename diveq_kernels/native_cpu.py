@@ -93,6 +93,9 @@ def accumulate(x: Tensor, indices: Tensor, weights: Tensor | None, sums: Tensor,
         weights: fp32 [N], contiguous.
         sums: fp32 [K, D], contiguous, is added to.
         counts: fp32 [K], contiguous, is added to.
+
+    Raises:
+        RuntimeError: If one of the last four is of another dtype or not contiguous.
     """
     torch.ops.diveq_cpu.accumulate(x, indices, weights, sums, counts)
 

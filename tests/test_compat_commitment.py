@@ -175,11 +175,24 @@ def test_sums_of_codewords(isa: str, rows: int, codewords: int, dim: int, weight
 
 
 def test_sums_of_rows_in_half_precision() -> None:
-    """Which the kernel would write past: it knows sums in fp32 alone."""
+    """Which the kernel refuses: it knows sums in fp32 alone."""
     x, indices = torch.ones(1, 60, 8, dtype=torch.bfloat16), torch.arange(60)[None] % 3
     sums, counts = _one_pass.sums_of_codewords(x, indices, None, 4)
     assert sums.dtype == counts.dtype == torch.bfloat16
     assert counts.tolist() == [[20, 20, 20, 0]] and torch.equal(sums, counts[..., None].expand(1, 4, 8))
+
+
+@pytest.mark.parametrize("wrong", ["indices", "weights", "sums", "counts"])
+@pytest.mark.parametrize("as_dtype", [False, True], ids=["strides", "dtype"])
+def test_sums_that_the_kernel_would_read_or_write_past(wrong: str, as_dtype: bool) -> None:
+    rows = {"indices": torch.arange(6) % 3, "weights": torch.ones(6)}
+    rows |= {"sums": torch.zeros(3, 4), "counts": torch.zeros(3)}
+    narrow = torch.int32 if wrong == "indices" else torch.bfloat16
+    rows[wrong] = rows[wrong].to(narrow) if as_dtype else torch.stack([rows[wrong]] * 2, dim=-1)[..., 0]
+    before = {name: tensor.clone() for name, tensor in rows.items()}
+    with pytest.raises(RuntimeError, match="int64 indices and fp32 weights, sums and counts, all contiguous"):
+        native_cpu.accumulate(torch.ones(6, 4), **rows)
+    assert all(torch.equal(rows[name], before[name]) for name in rows)
 
 
 def test_sums_do_not_depend_on_threads() -> None:

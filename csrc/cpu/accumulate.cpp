@@ -2,9 +2,17 @@
 #include "model_rows.h"
 
 namespace diveq {
+namespace {
+
+bool plain(const Tensor& t, ScalarType type) { return t.scalar_type() == type && t.is_contiguous(); }
+
+}  // namespace
 
 // sums [K, D] += w·x and counts [K] += w of every row, at the codeword that it has chosen; w is 1 without `weights`.
 void accumulate(Tensor x, Tensor indices, Maybe weights, Tensor sums, Tensor counts) {
+  if (!plain(indices, ScalarType::Long) || (weights && !plain(*weights, ScalarType::Float)) ||
+      !plain(sums, ScalarType::Float) || !plain(counts, ScalarType::Float))
+    throw std::runtime_error("expected int64 indices and fp32 weights, sums and counts, all contiguous");
   const Kernels& k = kernels();
   const Rows rows = rows_of(x);
   const int64_t count = row_count(x), dim = rows.dim, tile = std::max<int64_t>(1, kTileFloats / dim);
