@@ -340,26 +340,6 @@ def test_agrees_with_the_reference(isa: str, function: str, dim: int, dtype: tor
         torch.testing.assert_close(x, y, rtol=16 * eps(x.dtype) if x.is_floating_point() else 0, atol=2e-4)
 
 
-@pytest.mark.parametrize("function", ["diveq", "sf_diveq", "residual_diveq", "product_diveq"])
-def test_threads_do_not_change_a_bit(isa: str, function: str) -> None:
-    gen = generator()
-    z, g = torch.randn(1000, 24, generator=gen), torch.randn(1000, 24, generator=gen)
-    stack = {"r": (3, 40, 24), "p": (2, 40, 12)}.get(function[0], (40, 24))
-    books = torch.randn(stack, generator=gen)
-    keywords = {"dither": torch.rand(39, generator=gen)} if "sf" in function else {}
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            zg, cg = z.clone().requires_grad_(), books.clone().requires_grad_()
-            found = getattr(F, function)(zg, cg, seed=3, backend="cpu", **keywords)
-            results.append([found.z_q, *torch.autograd.grad(found.z_q, (zg, cg), g)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
-
-
 def test_fp64_is_left_to_the_reference(isa: str) -> None:
     gen = generator()
     z, codebook = torch.randn(30, 5, generator=gen, dtype=torch.float64), torch.randn(9, 5, generator=gen)
