@@ -20,6 +20,7 @@ A codebook that is split over ranks (`ShardedNearest`) is neither averaged nor s
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -36,9 +37,21 @@ def has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+# The groups that `agree_within` was given. torch gives their names again after ``destroy_process_group``, and in other
+# processes, where a layer that was copied or pickled would agree with whoever has them.
+_chosen: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+
 @constant_in_graphs
 def group_of_several(chosen: str) -> str:
     """The name of the chosen process group, or the default one's; "" if this process has no other to agree with."""
+    if chosen and has_group():
+        group = _found(chosen)
+        if group is None or group is not _chosen.get(chosen):
+            raise RuntimeError(
+                f"the process group {chosen!r} that agree_within was given must be there still, got "
+                f"{'none' if group is None else 'another one'} of that name: call agree_within(layer, group) again"
+            )
     name = (chosen or name_of(None)) if has_group() else ""
     return name if ranks_of(name) > 1 else ""
 
@@ -107,14 +120,18 @@ def agree_within(module: nn.Module, group: Any) -> None:
     Args:
         module: A quantizer, or a model with quantizers in it.
         group: A process group with this process in it, as DistributedDataParallel is given, or ``mesh.get_group(...)``;
-            None for all ranks again. Layers keep its name, by which torch knows it in this process: a layer that was
-            pickled in another one has to be told again.
+            None for all ranks again. It must stay: with it gone, or where a pickled layer is loaded, a layer
+            raises until it is given one again. `ShardedNearest` is given its own when it is made.
 
     Raises:
         TypeError: If module is no ``torch.nn.Module``, or group no process group.
-        ValueError: If this process is not in the group, or a group comes without torch.distributed.
+        ValueError: If this process is not in the group, it was destroyed, or one comes without torch.distributed.
     """
     name = "" if group is None else name_of(group)
+    if name:
+        if _found(name) is not group:
+            raise ValueError(f"group must be there, got {name!r}, which was destroyed")
+        _chosen[name] = group
     for layer in _quantizers(module):
         layer._group = name
         keep_replicated(layer)
@@ -170,8 +187,8 @@ def keep_replicated(layer: Any) -> None:
 def _average_gradient(codebook: Tensor) -> None:
     group = group_of_several(codebook._diveq_replicated)  # type: ignore[attr-defined]
     if codebook.grad is not None and group:
-        codebook.grad /= ranks_of(group)  # first, as DistributedDataParallel does: the sum may be beyond fp16
-        dist.all_reduce(codebook.grad, group=_named(group))
+        # Divided first, as DistributedDataParallel does: the sum may be beyond fp16.
+        codebook.grad.copy_(_sum_over_ranks(codebook.grad / ranks_of(group), group))
 
 
 def is_made_of_others(layer: nn.Module) -> bool:
@@ -230,8 +247,21 @@ def name_of(group: Any) -> str:
     return str(group.group_name)
 
 
+def _found(name: str) -> Any:
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+    except RuntimeError:
+        return None
+
+
 def _named(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name) if name else None  # type: ignore[attr-defined,arg-type]
+    group = _found(name)
+    if group is None:
+        raise RuntimeError(
+            f"the process group {name!r} must be there, got none of that name: make it, give it to its layers again, "
+            "and compile after that"
+        )
+    return group
 
 
 def rank_in(group: str) -> int:
@@ -239,6 +269,7 @@ def rank_in(group: str) -> int:
     return dist.get_rank(_named(group)) if group else 0
 
 
+@constant_in_graphs
 def ranks_of(group: str) -> int:
     """The number W of ranks."""
     return dist.get_world_size(_named(group)) if group else 1

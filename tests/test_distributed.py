@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from processes import needs_gloo, spawn, start
 from rank_cases import KINDS, STEPS, Model, batch, train
+from torch._dynamo import compiled_autograd
 from torch.nn.parallel import DistributedDataParallel
 
 from diveq_kernels import DIVEQ, ResidualDIVEQ
@@ -265,6 +266,15 @@ def run_averages(rank, world, folder):
             gradients = [torch.empty_like(changed.codebook) for _ in range(world)]
             dist.all_gather(gradients, changed.codebook.grad)
             assert gradients[0].count_nonzero() > 0 and torch.equal(*gradients), (kind, after)
+    # Also by a compiled backward.
+    layer = Model("DIVEQ").quantizer
+    replicate(layer)
+    loss = layer(batch(rank))[0].square().sum()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
+    gradients = [torch.empty_like(layer.codebook) for _ in range(world)]
+    dist.all_gather(gradients, layer.codebook.grad)
+    assert gradients[0].count_nonzero() > 0 and torch.equal(*gradients)
     layer = Model("DIVEQ").quantizer.half()
     replicate(layer)
     layer.codebook.backward(torch.full_like(layer.codebook, 50000))

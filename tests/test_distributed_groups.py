@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,42 @@ def test_two_pairs_of_four_ranks(tmp_path: Path) -> None:
                 assert torch.equal(value, other_state[name]), (pair, key, name)
                 if name != "codebook":
                     assert torch.equal(value, model.quantizer.state_dict()[name]), (pair, key, name)
+
+
+def run_without_its_group(rank: int, world: int, folder: str) -> None:
+    """Its name is given to others; nobody is asked to agree with those."""
+    start(rank, world, folder)
+    layer, group = DIVEQ(8, 4, allow_warning=False, verbose=False), dist.new_group([0])
+    agree_within(layer, group)
+    copied, pickled = copy.deepcopy(layer), pickle.dumps(layer)
+    for one in (layer, copied, pickle.loads(pickled)):
+        one(torch.randn(5, 4))
+        assert one.train().iter_counter == 1
+    dist.destroy_process_group(group)
+    with pytest.raises(ValueError, match=f"group must be there, got {group.group_name!r}, which was destroyed"):
+        agree_within(layer, group)
+    for others in ("none", "another one"):
+        for one in (layer, copied, pickle.loads(pickled)):
+            for use in (one.train, lambda one=one: one(torch.randn(5, 4))):
+                with pytest.raises(RuntimeError, match=f"must be there still, got {others} of that name: call agree"):
+                    use()
+            assert one.eval()(torch.randn(5, 4))[1].shape == (5,)
+            one.training = True
+        if others == "none":
+            dist.destroy_process_group()
+            start(rank, world, f"{folder}/..")
+            again = dist.new_group([0])
+            assert again.group_name == group.group_name
+    agree_within(layer, again)
+    assert layer.train()(torch.randn(5, 4))[0].shape == (5, 4)
+    dist.destroy_process_group()
+    assert layer(torch.randn(5, 4))[0].shape == (5, 4)  # alone, as all layers then
+
+
+def test_a_group_that_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "first"
+    folder.mkdir()
+    assert spawn(run_without_its_group, 1, folder) == [0]
 
 
 def test_groups_need_torch_distributed() -> None:
