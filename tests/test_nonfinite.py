@@ -334,3 +334,14 @@ def test_gradient_where_no_segment_has_a_length_in_fp32(target: Target) -> None:
     dz, dc = torch.autograd.grad(points.sum(), (z, codebook))
     bad = points.isnan().all()
     assert dz.isnan().all() == bad and dz.isfinite().all() != bad and (dc == 0).all() == bad
+
+
+@on_every_target
+def test_all_but_few_codewords_infinite(target: Target) -> None:
+    """To either side, but for the first: a centre of a sample of them has to be a number all the same."""
+    gen = generator()
+    codebook = torch.randn(20, 8, generator=gen)
+    z = (codebook[:6] + 0.01 * torch.randn(6, 8, generator=gen)).to(target.device)
+    codebook[6::2, 3], codebook[7::2, 3] = float("inf"), -float("inf")
+    found = F.nearest(z, codebook.to(target.device), backend=target.backend)
+    assert torch.equal(found.indices.cpu(), torch.arange(6)) and found.sqdist.isfinite().all()
