@@ -110,12 +110,12 @@ def launches(layout: Layout, deterministic: bool) -> list[Launch]:
 
 
 def narrow_products(text: str) -> list[str]:
-    """Lines of a kernel in Triton's IR that multiply by a stride in 32 bits: tensors have more than 2³¹ elements."""
+    """Lines of a kernel in Triton's IR that multiply by a stride, or a size, in 32 bits: more than 2³¹ elements."""
     found: list[str] = []
     strides: set[str] = set()
     for line in text.splitlines():
         if "tt.func" in line:
-            strides = set(re.findall(r"%\w*(?:stride|step)\b(?=:)", line))
+            strides = set(re.findall(r"%\w*(?:stride|step|rows|codewords)\b(?=:)", line))
         name, _, operation = line.strip().partition(" = ")
         used = strides & set(re.findall(r"%\w+", operation))
         if used and re.match(r"tt\.(splat|expand_dims|broadcast) |arith.muli .*i32\b", operation):
