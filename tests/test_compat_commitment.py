@@ -85,7 +85,7 @@ def test_one_pass_forward_and_one_backward() -> None:
 def test_only_that_loss_is_taken() -> None:
     """Of other tensors, of equal values elsewhere, or with options the loss is torch's."""
     gen = generator()
-    source, target = torch.randn(20, 8, generator=gen, requires_grad=True), torch.randn(20, 8, generator=gen)
+    source, target = torch.randn(8, 8, generator=gen, requires_grad=True), torch.randn(8, 8, generator=gen)
     x = _one_pass.l2norm(source)
     _one_pass.rotate_to(x, target)
     wanted = functional.mse_loss(target, x)
@@ -102,6 +102,10 @@ def test_only_that_loss_is_taken() -> None:
         assert found.grad_fn.name() == "MseLossBackward0"  # type: ignore[union-attr]
         summed = bool(positional or options)
         torch.testing.assert_close(found, wanted * (target.numel() if summed else 1), rtol=1e-5, atol=0)
+    for a, b in ((target.T, x), (target, x.detach())):  # other views of the same memory
+        found, expected = _one_pass.mse_loss(a, b), functional.mse_loss(a, b)
+        torch.testing.assert_close(found, expected)
+        assert found.requires_grad == expected.requires_grad
     _one_pass.rotate_to(x, learned)
     assert torch.autograd.grad(_one_pass.mse_loss(learned, x), learned)[0].any()
     _one_pass.rotate_to(x, target)

@@ -8,6 +8,7 @@ import torch
 from cases import eps, generator
 from cpu_isa import isa  # noqa: F401
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diveq_kernels import use_backend
 
@@ -188,9 +189,12 @@ def test_gradients_of_gradients_and_several_at_once_in_half_precision() -> None:
         x, g = leaves(source, several[0], dtype=dtype)
         rotated = functions.rotate_to(x, target.to(dtype))
         (first,) = torch.autograd.grad(rotated, x, g, create_graph=True)
-        (second,) = torch.autograd.grad(first, g, directions.to(dtype))
-        (batched,) = torch.autograd.grad(rotated, x, several.to(dtype), is_grads_batched=True)
-        results.append((first, second, batched[0], batched[1], batched[2]))
+        (second,) = torch.autograd.grad(first, g, directions.to(dtype), retain_graph=True)
+        batched = [
+            torch.autograd.grad(y, leaf, several.to(dtype), is_grads_batched=True)[0]
+            for y, leaf in ((first, g), (rotated, x), (functions.l2norm(x), x))
+        ]
+        results.append((first, second, *torch.cat(batched)))
     for found, wanted in zip(*results, strict=True):
         close(found, wanted, 1e-5 + 4 * eps(torch.bfloat16))
 
@@ -216,6 +220,11 @@ def test_what_the_kernels_do_not_take_is_the_package_s() -> None:
         assert torch.equal(_one_pass.rotate_to(x, y), package.rotate_to(x, y))
     assert _one_pass.l2norm(source[:, :0]).shape == (6, 0)
     assert torch.equal(_one_pass.l2norm(source[0, 0]), package.l2norm(source[0, 0]))
+    with pytest.raises(RuntimeError, match="device meta"):
+        _one_pass.rotate_to(source, target.to("meta"))
+    with FakeTensorMode() as mode:  # a subclass, without memory to give to a kernel
+        fake = mode.from_tensor(source)
+        assert _one_pass.rotate_to(_one_pass.l2norm(fake), fake).shape == (6, 5)
     (leaf,) = leaves(source)
     with use_backend("reference"):
         outputs = _one_pass.rotate_to(leaf, target), _one_pass.l2norm(leaf)

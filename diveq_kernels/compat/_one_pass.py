@@ -49,7 +49,7 @@ def mse_loss(input: Tensor, target: Tensor, *options: Any, **more_options: Any) 
     """As in ``torch.nn.functional``; that of what was rotated last and what it was rotated to is there already."""
     if not (torch.compiler.is_compiling() or options or more_options or input.requires_grad):
         made = getattr(_made, "loss", None)
-        if made is not None and target is made[0] and input.data_ptr() == made[1].data_ptr():
+        if made is not None and target is made[0] and input.is_set_to(made[1]):
             return made[2]  # type: ignore[no-any-return]
     return torch.nn.functional.mse_loss(input, target, *options, **more_options)
 
@@ -144,8 +144,16 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         source, target = ctx.saved_tensors
-        if is_transformed(grad) and not ctx.transposed:
-            return _differentiated(lambda x: package.rotate_to(x, target), source, grad), None, None, None
+        if is_transformed(grad):
+            if not ctx.transposed:
+                return _differentiated(lambda x: package.rotate_to(x, target), source, grad), None, None, None
+            x = source.detach().requires_grad_()
+            found = _differentiated(
+                lambda g: torch.autograd.grad(package.rotate_to(x, target), x, g, create_graph=True)[0],
+                torch.zeros_like(x).requires_grad_(),
+                grad,
+            )
+            return found, None, None, None
         return _rotated(grad, source.detach(), target, not ctx.transposed), None, None, None
 
 
