@@ -288,9 +288,11 @@ def run_others(rank, world, folder):
     for arguments, message in (
         ((torch.randn(3 + rank, 3),), "different numbers of rows"),
         ((z.double() if rank else z,), "different dtypes of z"),
+        ((z.half() if rank else z.bfloat16(),), "different dtypes of z"),
         ((z, torch.ones(5, dtype=torch.bool) if rank else None), "different masks"),
         ((z + rank,), "rows='same' wants the same rows"),
         ((torch.arange(15.0).view(5, 3).roll(rank, 0),), "rows='same' wants the same rows"),
+        ((z + rank * (torch.arange(5) == 0)[:, None],), "rows='same' wants the same rows"),
         ((z, torch.arange(5) > rank), "rows='same' wants the same rows"),
     ):
         for function in (layer, layer.quantize):
