@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter: the tests of every backend, in a process of their own.
 
 Triton decides on import whether it interprets, so this process cannot. bf16 is left to tests on a GPU: the interpreter
-truncates where hardware rounds. Each access to memory is watched (triton_watch.py).
+truncates where hardware rounds. Each access to memory is watched (triton_watch.py), but for codebooks of gigabytes.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ PROJECTION = (
 )
 
 
-def run_interpreted(file: str, names: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "triton_watch", "-W", "ignore"]
-    command += [file, "-k", names]
+def run_interpreted(file: str, names: str, watched: bool = True, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-W", "ignore", file, "-k", names]
+    command += ["-p", "triton_watch"] if watched else []
     environment = {**os.environ, "TRITON_INTERPRET": "1", **environment}
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
@@ -98,3 +98,8 @@ def test_in_two_passes(file: str) -> None:
 @needs_triton
 def test_repeated_calls() -> None:
     run_interpreted("test_triton_repeat.py", "test_triton_repeat")
+
+
+@needs_triton
+def test_codebooks_that_lie_far_apart() -> None:
+    run_interpreted("test_triton_far.py", "far_apart", watched=False)
