@@ -26,7 +26,7 @@ CASES = {
     "plain": ((7, 5), 37, torch.float32, torch.float32, None),
     "reference": ((7, 5), 37, torch.float32, torch.float32, "reference"),
     "fewer codewords than ranks": ((9,), 3, torch.float32, torch.float32, None),
-    "one codeword": ((9,), 1, torch.float32, torch.float32, None),
+    "one codeword": ((9,), 1, torch.float32, torch.float16, None),
     "one row": ((), 8, torch.float32, torch.float32, None),
     "bf16": ((20,), 37, torch.bfloat16, torch.float32, None),
     "fp16": ((20,), 37, torch.float16, torch.float16, None),
@@ -364,8 +364,11 @@ def test_the_part_is_a_parameter_like_others():
     """It is assigned as ``codebook``, parametrized, and no other tensor is taken for a part."""
     layer = torch.nn.Sequential(ShardedNearest(8, 3))
     layer[0].codebook = torch.nn.Parameter(torch.ones(8, 3))
-    layer[0].register_buffer("codebook_usage", torch.zeros(8))
-    assert list(layer.state_dict()) == ["0.codebook_0_8_of_8", "0.codebook_usage"] and layer[0].codebook.sum() == 24
+    buffers = ["codebook_usage", "codebook_0_8_of_8_usage"]
+    for name in buffers:
+        layer[0].register_buffer(name, torch.zeros(8))
+    assert list(layer.state_dict()) == ["0.codebook_0_8_of_8", *(f"0.{name}" for name in buffers)]
+    assert layer[0].codebook.sum() == 24
     layer.load_state_dict(layer.state_dict())
     torch.nn.utils.parametrizations.weight_norm(layer[0], "codebook_0_8_of_8")
     others, codebooks = parameter_groups(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)), codebook_lr=0.1)
