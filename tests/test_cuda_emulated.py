@@ -22,7 +22,8 @@ COMPILER = os.environ.get("CXX", "g++").split()[0]
 SELECTION = {
     "test_nearest.py": "about_a_tile or near_ties or far_apart or exact_ties or 1e+30 or (transposed and sliced)"
     " or (indices_and_distances and (float32 or bfloat16)) or (tie_to_the_lowest and 129) or no_rows or fast or masked",
-    "test_project.py": "float32 or float16 or long_segments or about_a_tile or no_length or masked or 1e4 or sliced",
+    "test_project.py": "float32 or float16 or beyond or long_segments or about_a_tile or no_length or masked or 1e4"
+    " or sliced",
     "test_quantize.py": "test_values or counts_are or is_its_codeword or numbers_of_stages",
     "test_gradients.py": "(values_in_every_dtype and (float32 or bfloat16)) or deterministic"
     " or at_their_codeword or at_one_end",

@@ -117,6 +117,18 @@ def test_beyond_both_ends_and_on_the_curve(target: Target) -> None:
 
 
 @on_every_target
+@pytest.mark.parametrize("longest", [0, 1])
+def test_beyond_an_end_the_point_is_that_codeword(target: Target, longest: int) -> None:
+    """Bit for bit, however long the other one is."""
+    codebook = torch.randn(2, 5, generator=generator())
+    codebook[longest] *= 1e6
+    z = torch.stack([codebook[i] + factor * (codebook[i] - codebook[1 - i]) for i in (0, 1) for factor in (0.1, 3.0)])
+    found = F.project(z.to(target.device), codebook.to(target.device), backend=target.backend)
+    assert found.t.tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert torch.equal(found.points.cpu(), codebook.repeat_interleave(2, 0))
+
+
+@on_every_target
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("shift", [0.0, 1e4])
 def test_far_tiny_and_huge_curves(target: Target, shift: float, scale: float) -> None:
