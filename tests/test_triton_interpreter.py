@@ -25,7 +25,7 @@ SELECTION = {
     " or (their_codeword and 0.5) or (in_fp32 and 209)",
     "test_nonfinite.py": "(test_bad_rows or curve_there or no_good or anything_good) and nan or all_bits or at_all"
     " or too_long_of or (rows_too_long and 3e+19) or 0.0--inf"
-    " or other_end or before_a_bad or length_in_fp32",
+    " or other_end or before_a_bad or length_in_fp32 or are_masked",
     "test_end_of_range.py": "(40 and about) or (3 and place) or not_finite or residual_sf or product_diveq or project",
     "test_mask.py": "triton",
     "test_noise.py": "the_seed_decides or all_but_0",
