@@ -212,11 +212,12 @@ def _fill(codebook: Tensor, is_built: Tensor) -> Tensor:
     return torch.where((is_built | ~is_built.any())[:, None], codebook, between.to(codebook.dtype))
 
 
+# No default for the group: graphs that Inductor keeps name such arguments, and outlive a change of the name.
 @torch.library.custom_op(
     "diveq::sf_initialise",
     mutates_args=(),
     schema="(Tensor codebook, Tensor missed, Tensor z, Tensor? mask, Tensor iter_counter, int skip_iters,"
-    " int avg_iters, str group='') -> (Tensor, Tensor)",
+    " int avg_iters, str group) -> (Tensor, Tensor)",
 )
 def sf_initialise(
     codebook: Tensor,
@@ -226,7 +227,7 @@ def sf_initialise(
     iter_counter: Tensor,
     skip_iters: int,
     avg_iters: int,
-    group: str = "",
+    group: str,
 ) -> tuple[Tensor, Tensor]:
     """Add one step's latents to the codewords that it builds (docs/math.md, "SF initialisation").
 
@@ -271,7 +272,7 @@ def _(codebook: Tensor, missed: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     "diveq::composite_sf_initialise",
     mutates_args=(),
     schema="(Tensor curve, Tensor built, Tensor codebook, Tensor z, Tensor indices, Tensor? mask,"
-    " Tensor iter_counter, int skip_iters, int avg_iters, str group='', bool all_stages=False)"
+    " Tensor iter_counter, int skip_iters, int avg_iters, str group, bool all_stages=False)"
     " -> (Tensor, Tensor)",
 )
 def composite_sf_initialise(
@@ -284,7 +285,7 @@ def composite_sf_initialise(
     iter_counter: Tensor,
     skip_iters: int,
     avg_iters: int,
-    group: str = "",
+    group: str,
     all_stages: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``sf_initialise`` of several curves, from what a DiVeQ step with ``codebook`` quantized in each stage or group.

@@ -211,7 +211,7 @@ def test_a_curve_begins_with_the_rows_that_use_its_stage():
     curve, codebook, z = torch.randn(2, 4, 3), torch.randn(2, 4, 3), torch.randn(8, 3)
     indices = torch.randint(0, 4, (2, 8), dtype=torch.int32)
     indices[1, ::2] = -1
-    arguments = (torch.zeros(2, 4, dtype=torch.int32), codebook, z, indices, None, torch.tensor([1]), 2, 1)
+    arguments = (torch.zeros(2, 4, dtype=torch.int32), codebook, z, indices, None, torch.tensor([1]), 2, 1, "")
     found, built = torch.ops.diveq.composite_sf_initialise(curve, *arguments)
     assert (built == 1).all()
     assert_close(found, torch.stack([z.view(4, 2, 3).mean(1), (z - codebook[0][indices[0]])[1::2]]))
@@ -222,7 +222,7 @@ def test_opcheck_of_the_initialisation(part):
     curve, codebook = torch.randn(3, 8, part), torch.randn(3, 8, part)
     indices = torch.randint(0, 8, (3, 20), dtype=torch.int32)
     built, mask = torch.zeros(3, 8, dtype=torch.int32), torch.rand(20) < 0.7
-    arguments = (curve, built, codebook, torch.randn(20, 6), indices, mask, torch.tensor([3]), 5, 3)
+    arguments = (curve, built, codebook, torch.randn(20, 6), indices, mask, torch.tensor([3]), 5, 3, "")
     torch.library.opcheck(torch.ops.diveq.composite_sf_initialise.default, arguments)
     strided = (curve.mT.contiguous().mT, *arguments[1:])
     torch.library.opcheck(torch.ops.diveq.composite_sf_initialise.default, strided, test_utils="test_faketensor")

@@ -67,8 +67,8 @@ def test_many_rows_far_from_0(K, N, A):
     """The first step's; with A of them it fills K / A codewords."""
     z = 1e4 + torch.randn(N, 2)
     missed, first = torch.zeros(K, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    whole, _ = sf_initialise(torch.zeros(K, 2).double(), missed, z.double(), None, first, A + 1, A)
-    found, _ = sf_initialise(torch.zeros(K, 2), missed, z, None, first, A + 1, A)
+    whole, _ = sf_initialise(torch.zeros(K, 2).double(), missed, z.double(), None, first, A + 1, A, "")
+    found, _ = sf_initialise(torch.zeros(K, 2), missed, z, None, first, A + 1, A, "")
     assert (found - whole).abs().max() < 1e-3 and whole.any()
 
 
@@ -89,6 +89,7 @@ def test_stages_of_many_rows_far_from_0():
             torch.ones(1, dtype=torch.int32),
             51,
             50,
+            "",
             all_stages=True,
         )[0]
         for dtype in (torch.float32, torch.float64)
@@ -345,7 +346,7 @@ def test_opcheck(dtype, counter, masked):
     codebook = torch.randn(6, 3).to(dtype).requires_grad_()
     z = torch.randn(3, 4, 2).to(dtype).movedim(1, -1)[:, :, :3].requires_grad_()
     mask = torch.rand(3, 2) < 0.7 if masked else None
-    arguments = (torch.arange(6).int() // 4, z, mask, torch.tensor([counter], dtype=torch.int32), 5, 3)
+    arguments = (torch.arange(6).int() // 4, z, mask, torch.tensor([counter], dtype=torch.int32), 5, 3, "")
     torch.library.opcheck(sf_initialise, (codebook, *arguments))
     strided = codebook.detach().mT.contiguous().mT
     torch.library.opcheck(sf_initialise, (strided, *arguments), test_utils="test_faketensor")

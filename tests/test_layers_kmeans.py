@@ -261,7 +261,7 @@ def test_gradients_and_optimizers_see_the_new_codebook(kind):
 
 
 def arguments(layer, z, mask=None):
-    return layer.codebook.detach(), z, mask, torch.full_like(layer.iter_counter, -1), False, ""
+    return layer.codebook.detach(), z, mask, torch.full_like(layer.iter_counter, -1), "", ""
 
 
 @every
@@ -286,17 +286,17 @@ def test_it_compiles_whole(kind):
 def test_opcheck(counter, shape):
     codebook = torch.randn(shape, requires_grad=True)
     counter = torch.tensor([counter], dtype=torch.int32)
-    torch.library.opcheck(kmeans_start, (codebook, torch.randn(4, 5, 6), torch.rand(4, 5) < 0.8, counter, False, ""))
+    torch.library.opcheck(kmeans_start, (codebook, torch.randn(4, 5, 6), torch.rand(4, 5) < 0.8, counter, "", ""))
 
 
 def test_first_means_are_drawn_within_their_parts():
     """Rows of an image come back to the same place in every line: equally far apart they would all be alike."""
     kept = torch.ones(64, dtype=torch.bool)
-    of_seeds = [_spread(torch.arange(64.0)[:, None], kept, 8, seed, False).flatten() for seed in range(2)]
+    of_seeds = [_spread(torch.arange(64.0)[:, None], kept, 8, seed, "").flatten() for seed in range(2)]
     for chosen in of_seeds:
         assert (chosen // 8).tolist() == list(range(8)) and len((chosen % 8).unique()) > 2
     assert not torch.equal(*of_seeds)
-    anywhere = _spread(torch.arange(8192.0)[:, None], torch.ones(8192, dtype=torch.bool), 1024, 5, False)
+    anywhere = _spread(torch.arange(8192.0)[:, None], torch.ones(8192, dtype=torch.bool), 1024, 5, "")
     assert (anywhere.flatten().long() % 8).bincount(minlength=8).min() > 70  # of 128: five standard deviations
 
 
@@ -306,7 +306,7 @@ def test_a_codebook_that_is_not_contiguous():
     for counter in (-1, 0):
         found = begun(codebook, z, counter)
         assert found.is_contiguous() and torch.equal(found, begun(codebook.contiguous(), z, counter))
-        arguments = codebook, z, None, torch.tensor([counter], dtype=torch.int32), False, ""
+        arguments = codebook, z, None, torch.tensor([counter], dtype=torch.int32), "", ""
         torch.library.opcheck(kmeans_start, arguments, test_utils="test_faketensor")
     nothing = begun(codebook, z[:0])
     assert nothing.is_contiguous() and torch.equal(nothing, codebook)
@@ -325,14 +325,14 @@ def test_means_are_taken_in_full(dtype, of_z):
 
 def rounds(rows, codewords, seed):
     """The definition: so many rounds from the first means."""
-    means = _spread(rows, torch.ones(len(rows), dtype=torch.bool), codewords, seed, False)
+    means = _spread(rows, torch.ones(len(rows), dtype=torch.bool), codewords, seed, "")
     for _ in range(10):
         means = lloyd(rows, means)
     return means
 
 
 def begun(codebook, z, counter=-1):
-    return kmeans_start(codebook, z, None, torch.tensor([counter], dtype=torch.int32), False, "")
+    return kmeans_start(codebook, z, None, torch.tensor([counter], dtype=torch.int32), "", "")
 
 
 def test_a_codeword_of_one_row_is_that_row():
@@ -345,7 +345,7 @@ def test_what_is_not_due_leaves_the_codebook_where_the_host_does_not_know():
     """As on an accelerator, where k-means is made all the same."""
     codebook, z = torch.randn(4, 6), torch.randn(30, 6)
     for due in (True, False):
-        found = _start(codebook, z, None, torch.tensor(due), False, "")
+        found = _start(codebook, z, None, torch.tensor(due), "", "")
         assert torch.equal(found, codebook) != due
 
 
