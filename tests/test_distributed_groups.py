@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,15 @@ def run_pairs(rank: int, world: int, folder: str) -> None:
             key = (name, compiled)
             results[key] = train(parallel, model.quantizer, 2, place, steps_of(pair))[0], model.quantizer.state_dict()
     # λ is the pair's first rank's, and so are the averaged gradients of a codebook beside FSDP the pair's.
-    for first in (replicate, agree_within):
+    told = partial(agree_within, group=pairs[pair])
+    for first, second in ((replicate, told), (told, replicate)):
         layer = Model("SFDIVEQ").quantizer
         layer.iter_counter.fill_(9)
-        for prepare in (replicate, agree_within) if first is replicate else (agree_within, replicate):
-            prepare(layer, pairs[pair]) if prepare is agree_within else prepare(layer)
+        first(layer)
+        second(layer)
         torch.manual_seed(rank)
         layer(batch(rank))[0].square().sum().backward()
-        results["gradient", first.__name__] = layer.codebook.grad
+        results["gradient", first is told] = layer.codebook.grad
     torch.save(results, f"{folder}/{rank}.pt")
     with pytest.raises(ValueError, match="group must contain this process"):
         agree_within(DIVEQ(4, 2), pairs[1 - pair])
