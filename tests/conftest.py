@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import tempfile
 import types
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,9 +18,14 @@ from cpu_isa import isa  # noqa: F401 - a fixture
 from diveq_kernels import backends, reference
 
 _SEED = "DIVEQ_TEST_SEED"
+_GRAPHS = "TORCHINDUCTOR_CACHE_DIR"
 _TWO_PASSES = "DIVEQ_TEST_TWO_PASSES"  # 1: Triton searches in two passes, as few as the rows may be
 # One seed per run. Set in the environment before xdist starts its workers, so that they inherit it.
 os.environ.setdefault(_SEED, str(secrets.randbits(32)))
+# Nor are graphs run that Inductor keeps of other versions: it takes no note of an operation's schema.
+if _GRAPHS not in os.environ:
+    _graphs = tempfile.TemporaryDirectory(prefix="diveq-kernels-graphs-", ignore_cleanup_errors=True)
+    os.environ[_GRAPHS] = _graphs.name
 
 # Workers share the cores; torch would give all of them to each.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
