@@ -1,4 +1,7 @@
-"""Threads of the cpu backend share rows, and a gradient's codewords: none of that changes a bit of a result."""
+"""Threads of the cpu backend share rows, and a gradient's codewords: none of that changes a bit of a result.
+
+Nor do the tiles that rows are taken in, and the chunks of a backward pass.
+"""
 
 from __future__ import annotations
 
@@ -47,3 +50,29 @@ def test_threads_do_not_change_a_bit(isa: str, function: str) -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_rows_that_give_nothing(isa: str, function: str) -> None:
+    """A whole first tile of them, and in a later chunk some in the place of earlier ones that gave."""
+    gen = generator()
+    shape, options = FUNCTIONS[function]
+    z, books = torch.randn(5000, 24, generator=gen), torch.randn(shape, generator=gen)
+    mask = (torch.rand(5000, generator=gen) < 0.8) & (torch.arange(5000) >= 1100)
+    z[3200::9] = torch.nan
+    keywords: dict[str, Any] = {"noise_std": 0.0} if "seed" in options else {}  # noise goes by a row's number
+    if "dither" in options:
+        keywords["dither"] = torch.rand(options["dither"], generator=gen)
+    threads, results = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(1)
+        good = mask & z.isfinite().all(1)
+        for rows in (torch.ones_like(mask), good):
+            zg, cg = z[rows].requires_grad_(), books.clone().requires_grad_()
+            found = getattr(F, function)(zg, cg, mask=mask[rows], backend="cpu", **keywords)
+            differentiable = [x for x in found if x.requires_grad]
+            dz, dc = torch.autograd.grad(differentiable, (zg, cg), [torch.ones_like(x) for x in differentiable])
+            results.append([dc, *(x[good[rows]] for x in (found.indices.movedim(-1, 0), *differentiable, dz))])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
