@@ -49,11 +49,11 @@ def test_every_codeword_is_found(isa: str, threads: int) -> None:
 
 def test_of_equal_codewords_the_first(isa: str, threads: int) -> None:
     gen = generator()
-    some = torch.randn(5, 6, generator=gen)
-    codebook = some.repeat(20000, 1)
+    some = torch.randn(FEW, 6, generator=gen)
+    codebook = some.repeat(25000, 1)
     found = F.nearest(some, codebook, backend="cpu").indices
-    assert found.tolist() == [0, 1, 2, 3, 4]
-    assert F.nearest(some, codebook.flip(0), backend="cpu").indices.tolist() == [4, 3, 2, 1, 0]
+    assert found.tolist() == list(range(FEW))
+    assert F.nearest(some, codebook.flip(0), backend="cpu").indices.tolist() == list(range(FEW))[::-1]
     assert (F.nearest(some, torch.ones(70000, 6), backend="cpu").indices == 0).all()
 
 
