@@ -207,6 +207,16 @@ def test_crowded_curves(isa: str, spread: float) -> None:
     check_project(1 + spread * torch.randn(100, 20, generator=gen), codebook)
 
 
+def test_equal_segments_give_the_first(isa: str) -> None:
+    """In the order of the codebook, which is not that of the lanes; a corner is the end of the one before it."""
+    gen = generator()
+    some, z = torch.randn(7, 10, generator=gen), torch.randn(200, 10, generator=gen)
+    once, often = (F.project(z, some.repeat(times, 1), backend="cpu") for times in (2, 20))
+    assert (often.indices < 7).all() and all(torch.equal(x, y) for x, y in zip(once, often, strict=True))
+    assert (often.t[often.indices > 0] > 0).all()
+    assert (F.project(z, torch.ones(300, 10), backend="cpu").indices == 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "codewords", "dim"), [(300, 9, 10), (33, 2, 1), (70, 40, 65), (9, 40, 130)])
 def test_gradients_of_the_projection(isa: str, rows: int, codewords: int, dim: int, dtype: torch.dtype) -> None:
