@@ -129,7 +129,7 @@ def test_beyond_an_end_the_point_is_that_codeword(target: Target, longest: int) 
 
 
 @on_every_target
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("scale", [1e-19, 1e-16, 1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("shift", [0.0, 1e4])
 def test_far_tiny_and_huge_curves(target: Target, shift: float, scale: float) -> None:
     gen = generator()
