@@ -20,10 +20,15 @@ import torch, diveq_kernels
 from vector_quantize_pytorch import VectorQuantize
 model = torch.nn.Sequential(VectorQuantize(dim=8, codebook_size=16))
 layer, z = diveq_kernels.DIVEQ(20, 8).eval(), torch.randn(30, 8)
+latents, down, up = torch.randn(2, 16, 50), *([torch.nn.Conv1d(*of, 1) for _ in range(3)] for of in ((16, 8), (8, 16)))
+stages = [diveq_kernels.DIVEQ(20, 8, channel_first=True).eval() for _ in range(3)]
 """
 CHECKS = {
     "README.md": "assert z_q.shape == z.shape and indices.shape == z.shape[:-1] == sqdist.shape",
-    "docs/migrating.md": "assert torch.equal(z_q, layer(z)[0]) and 'FusedVectorQuantize' in repr(model)",
+    "docs/migrating.md": """assert torch.equal(z_q, layer(z)[0]) and 'FusedVectorQuantize' in repr(model)
+decoded = sum(back(stage.decode(code)) for stage, back, code in zip(stages, up, codes))
+assert codes.shape == (3, 2, 50)
+torch.testing.assert_close(latents - residual, decoded)""",
 }
 
 
