@@ -68,6 +68,18 @@ def test_numbers_that_are_equal_are_not_alike(anywhere: None) -> None:
         assert of(torch.arange(3), factor).dtype == (torch.arange(3) * factor).dtype
 
 
+class Own(Tensor):
+    pass
+
+
+def test_tensors_behind_the_first_are_told_apart_too(anywhere: None) -> None:
+    of, x = repeat.repeated(lambda x, y: torch.empty_like(y)), torch.zeros(3)
+    for y in (torch.zeros(3), x.to("meta"), x.as_subclass(Own)):
+        for _ in range(3):
+            found = of(x, y)
+            assert type(found) is type(y) and found.device == y.device
+
+
 def test_which_float_a_kernel_is_given(anywhere: None) -> None:
     started: list[tuple[Any, ...]] = []
 
@@ -81,7 +93,7 @@ def test_which_float_a_kernel_is_given(anywhere: None) -> None:
         launch.launch(Kernel(), (1,), x.device, x, two, one)
 
     def constant(x: Tensor, one: float) -> None:
-        launch.launch(Kernel(), (1,), x.device, x, 7.0, one)
+        launch.launch(Kernel(), (1,), x.device, x, float("0.5"), one)  # equal to an argument, and none
 
     of_two, of_one, x = repeat.repeated(both), repeat.repeated(constant), torch.zeros(3)
     for second in (0.5, 0.75):  # recorded with 0.5 twice it could be either
@@ -89,14 +101,15 @@ def test_which_float_a_kernel_is_given(anywhere: None) -> None:
         for one, two in ((0.5, 0.25), (0.5, second), (0.25, 0.125), (0.5, 0.25)):
             of_two(x, one, two)
             of_one(x, one)
-            assert started[-2:] == [(two, one), (7.0, one)]
+            assert started[-2:] == [(two, one), (0.5, one)]
 
 
-def test_a_float_that_torch_is_given(anywhere: None) -> None:
+@pytest.mark.parametrize("function", [lambda x, scale: x * scale, lambda x, scale: torch.add(x, x, alpha=scale)])
+def test_a_float_that_torch_is_given(function: Callable, anywhere: None) -> None:
     """torch makes another object of it, which may not be taken for a constant."""
-    of, x = repeat.repeated(lambda x, scale: x * scale), torch.ones(3)
-    for scale in (0.5, 0.5, 0.5, 0.5, 2.0, 3.0):
-        assert torch.equal(of(x, scale), x * scale)
+    of, x = repeat.repeated(function), torch.ones(3)
+    for scale in (0.5, 0.5, 0.5, 0.5, 2.0, 3.0, 0.0, 0.0, 0.0, -2.0):
+        assert torch.equal(of(x, scale), function(x, scale))
 
 
 def test_what_is_written_and_drawn_is_written_and_drawn_again(anywhere: None) -> None:

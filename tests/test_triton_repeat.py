@@ -193,6 +193,7 @@ def test_what_makes_a_kind() -> None:
     for name, layout in LAYOUTS.items():
         assert kinds(plain, (layout(z), books, None, "exact")) == (1 if name == "rows" else 2)
     assert kinds(plain, (z, LAYOUTS["unaligned"](books), None, "exact")) == 2
+    assert kinds(plain, (torch.cat((z[0, :2], z.flatten()))[2:].view_as(z), books, None, "exact")) == 2  # by 8, not 16
     assert kinds(plain, (z.half(), books, None, "exact"), (z.half(), books.half(), None, "exact")) == 3
     assert kinds(plain, (z, books, mask, "exact"), (z, books, None, "fast")) == 3
     assert kinds(plain, (z, books[:-1], None, "exact"), (z[:-1], books, None, "exact")) == 3
