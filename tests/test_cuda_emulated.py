@@ -24,7 +24,8 @@ SELECTION = {
     " or (indices_and_distances and (float32 or bfloat16)) or (tie_to_the_lowest and 129) or no_rows or fast or masked",
     "test_project.py": "float32 or float16 or beyond or long_segments or about_a_tile or no_length or masked or 1e4"
     " or sliced",
-    "test_quantize.py": "test_values or counts_are or is_its_codeword or numbers_of_stages",
+    "test_quantize.py": "test_values or counts_are or is_its_codeword or numbers_of_stages or another_order"
+    " or of_one_codebook",
     "test_gradients.py": "(values_in_every_dtype and (float32 or bfloat16)) or deterministic"
     " or at_their_codeword or at_one_end",
     "test_project_gradients.py": "(test_values and float32) or (exactly_at and float16) or near_an_end"

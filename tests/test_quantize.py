@@ -161,10 +161,11 @@ def test_channels_first_rows(target: Target, quantizer: Quantizer) -> None:
 
 @on_every_target
 @for_every_quantizer
-def test_leading_dimensions_in_another_order(target: Target, quantizer: Quantizer) -> None:
+@pytest.mark.parametrize("sizes", [(5, 12), (3, 5, 8)], ids=str)
+def test_leading_dimensions_in_another_order(target: Target, quantizer: Quantizer, sizes: tuple[int, ...]) -> None:
     """(T, B, D) seen as (B, T, D): rows lie as far apart as those of a contiguous tensor, in another order."""
-    gen = generator()
-    z, g = (torch.randn(5, 12, 6, generator=gen).to(target.device).transpose(0, 1) for _ in range(2))
+    gen, order = generator(), (*reversed(range(len(sizes))), len(sizes))
+    z, g = (torch.randn(*sizes, 6, generator=gen).to(target.device).permute(order) for _ in range(2))
     books = torch.randn(quantizer.books_shape(20, 6), generator=gen).to(target.device)
     keywords = {"seed": 11, "noise_std": 0.5, "backend": target.backend, **quantizer.dither(books, gen)}
     z.requires_grad_()
@@ -173,6 +174,23 @@ def test_leading_dimensions_in_another_order(target: Target, quantizer: Quantize
     assert same_rows(target, found.z_q, expected.z_q) and torch.equal(found.indices, expected.indices)
     grads = [torch.autograd.grad(z_q, z, of_z_q)[0] for z_q, of_z_q in ((found.z_q, g), (expected.z_q, g.contiguous()))]
     assert same_rows(target, *grads)
+
+
+@on_every_target
+@for_every_quantizer
+def test_gradients_of_one_codebook(target: Target, quantizer: Quantizer) -> None:
+    """Residual and product forms of it have no second stage, by which a dither could be noticed as well."""
+    gen = generator()
+    z, g = (torch.randn(40, 7, generator=gen).to(target.device) for _ in range(2))
+    books = torch.randn((12, 7) if quantizer.kind == "single" else (1, 12, 7), generator=gen).to(target.device)
+    keywords = {"seed": 5, "noise_std": 0.3, **quantizer.dither(books, gen)}
+    results = []
+    for dtype, backend in ((torch.float32, target.backend), (torch.float64, "reference")):
+        inputs = [x.to(dtype).requires_grad_() for x in (z, books)]
+        found = quantizer(*inputs, backend=backend, **keywords)
+        results.append([found.indices, found.z_q, *torch.autograd.grad(found.z_q, inputs, g.to(dtype))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=1e-4, atol=1e-4)
 
 
 @on_every_target

@@ -20,7 +20,7 @@ SELECTION = {
     "test_nearest.py": "(test_indices_and_distances and float32) or far_apart or exact_ties or transposed or no_rows"
     " or near_ties",
     "test_quantize.py": "test_values and (float32 or (float16 and 1.0)) or codeword_itself or (its_codeword and 1e-30)"
-    " or (not_active and 0.0) or counts_are or negation",
+    " or (not_active and 0.0) or counts_are or negation or another_order or of_one_codebook",
     "test_gradients.py": "(values_in_every_dtype and (float32 or (float16 and 0.1))) or deterministic or sf_row"
     " or (their_codeword and 0.5) or (in_fp32 and 209)",
     "test_nonfinite.py": "(test_bad_rows or curve_there or no_good or anything_good) and nan or all_bits or at_all"
