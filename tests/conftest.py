@@ -22,7 +22,7 @@ _GRAPHS = "TORCHINDUCTOR_CACHE_DIR"
 _TWO_PASSES = "DIVEQ_TEST_TWO_PASSES"  # 1: Triton searches in two passes, as few as the rows may be
 # One seed per run. Set in the environment before xdist starts its workers, so that they inherit it.
 os.environ.setdefault(_SEED, str(secrets.randbits(32)))
-# Nor are graphs run that Inductor keeps of other versions: it takes no note of an operation's schema.
+# Compiled anew: what Inductor keeps may be of another version, as it takes no note of an operation's schema.
 if _GRAPHS not in os.environ:
     _graphs = tempfile.TemporaryDirectory(prefix="diveq-kernels-graphs-", ignore_cleanup_errors=True)
     os.environ[_GRAPHS] = _graphs.name
